@@ -1,0 +1,230 @@
+"""The config as data: a strict schema, and for every rule exactly the keys that it depends on.
+
+`config.yaml` holds every default; the schema below holds none. A rule reruns when `parameters(config, rule, ...)` changes, and its module
+computes with that same dictionary: what a module can read is what it depends on.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from cbtm_pipeline import artifact, plan
+
+DEMO = "builtin:demo"
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; what looks like a number is one."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
+
+
+def _list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Positive = Annotated[Float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Corpus(_Section):
+    train: Paths
+    eval: Paths | None
+    eval_fraction: Annotated[Float, Field(gt=0, lt=1)]
+    text_field: str
+    id_field: str
+    txt_documents: Literal["file", "block"]
+    max_bad_share: Share
+    shard_bytes: Annotated[int, Field(ge=1 << 12)]
+
+
+class Tokenizer(_Section):
+    pretrained: str | None
+    vocab_size: Annotated[int, Field(ge=257)]
+    train_bytes: Count
+
+
+class Embed(_Section):
+    n_components: Count
+    idf_power: Annotated[Float, Field(ge=0)]
+    max_df: Annotated[Float, Field(gt=0, le=1)]
+    min_df: Count
+    fit_documents: Count
+
+
+class Cluster(_Section):
+    k: Count
+    balance: Literal["documents", "tokens", "none"]
+    fit_documents: Count
+    n_init: Count
+    max_iterations: Count
+
+
+class Model(_Section):
+    pretrained: str | None
+    scratch: dict[str, Any]
+
+
+class Train(_Section):
+    seq_len: Annotated[int, Field(ge=2)]
+    batch_size: Count
+    steps: Count
+    seed_share: Annotated[Float, Field(ge=0, lt=1)]
+    seed_batch_size: Count
+    dense: Literal["batch", "steps"]
+    controls: list[Literal["dense-batch", "dense-steps", "random"]]
+    lr: Positive
+    schedule: Literal["linear", "cosine"]
+    final_lr_ratio: Share
+    warmup_ratio: Share
+    betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+    weight_decay: Annotated[Float, Field(ge=0)]
+    clip_norm: Positive
+    micro_batch_size: Count
+    precision: Literal["auto", "float32", "bf16"]
+
+
+class Route(_Section):
+    routers: Annotated[list[Literal["paper", "filter"]], BeforeValidator(_list), Field(min_length=1)]
+    top_k: Annotated[list[Count], BeforeValidator(_list), Field(min_length=1)]
+    temperature: Annotated[list[Positive], BeforeValidator(_list), Field(min_length=1)]
+    epsilon: Annotated[list[Share], BeforeValidator(_list), Field(min_length=1)]
+    beta: Annotated[list[Annotated[Float, Field(ge=0)]], BeforeValidator(_list), Field(min_length=1)]
+    calibration_share: Annotated[Float, Field(gt=0, lt=1)]
+
+
+class Eval(_Section):
+    max_document_tokens: Count | None
+    stride: Count
+    bootstrap: Count
+
+
+class Run(_Section):
+    checkpoint_seconds: Positive
+    log_seconds: Positive
+
+
+class Config(_Section):
+    outdir: str
+    seed: int
+    corpus: Corpus
+    tokenizer: Tokenizer
+    embed: Embed
+    cluster: Cluster
+    model: Model
+    train: Train
+    route: Route
+    eval: Eval
+    run: Run
+
+
+def read(path: str | Path) -> Config:
+    """Read and validate a complete config file, YAML or JSON."""
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({error}). Expected the keys of config.yaml. Mend the file.") from error
+    return validate(content)
+
+
+def validate(content: Any) -> Config:
+    """Return the typed config. Raises ValueError that names every wrong key with what was found, expected, and to do."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"config: {_show(content)}. Expected sections such as corpus and train. Start from config.yaml.")
+    try:
+        config = Config.model_validate(dict(content))
+    except ValidationError as error:
+        raise ValueError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+    if config.eval.stride > config.train.seq_len:
+        raise ValueError(
+            f"eval.stride: {config.eval.stride}. Expected at most train.seq_len, {config.train.seq_len}. "
+            "Lower eval.stride, or tokens between two windows would never be scored."
+        )
+    return config
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained")))
+    found = _show(error["input"])
+    if error["type"] == "extra_forbidden":
+        known = _keys(Config)
+        section, _, name = key.rpartition(".")
+        siblings = [k for k in known if k.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(key, siblings, 1, 0.6)
+        near = near or [k for k in known if k.rpartition(".")[2] == name]
+        near = near or difflib.get_close_matches(key, known, 1, 0)
+        return f"{key}: unknown key. Expected a key of config.yaml. Did you mean {near[0]}?"
+    if error["type"] == "missing":
+        return f"{key}: missing. Expected a value. Copy it from config.yaml."
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key}: {found}. Expected {expected}. Change it in your config."
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parameters(config: Config, rule: str, expert: str | None = None) -> dict[str, Any]:
+    """The keys that a rule (for train_expert: that expert) depends on, as plain data. A rule reruns when this changes."""
+    c = config
+    match rule:
+        case "demo_corpus":
+            return {}
+        case "tokenizer":
+            return {
+                **c.corpus.model_dump(),
+                **c.tokenizer.model_dump(),
+                "model": c.model.pretrained,
+                "rng_seed": c.seed,
+            }
+        case "shard":
+            return c.corpus.model_dump()
+        case "embed":
+            return {**c.embed.model_dump(), "rng_seed": c.seed}
+        case "fit_kmeans":
+            return {**c.cluster.model_dump(), "rng_seed": c.seed}
+        case "assign":
+            return {}
+        case "assign_random":
+            return {"k": c.cluster.k, "rng_seed": c.seed}
+        case "train_expert":
+            assert expert is not None
+            return plan.expert(c, expert)
+        case "score_expert":
+            return {
+                **c.eval.model_dump(include={"max_document_tokens", "stride"}),
+                "context": c.train.seq_len,
+            }
+        case "route":
+            return c.eval.model_dump(include={"max_document_tokens"})
+        case "eval_ensemble":
+            return {**c.route.model_dump(), "bootstrap": c.eval.bootstrap, "rng_seed": c.seed}
+        case "report":
+            return {}
+    raise AssertionError(rule)
+
+
+def write(config: Config, path: str | Path) -> None:
+    """Write the complete config as JSON, for the modules of a run to read."""
+    artifact.write_json(path, config.model_dump())
