@@ -115,13 +115,13 @@ def write_npz(path: str | Path, meta: Mapping[str, Any], **arrays: np.ndarray) -
     """Write arrays and their meta record as an uncompressed npz."""
     meta_bytes = np.frombuffer(json.dumps(meta, sort_keys=True).encode(), np.uint8)
     with publish(path) as tmp, tmp.open("wb") as file:
-        np.savez(file, meta=meta_bytes, **arrays)
+        np.savez(file, allow_pickle=False, meta=meta_bytes, **arrays)
 
 
 def read_npz(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read arrays and meta of an npz artifact of this kind. Raises ValueError for a foreign or damaged file."""
     try:
-        with np.load(path, allow_pickle=False) as npz:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as npz:
             arrays = {name: npz[name] for name in npz.files}
         meta = json.loads(arrays.pop("meta").tobytes())
     except (ValueError, EOFError, KeyError) as error:

@@ -49,8 +49,8 @@ def data_of(expert: str) -> tuple[str, int]:
 def expert(config: "Config", expert_id: str) -> dict[str, Any]:
     """The training of one expert (or of `seed`): all that its weights depend on besides the data and the seed model.
 
-    Keys: `expert`, `data`, `group`, `n_steps`, `batch_size` (sequences), `scratch` and `pretrained` (seed only), `rng_seed`, and the keys of
-    section train that say how a step is done. A pretrained seed has n_steps = 0.
+    Keys: `expert`, `data`, `group`, `n_steps`, `batch_size` (sequences), `scratch` and `pretrained` (seed only), `rng_seed`, and the keys
+    of section train that say how a step is done. A pretrained seed has n_steps = 0.
     """
     t, k = config.train, config.cluster.k
     data, group = data_of(expert_id)

@@ -1,0 +1,44 @@
+# Everything happens in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+CORES ?= 2
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format dag clean
+
+help:  ## say what there is
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/ready  ## install everything into .venv (once)
+
+.venv/ready: pyproject.toml envs/constraints.txt envs/demo.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"python3: {sys.version.split()[0]}. Expected 3.11 or newer. Run make PYTHON=/path/to/a/newer/python3.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint envs/constraints.txt --editable '.[dev,slurm]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement envs/demo.txt
+	@touch $@
+
+demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into results/
+	$(BIN)/snakemake --cores $(CORES)
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## formatting, lint, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/snakefmt --check workflow
+	$(BIN)/pyright
+	$(BIN)/snakemake --lint
+
+format: setup  ## format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/snakefmt workflow
+
+dag: setup  ## draw the rules as docs/rulegraph.svg (needs graphviz)
+	$(BIN)/snakemake --rulegraph | dot -Tsvg > docs/rulegraph.svg
+
+clean:  ## delete the demo's results
+	rm -rf results .snakemake
