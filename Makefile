@@ -16,7 +16,7 @@ setup: .venv/ready  ## install everything into .venv (once)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"python3: {sys.version.split()[0]}. Expected 3.11 or newer. Run make PYTHON=/path/to/a/newer/python3.")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint envs/constraints.txt --editable '.[dev,slurm]'
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement envs/demo.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --requirement envs/demo.txt
 	@touch $@
 
 demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into results/

@@ -2,15 +2,18 @@ rule embed:
     input:
         shards=f"{OUT}/shards/manifest.json",
     output:
-        f"{OUT}/embed/manifest.json",
-        f"{OUT}/embed/embedder.npz",
-    params:
-        parameters("embed"),
+        manifest=f"{OUT}/embed/manifest.json",
+        embedder=f"{OUT}/embed/embedder.npz",
     log:
         f"{OUT}/logs/embed.log",
+    conda:
+        CONDA
     threads: 2
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("embed"),
     shell:
-        "{PYTHON} -m cbtm_pipeline.embed --config {OUT:q}/config.json --shards {input.shards:q} --out {output[0]:q} --log {log:q}"
+        "python -m cbtm_pipeline.embed --config {params.config:q} --shards {input.shards:q} --out {output.manifest:q} --log {log:q}"
 
 
 rule fit_kmeans:
@@ -19,16 +22,19 @@ rule fit_kmeans:
         shards=f"{OUT}/shards/manifest.json",
         tokenizer=f"{OUT}/tokenizer/tokenizer.json",
     output:
-        f"{OUT}/cluster/clusterer.npz",
-        f"{OUT}/cluster/top_terms.json",
-    params:
-        parameters("fit_kmeans"),
+        clusterer=f"{OUT}/cluster/clusterer.npz",
+        top_terms=f"{OUT}/cluster/top_terms.json",
     log:
         f"{OUT}/logs/fit_kmeans.log",
+    conda:
+        CONDA
     threads: 2
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("fit_kmeans"),
     shell:
-        "{PYTHON} -m cbtm_pipeline.fit_kmeans --config {OUT:q}/config.json --vectors {input.vectors:q} --shards {input.shards:q}"
-        " --tokenizer {input.tokenizer:q} --out {output[0]:q} --log {log:q}"
+        "python -m cbtm_pipeline.fit_kmeans --config {params.config:q} --vectors {input.vectors:q} --shards {input.shards:q}"
+        " --tokenizer {input.tokenizer:q} --out {output.clusterer:q} --log {log:q}"
 
 
 rule assign:
@@ -38,12 +44,15 @@ rule assign:
         clusterer=f"{OUT}/cluster/clusterer.npz",
     output:
         f"{OUT}/assignments/manifest.json",
-    params:
-        parameters("assign"),
     log:
         f"{OUT}/logs/assign.log",
+    conda:
+        CONDA
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("assign"),
     shell:
-        "{PYTHON} -m cbtm_pipeline.assign --config {OUT:q}/config.json --shards {input.shards:q} --vectors {input.vectors:q}"
+        "python -m cbtm_pipeline.assign --config {params.config:q} --shards {input.shards:q} --vectors {input.vectors:q}"
         " --clusterer {input.clusterer:q} --out {output:q} --log {log:q}"
 
 
@@ -52,10 +61,13 @@ rule assign_random:
         shards=f"{OUT}/shards/manifest.json",
     output:
         f"{OUT}/random/manifest.json",
-    params:
-        parameters("assign_random"),
     log:
         f"{OUT}/logs/assign_random.log",
+    conda:
+        CONDA
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("assign_random"),
     shell:
-        "{PYTHON} -m cbtm_pipeline.assign --random --config {OUT:q}/config.json --shards {input.shards:q} --out {output:q}"
+        "python -m cbtm_pipeline.assign --random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
         " --log {log:q}"

@@ -1,5 +1,5 @@
 DEMO = f"{OUT}/demo/corpus.jsonl.zst"
-DEMO_FLAG = f"--demo {DEMO}" if schema.DEMO in CORPUS_FILES else ""
+DEMO_FLAG = ["--demo", DEMO] if schema.DEMO in CORPUS_FILES else []
 CORPUS = [DEMO if path == schema.DEMO else path for path in CORPUS_FILES]
 
 
@@ -8,8 +8,10 @@ rule demo_corpus:
         DEMO,
     log:
         f"{OUT}/logs/demo_corpus.log",
+    conda:
+        CONDA
     shell:
-        "{PYTHON} -m cbtm_pipeline.demo_corpus --out {output:q} --log {log:q}"
+        "python -m cbtm_pipeline.demo_corpus --out {output:q} --log {log:q}"
 
 
 rule tokenizer:
@@ -17,13 +19,17 @@ rule tokenizer:
         CORPUS,
     output:
         f"{OUT}/tokenizer/tokenizer.json",
-    params:
-        parameters("tokenizer"),
     log:
         f"{OUT}/logs/tokenizer.log",
+    conda:
+        CONDA
     threads: 2
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("tokenizer"),
+        demo=DEMO_FLAG,
     shell:
-        "{PYTHON} -m cbtm_pipeline.tokenizer --config {OUT:q}/config.json {DEMO_FLAG} --out {output:q} --log {log:q}"
+        "python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output:q} --log {log:q}"
 
 
 rule shard:
@@ -32,11 +38,15 @@ rule shard:
         tokenizer=f"{OUT}/tokenizer/tokenizer.json",
     output:
         f"{OUT}/shards/manifest.json",
-    params:
-        parameters("shard"),
     log:
         f"{OUT}/logs/shard.log",
+    conda:
+        CONDA
     threads: 2
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("shard"),
+        demo=DEMO_FLAG,
     shell:
-        "{PYTHON} -m cbtm_pipeline.shard --config {OUT:q}/config.json --tokenizer {input.tokenizer:q} {DEMO_FLAG}"
+        "python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"
         " --workers {threads} --out {output:q} --log {log:q}"

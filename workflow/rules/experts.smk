@@ -1,10 +1,21 @@
-MANIFESTS = {"corpus": "shards/manifest.json", "clusters": "assignments/manifest.json", "random": "random/manifest.json"}
+MANIFESTS = {
+    "corpus": "shards/manifest.json",
+    "clusters": "assignments/manifest.json",
+    "random": "random/manifest.json",
+}
 
 
 def expert_inputs(wildcards):
     """The data and the seed model of an expert; the seed itself starts from nothing."""
-    inputs = {"data": f"{OUT}/{MANIFESTS[plan.data_of(wildcards.expert)[0]]}", "tokenizer": f"{OUT}/tokenizer/tokenizer.json"}
-    return inputs if wildcards.expert == "seed" else inputs | {"seed_model": f"{OUT}/experts/seed/model.safetensors"}
+    inputs = {
+        "data": f"{OUT}/{MANIFESTS[plan.data_of(wildcards.expert)[0]]}",
+        "tokenizer": f"{OUT}/tokenizer/tokenizer.json",
+    }
+    return (
+        inputs
+        if wildcards.expert == "seed"
+        else inputs | {"seed_model": f"{OUT}/experts/seed/model.safetensors"}
+    )
 
 
 # The resumable state in work/ is no output: Snakemake deletes outputs before a job starts and after it fails.
@@ -13,16 +24,24 @@ rule train_expert:
         unpack(expert_inputs),
     output:
         f"{OUT}/experts/{{expert}}/model.safetensors",
-    params:
-        plan=lambda wildcards: parameters("train_expert", wildcards.expert),
-        seed_model=lambda wildcards, input: f"--seed-model {input.seed_model}" if "seed_model" in input.keys() else "",
     log:
         f"{OUT}/logs/train_expert/{{expert}}.log",
+    conda:
+        CONDA
+    # all experts wait for the seed, so it takes both cores of a small machine; experts run side by side with one each
+    threads: lambda wildcards: 2 if wildcards.expert == "seed" else 1
     resources:
         gpu=1,
+    params:
+        config=RUN_CONFIG,
+        depends_on=lambda wildcards: parameters("train_expert", wildcards.expert),
+        work=lambda wildcards: f"{OUT}/work/{wildcards.expert}",
+        seed_model=lambda wildcards, input: (
+            ["--seed-model", input.seed_model] if wildcards.expert != "seed" else []
+        ),
     shell:
-        "exec {PYTHON} -m cbtm_pipeline.train_expert --config {OUT:q}/config.json --expert {wildcards.expert} --data {input.data:q}"
-        " --tokenizer {input.tokenizer:q} {params.seed_model} --out {output:q} --work {OUT:q}/work/{wildcards.expert}"
+        "exec python -m cbtm_pipeline.train_expert --config {params.config:q} --expert {wildcards.expert} --data {input.data:q}"
+        " --tokenizer {input.tokenizer:q} {params.seed_model:q} --out {output:q} --work {params.work:q}"
         " --threads {threads} --log {log:q}"
 
 
@@ -32,12 +51,15 @@ rule score_expert:
         shards=f"{OUT}/shards/manifest.json",
     output:
         f"{OUT}/scores/{{expert}}.npz",
-    params:
-        parameters("score_expert"),
     log:
         f"{OUT}/logs/score_expert/{{expert}}.log",
+    conda:
+        CONDA
     resources:
         gpu=1,
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("score_expert"),
     shell:
-        "{PYTHON} -m cbtm_pipeline.score_expert --config {OUT:q}/config.json --expert-weights {input.expert:q}"
+        "python -m cbtm_pipeline.score_expert --config {params.config:q} --expert-weights {input.expert:q}"
         " --shards {input.shards:q} --out {output:q} --threads {threads} --log {log:q}"

@@ -6,12 +6,15 @@ rule route:
         tokenizer=f"{OUT}/tokenizer/tokenizer.json",
     output:
         f"{OUT}/route/distances.npz",
-    params:
-        parameters("route"),
     log:
         f"{OUT}/logs/route.log",
+    conda:
+        CONDA
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("route"),
     shell:
-        "{PYTHON} -m cbtm_pipeline.route --config {OUT:q}/config.json --shards {input.shards:q} --embedder {input.embedder:q}"
+        "python -m cbtm_pipeline.route --config {params.config:q} --shards {input.shards:q} --embedder {input.embedder:q}"
         " --clusterer {input.clusterer:q} --tokenizer {input.tokenizer:q} --out {output:q} --log {log:q}"
 
 
@@ -21,16 +24,21 @@ rule eval_ensemble:
         scores=expand(f"{OUT}/scores/{{expert}}.npz", expert=EXPERTS),
         experts=expand(f"{OUT}/experts/{{expert}}/model.safetensors", expert=EXPERTS),
     output:
-        f"{OUT}/eval/metrics.json",
-        f"{OUT}/eval/table.txt",
-    params:
-        parameters("eval_ensemble"),
-        cards=lambda wildcards, input: [str(Path(path).with_name("card.json")) for path in input.experts],
+        metrics=f"{OUT}/eval/metrics.json",
+        table=f"{OUT}/eval/table.txt",
     log:
         f"{OUT}/logs/eval_ensemble.log",
+    conda:
+        CONDA
+    params:
+        config=RUN_CONFIG,
+        depends_on=parameters("eval_ensemble"),
+        cards=lambda wildcards, input: [
+            str(Path(path).with_name("card.json")) for path in input.experts
+        ],
     shell:
-        "{PYTHON} -m cbtm_pipeline.eval_ensemble --config {OUT:q}/config.json --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --out {output[0]:q} --log {log:q}"
+        "python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --out {output.metrics:q} --log {log:q}"
 
 
 rule report:
@@ -42,10 +50,15 @@ rule report:
         experts=expand(f"{OUT}/experts/{{expert}}/model.safetensors", expert=EXPERTS),
     output:
         f"{OUT}/report.html",
-    params:
-        logs=lambda wildcards, input: [str(Path(path).with_name("metrics.jsonl")) for path in input.experts],
     log:
         f"{OUT}/logs/report.log",
+    conda:
+        CONDA
+    params:
+        config=RUN_CONFIG,
+        logs=lambda wildcards, input: [
+            str(Path(path).with_name("metrics.jsonl")) for path in input.experts
+        ],
     shell:
-        "{PYTHON} -m cbtm_pipeline.report --config {OUT:q}/config.json --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
+        "python -m cbtm_pipeline.report --config {params.config:q} --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
         " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --out {output:q} --log {log:q}"

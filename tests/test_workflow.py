@@ -1,0 +1,197 @@
+"""The workflow as its users meet it: a whole run, the three gestures, and what a change costs."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, make_project, snakemake, snakemake_command
+
+from cbtm_pipeline import plan
+
+pytestmark = pytest.mark.slow
+
+MERGE = {"eval_ensemble", "report"}
+EXPERTS = {"0", "1", "dense", "dense-steps", "random-0", "random-1"}
+
+
+def jobs(printed: str) -> set[str]:
+    """The jobs of a dry run: rule names, for experts `rule expert`."""
+    found = set()
+    for rule, block in re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)*)", printed, re.M):
+        expert = re.search(r"wildcards: expert=(\S+)", block)
+        found.add(f"{rule} {expert[1]}" if expert else rule)
+    return found - {"all"}
+
+
+def each(rule: str, experts: set[str]) -> set[str]:
+    return {f"{rule} {expert}" for expert in experts}
+
+
+def retrained(experts: set[str]) -> set[str]:
+    return each("train_expert", experts) | each("score_expert", experts)
+
+
+CLUSTERING = {"fit_kmeans", "assign", "route"} | retrained({"0", "1"}) | MERGE
+TRAINING = retrained(EXPERTS | {"seed"}) | MERGE
+CORPUS = {"tokenizer", "shard", "embed", "assign_random"} | CLUSTERING | TRAINING
+
+CHANGES = {
+    "route: {top_k: 1}": MERGE,
+    "route: {temperature: [0.3]}": MERGE,
+    "route: {routers: [paper]}": MERGE,
+    "eval: {bootstrap: 100}": MERGE,
+    "eval: {max_document_tokens: 20}": {"route"} | each("score_expert", EXPERTS | {"seed"}) | MERGE,
+    "eval: {stride: 8}": each("score_expert", EXPERTS | {"seed"}) | MERGE,
+    "cluster: {k: 3}": {"fit_kmeans", "assign", "assign_random", "route"}
+    | retrained({"0", "1", "2", "random-0", "random-1", "random-2", "dense-steps"})
+    | MERGE,
+    "cluster: {balance: documents}": CLUSTERING,
+    "embed: {idf_power: 1.0}": {"embed"} | CLUSTERING,
+    "train: {lr: 0.001}": TRAINING,
+    "train: {steps: 5}": TRAINING,
+    "train: {dense: steps}": retrained({"dense"}) | MERGE,
+    "train: {controls: [dense-steps]}": MERGE,
+    "model: {scratch: {hidden_size: 16}}": TRAINING,
+    "corpus: {eval_fraction: 0.2}": CORPUS,
+    "tokenizer: {vocab_size: 310}": CORPUS,
+    "seed: 1": CORPUS - {"shard"} | {"shard"},
+    "run: {log_seconds: 1.0}": set(),
+}
+
+
+def test_whole_run(finished: Path) -> None:
+    results = finished / "results"
+    metrics = json.loads((results / "eval/metrics.json").read_text())
+    systems = {row["system"] for row in metrics["systems"]}
+    assert systems >= {"seed", "dense", "dense-steps", "expert-0", "expert-1", "ensemble", "uniform", "random", "oracle"}
+    assert metrics["n_documents"] > 0 and metrics["n_tokens"] > 0 and metrics["n_bytes"] > 0
+    assert "<svg" in (results / "report.html").read_text()
+    assert not list(results.rglob("*.tmp"))
+    assert not list((results / "work").glob("*/state*")), "a finished expert leaves no resumable state"
+
+
+def test_finished_run_has_nothing_to_do(finished: Path) -> None:
+    assert jobs(snakemake(finished, "-n")) == set()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_reruns_what_depends_on_it_and_nothing_else(finished: Path, change: str, tmp_path: Path) -> None:
+    (tmp_path / "change.yaml").write_text(yaml.safe_dump(yaml.safe_load(change)))
+    printed = snakemake(finished, "-n", configfiles=["small.yaml", str(tmp_path / "change.yaml")])
+    assert jobs(printed) == CHANGES[change]
+
+
+def test_new_data_reruns_everything(finished: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    with (project / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "new", "text": "a new document about butter"}) + "\n")
+    assert jobs(snakemake(project, "-n")) == CORPUS
+
+
+def test_forcing_one_expert_trains_it_again_and_rescores_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    weights = project / "results/experts/1/model.safetensors"
+    before, metrics = weights.read_bytes(), (project / "results/eval/metrics.json").read_bytes()
+    weights.write_bytes(b"spoilt")
+    printed = snakemake(project, "--cores", "2", "--force", "results/experts/1/model.safetensors")
+    assert jobs(printed) == {"train_expert 1"}
+    assert weights.read_bytes() == before, "training is a function of config and data"
+    assert jobs(snakemake(project, "-n")) == {"score_expert 1"} | MERGE
+    snakemake(project, "--cores", "2")
+    assert (project / "results/eval/metrics.json").read_bytes() == metrics
+
+
+def graph_edges(text: str) -> set[tuple[str, str]]:
+    """Edges of a graph in dot (as Snakemake prints it) or Mermaid (as the README shows it)."""
+    label = dict(re.findall(r'(\d+)\[label = "(\w+)"', text))
+    return {(label.get(a, a), label.get(b, b)) for a, b in re.findall(r"(\w+) --?> (\w+)", text)}
+
+
+def test_rule_graph_in_the_readme_is_true() -> None:
+    printed = subprocess.run(snakemake_command("--rulegraph", configfiles=["config.yaml"]), cwd=ROOT, capture_output=True, text=True).stdout
+    diagram = re.search(r"```mermaid\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert diagram
+    true = {edge for edge in graph_edges(printed) if "all" not in edge}
+    assert len(true) > 10
+    assert graph_edges(diagram[1]) == true
+
+
+def test_dag_shows_every_expert(finished: Path) -> None:
+    printed = snakemake(finished, "--dag", "--forceall")
+    assert printed.count("train_expert") == 1 + len(EXPERTS)
+    assert all(f"expert: {expert}" in printed for expert in EXPERTS)
+
+
+KILL_POINTS = [
+    "results/tokenizer/.tokenizer.json.*",
+    "results/shards/*.arrow",
+    "results/embed/embedder.npz",
+    "results/work/seed/*",
+    "results/work/1/*",
+    "results/experts/0/config.json",
+    "results/scores/dense.npz",
+    "results/eval/.metrics.json.*",
+]
+
+
+def test_killed_at_many_points_and_started_again_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project")
+    n_killed = 0
+    for pattern in KILL_POINTS:
+        run = subprocess.Popen(
+            snakemake_command("--cores", "2"),
+            cwd=project,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        while run.poll() is None and not any(project.glob(pattern)):
+            time.sleep(0.001)
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            n_killed += 1
+        run.wait()
+    assert n_killed >= 5, "the run was over before it could be killed"
+    snakemake(project, "--cores", "2")
+    for name in ["eval/metrics.json", "eval/table.txt"]:
+        assert (project / "results" / name).read_bytes() == (finished / "results" / name).read_bytes(), name
+
+
+def test_k_of_one_is_the_dense_model(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project", cluster={"k": 1}, train={"controls": []})
+    snakemake(project, "--cores", "2")
+    experts = project / "results/experts"
+    assert (experts / "0/model.safetensors").read_bytes() == (experts / "dense/model.safetensors").read_bytes()
+    rows = json.loads((project / "results/eval/metrics.json").read_text())["systems"]
+    assert len({row["nll"] for row in rows if row["system"] in {"dense", "ensemble", "uniform", "oracle", "expert-0"}}) == 1
+
+
+def test_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(finished: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    forced = ("--cores", "1", "--force", "results/experts/1/model.safetensors")
+    first = subprocess.Popen(snakemake_command(*forced), cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while first.poll() is None and (project / "results/experts/1/model.safetensors").exists():
+        time.sleep(0.01)
+    assert first.poll() is None
+    assert "another run" in snakemake(project, "--cores", "1", ok=False)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    snakemake(project, "--cores", "2")
+
+
+def test_experts_of_the_default_config() -> None:
+    from cbtm_pipeline import config
+
+    c = config.read(ROOT / "config.yaml")
+    assert set(plan.experts(c)) >= {"0", "dense", "random-0"}
