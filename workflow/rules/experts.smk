@@ -1,23 +1,3 @@
-MANIFESTS = {
-    "corpus": "shards/manifest.json",
-    "clusters": "assignments/manifest.json",
-    "random": "random/manifest.json",
-}
-
-
-def expert_inputs(wildcards):
-    """The data and the seed model of an expert; the seed itself starts from nothing."""
-    inputs = {
-        "data": f"{OUT}/{MANIFESTS[plan.data_of(wildcards.expert)[0]]}",
-        "tokenizer": f"{OUT}/tokenizer/tokenizer.json",
-    }
-    return (
-        inputs
-        if wildcards.expert == "seed"
-        else inputs | {"seed_model": f"{OUT}/experts/seed/model.safetensors"}
-    )
-
-
 # The resumable state in work/ is no output: Snakemake deletes outputs before a job starts and after it fails.
 rule train_expert:
     input:

@@ -33,9 +33,7 @@ rule eval_ensemble:
     params:
         config=RUN_CONFIG,
         depends_on=parameters("eval_ensemble"),
-        cards=lambda wildcards, input: [
-            str(Path(path).with_name("card.json")) for path in input.experts
-        ],
+        cards=lambda wildcards, input: beside(input.experts, "card.json"),
     shell:
         "python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
         " --scores {input.scores:q} --experts {params.cards:q} --out {output.metrics:q} --log {log:q}"
@@ -56,9 +54,7 @@ rule report:
         CONDA
     params:
         config=RUN_CONFIG,
-        logs=lambda wildcards, input: [
-            str(Path(path).with_name("metrics.jsonl")) for path in input.experts
-        ],
+        logs=lambda wildcards, input: beside(input.experts, "metrics.jsonl"),
     shell:
         "python -m cbtm_pipeline.report --config {params.config:q} --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
         " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --out {output:q} --log {log:q}"

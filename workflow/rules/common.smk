@@ -1,0 +1,60 @@
+# What all steps share: the validated config, the experts, the environment of the jobs.
+import json
+import os
+import sys
+from pathlib import Path
+
+SOURCES = f"{workflow.basedir}/../src"
+sys.path.insert(0, SOURCES)
+
+from cbtm_pipeline import config as schema
+from cbtm_pipeline import corpus_files, lock, plan
+
+
+# Jobs run `python -m cbtm_pipeline.<rule>` with the Python that runs Snakemake (in a conda environment, --sdm conda, with the environment's)
+# and with the sources beside this file.
+def before(first, name):
+    return os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
+
+
+os.environ.update(
+    PATH=before(Path(sys.executable).parent, "PATH"),
+    PYTHONPATH=before(SOURCES, "PYTHONPATH"),
+)
+
+try:
+    CONFIG = schema.validate(config)
+    CORPUS_FILES = corpus_files.find(CONFIG.corpus.train, CONFIG.corpus.eval)
+except (ValueError, OSError) as error:
+    sys.exit(f"{error}")
+
+OUT = CONFIG.outdir.rstrip("/")
+RUN_CONFIG = f"{OUT}/config.json"
+CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
+EXPERTS = ["seed", *plan.experts(CONFIG)]
+MANIFESTS = {
+    "corpus": f"{OUT}/shards/manifest.json",
+    "clusters": f"{OUT}/assignments/manifest.json",
+    "random": f"{OUT}/random/manifest.json",
+}
+
+
+def parameters(rule, expert=None):
+    """The config keys that a rule depends on, as one JSON string; Snakemake compares it with that of the last run."""
+    return json.dumps(schema.parameters(CONFIG, rule, expert), sort_keys=True)
+
+
+def expert_inputs(wildcards):
+    """The data and the seed model of an expert; the seed itself starts from nothing."""
+    inputs = {
+        "data": MANIFESTS[plan.data_of(wildcards.expert)[0]],
+        "tokenizer": f"{OUT}/tokenizer/tokenizer.json",
+    }
+    if wildcards.expert != "seed":
+        inputs["seed_model"] = f"{OUT}/experts/seed/model.safetensors"
+    return inputs
+
+
+def beside(paths, name):
+    """The files of this name in the folders of `paths`."""
+    return [str(Path(path).with_name(name)) for path in paths]
