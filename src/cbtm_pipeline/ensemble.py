@@ -1,0 +1,128 @@
+"""The mixture: router weights and mixed probabilities, from log-probabilities that were scored once.
+
+    p(x_t | x_<t) = sum_j w_j(t) p_j(x_t | x_<t)
+
+Two routers give w. `paper_log_weights` looks at the prefix alone (C-BTM, section 2.3). `filter_log_weights` also looks at how well each
+expert predicted the tokens of the prefix: it reads the expert as a hidden state that may switch (fixed share, Herbster and Warmuth 1998),
+with the paper's weights as the distribution it restarts from. In both, row t depends on the tokens before t alone: a token never helps to
+choose its own weights.
+
+Shapes: N tokens of all documents, one after the other; D documents; K experts; T positions in the longest document; M documents that have a
+token at position t. `logprob_NK` is the natural log-probability of each token under each expert, `d2_NK` the squared distance from the
+prefix before that token to each centre; document i is rows `offsets[i]` to `offsets[i + 1]`. Weights are natural logarithms: -inf means
+that the expert is not run. Inside, experts come first (`_KN`), so that numpy works along the tokens.
+"""
+
+import numpy as np
+
+
+def paper_log_weights(d2_NK: np.ndarray, temperature: float, top_k: int) -> np.ndarray:
+    """The paper's router: softmax of -d2 / temperature over the `top_k` nearest centres, -inf elsewhere, (N, K) float64.
+
+    Of equally near centres those with the lowest index are taken. The temperature may be infinite: then the weights are equal.
+    """
+    nearness_KN = -np.ascontiguousarray(d2_NK.T, np.float64)
+    active_KN = _largest(nearness_KN, top_k)
+    nearness_KN = (nearness_KN - nearness_KN.max(axis=0)) / temperature
+    nearness_KN[~active_KN] = -np.inf
+    return (nearness_KN - _log_sum_exp(nearness_KN)).T
+
+
+def filter_log_weights(
+    logprob_NK: np.ndarray,
+    d2_NK: np.ndarray,
+    offsets: np.ndarray,
+    temperature: float,
+    epsilon: float,
+    beta: float,
+    top_k: int,
+) -> np.ndarray:
+    """The filtering router: a belief b over experts, corrected by every token, that leaks towards the paper's weights, (N, K) float64.
+
+        prior_j(t)  proportional to  exp(-d2_j(t) / temperature)
+        w(t)        = (1 - epsilon) b(t) + epsilon prior(t)        its top_k, renormalised, mix the prediction of token t
+        b_j(t + 1)  proportional to  w_j(t) p_j(x_t)^beta          b(0) = prior(0)
+
+    With top_k < K only the active experts have seen token t. They share their own total weight among themselves by w_j p_j^beta, and the
+    others keep theirs: the update of specialists (Freund, Schapire, Singer and Warmuth 1997). No inactive log-probability is used.
+    epsilon = 1 is the paper's router; epsilon = 0 with an infinite temperature and beta = 1 is the Bayes posterior over experts.
+    """
+    # Position by position instead of document by document, the longest documents first: then the documents that still have a token at
+    # position t are the first M of those that had one at t - 1, and their rows lie side by side.
+    n_tokens_D = np.diff(offsets)
+    order_D = np.argsort(-n_tokens_D, kind="stable")
+    position_N = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_tokens_D)
+    rank_N = np.repeat(np.argsort(order_D), n_tokens_D)
+    by_position_N = np.lexsort((rank_N, position_N))
+    ends_T = np.cumsum(np.bincount(position_N))
+
+    logprior_KN = np.ascontiguousarray(paper_log_weights(d2_NK, temperature, d2_NK.shape[1]).T[:, by_position_N])
+    gain_KN = beta * logprob_NK.T[:, by_position_N].astype(np.float64)
+    logw_KN = np.empty_like(logprior_KN)
+    with np.errstate(divide="ignore"):
+        log_stay, log_leak = np.log1p(-epsilon), np.log(epsilon)
+
+    logb_KM = logprior_KN[:, : ends_T[0]] if len(ends_T) else logprior_KN
+    for begin, end in zip([0, *ends_T[:-1]], ends_T, strict=False):
+        belief_KM = _log_add(log_stay + logb_KM[:, : end - begin], log_leak + logprior_KN[:, begin:end])
+        active_KM = _largest(belief_KM, top_k)
+        mixed_KM = np.where(active_KM, belief_KM, -np.inf)
+        log_total_M = _log_sum_exp(mixed_KM)
+        mixed_KM -= log_total_M
+        logw_KN[:, begin:end] = mixed_KM
+
+        credit_KM = np.where(active_KM, mixed_KM + gain_KN[:, begin:end], -np.inf)
+        logb_KM = np.where(active_KM, credit_KM + (log_total_M - _log_sum_exp(credit_KM)), belief_KM)
+
+    logw_NK = np.empty(d2_NK.shape)
+    logw_NK[by_position_N] = logw_KN.T
+    return logw_NK
+
+
+def uniform_log_weights(n_tokens: int, n_experts: int) -> np.ndarray:
+    """Equal weights, (n_tokens, n_experts) float64."""
+    return np.full((n_tokens, n_experts), -np.log(n_experts))
+
+
+def mix(logprob_NK: np.ndarray, logw_NK: np.ndarray) -> np.ndarray:
+    """Log-probability of each token under the mixture, (N,) float64. Experts of weight -inf are not read."""
+    logw_KN = np.ascontiguousarray(logw_NK.T)
+    return _log_sum_exp(np.where(np.isneginf(logw_KN), -np.inf, logw_KN + logprob_NK.T))
+
+
+def oracle(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Log-probability of each token under the best single expert of its document, (N,) float64: a choice that needs the answer."""
+    total_KD = np.stack([document_sums(logprob_N, offsets) for logprob_N in logprob_NK.T])
+    best_N = np.repeat(total_KD.argmax(axis=0), np.diff(offsets))
+    return logprob_NK[np.arange(len(best_N)), best_N].astype(np.float64)
+
+
+def document_sums(value_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sum of a value over the tokens of each document, (D,) float64."""
+    n_documents = len(offsets) - 1
+    return np.bincount(np.repeat(np.arange(n_documents), np.diff(offsets)), weights=value_N, minlength=n_documents)
+
+
+def _largest(value_KN: np.ndarray, top_k: int) -> np.ndarray:
+    """Mask of the `top_k` largest values of each column; of equal ones, those with the lowest index."""
+    n_experts = len(value_KN)
+    if top_k >= n_experts:
+        return np.ones(value_KN.shape, bool)
+    threshold_N = np.partition(value_KN, n_experts - top_k, axis=0)[n_experts - top_k]
+    mask_KN = value_KN >= threshold_N
+    (ties,) = np.nonzero(mask_KN.sum(axis=0) > top_k)
+    if len(ties):
+        above_KN, equal_KN = value_KN[:, ties] > threshold_N[ties], value_KN[:, ties] == threshold_N[ties]
+        mask_KN[:, ties] = above_KN | (equal_KN & (equal_KN.cumsum(axis=0) <= top_k - above_KN.sum(axis=0)))
+    return mask_KN
+
+
+def _log_sum_exp(value_KN: np.ndarray) -> np.ndarray:
+    """log(sum(exp(value))) of each column, (N,); exact for a single finite value."""
+    largest_N = value_KN.max(axis=0)
+    return largest_N + np.log(np.exp(value_KN - largest_N).sum(axis=0))
+
+
+def _log_add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """log(exp(a) + exp(b)), where not both are -inf; several times faster than np.logaddexp."""
+    return np.maximum(a, b) + np.log1p(np.exp(-np.abs(a - b)))

@@ -1,0 +1,93 @@
+"""A made-up run for tests of what comes after scoring: distances, scores and cards as the pipeline would leave them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cbtm_pipeline import artifact, config, plan
+
+DEFAULTS = Path(__file__).parent.parent / "config.yaml"
+SHARDS = "5" * 32
+
+
+class Files(NamedTuple):
+    """Paths of a made-up run, by expert where there are many."""
+
+    config: Path
+    distances: Path
+    scores: dict[str, Path]
+    cards: dict[str, Path]
+    out: Path
+
+    def arguments(self) -> list[str]:
+        """The command line of eval_ensemble."""
+        return [
+            *("--config", str(self.config), "--distances", str(self.distances), "--out", str(self.out)),
+            *("--scores", *map(str, self.scores.values())),
+            *("--experts", *map(str, self.cards.values())),
+        ]
+
+
+def make_config(**sections: Any) -> config.Config:
+    """The default config with some keys changed: `make_config(cluster={"k": 2})`."""
+    defaults = config.read(DEFAULTS).model_dump()
+    for key, value in sections.items():
+        defaults[key] = {**defaults[key], **value} if isinstance(value, dict) else value
+    return config.validate(defaults)
+
+
+def make(folder: Path, cfg: config.Config, n_documents: int = 40, rng_seed: int = 0) -> Files:
+    """Write a run in which each expert is good at its cluster, and in which the nearest centre is often the right one."""
+    rng = np.random.default_rng(rng_seed)
+    k, names = cfg.cluster.k, ["seed", *plan.experts(cfg)]
+    n_tokens_D = rng.integers(1, 60, n_documents)
+    offsets = np.concatenate([[0], np.cumsum(n_tokens_D)])
+    cluster_D = rng.integers(0, k, n_documents).astype(np.int32)
+    cluster_N = np.repeat(cluster_D, n_tokens_D)
+    d2_NK = rng.uniform(0.3, 0.9, (offsets[-1], k))
+    d2_NK[np.arange(offsets[-1]), cluster_N] -= 0.2
+    difficulty_N = rng.gamma(2.0, 2.0, offsets[-1])
+
+    cfg_path = folder / "config.json"
+    config.write(cfg, cfg_path)
+    files = Files(cfg_path, folder / "route/distances.npz", {}, {}, folder / "eval/metrics.json")
+    artifact.write_npz(
+        files.distances,
+        artifact.make_meta("distances", {"clusterer": "c" * 32, "embedder": "e" * 32, "shards": SHARDS}),
+        d2_NK=d2_NK.astype(np.float32),
+        offsets=offsets.astype(np.int64),
+        n_bytes=(4 * n_tokens_D + rng.integers(0, 3, n_documents)).astype(np.int64),
+        cluster=cluster_D,
+        doc_id=np.array([f"document-{i}" for i in range(n_documents)]),
+    )
+    for name in names:
+        gain = {"seed": 0.0, "dense": 0.45, "dense-steps": 0.6, "dense-batch": 0.45}.get(name, 0.3)
+        own_N = 0.4 * (cluster_N == int(name)) if name.isdecimal() else 0.0
+        logprob_N = -np.maximum(difficulty_N - gain - own_N + rng.normal(0, 0.3, offsets[-1]), 0.01)
+        weights = artifact.fingerprint([name, rng_seed])
+        files.cards[name] = folder / f"experts/{name}/card.json"
+        made_from = {} if name == "seed" else {"seed": artifact.fingerprint(["seed", rng_seed])}
+        card = artifact.make_meta("expert", made_from, expert=name, plan=plan.expert(cfg, name), weights=weights)
+        sequences = card["plan"]["n_steps"] * card["plan"]["batch_size"]
+        artifact.write_json(files.cards[name], {**card, "n_parameters": 10**6, "train_flops": 6e6 * sequences * cfg.train.seq_len})
+        files.scores[name] = folder / f"scores/{name}.npz"
+        scored = {"expert": name, **config.parameters(cfg, "score_expert")}
+        artifact.write_npz(
+            files.scores[name],
+            artifact.make_meta("scores", {"expert": weights, "shards": SHARDS}, **scored),
+            logprob_N=logprob_N.astype(np.float32),
+        )
+    return files
+
+
+def change_npz(path: Path, kind: str, meta: dict[str, Any] | None = None, **arrays: np.ndarray) -> None:
+    """Write an npz artifact again with parts of its meta or some of its arrays replaced."""
+    old_arrays, old_meta = artifact.read_npz(path, kind)
+    artifact.write_npz(path, {**old_meta, **(meta or {})}, **{**old_arrays, **arrays})
+
+
+def change_json(path: Path, **keys: Any) -> None:
+    """Write a JSON artifact again with some keys replaced."""
+    artifact.write_json(path, {**json.loads(path.read_text()), **keys})
