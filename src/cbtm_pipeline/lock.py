@@ -4,22 +4,33 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
+
+from cbtm_pipeline.cli import log
 
 _held: dict[str, int] = {}  # the descriptors stay open, so locked, until the process ends
 
 
-def hold(folder: str | Path) -> None:
-    """Lock `folder` for this process. Raises ValueError that names the holder when another process has it."""
+def hold(folder: str | Path, wait: bool = False) -> None:
+    """Lock `folder` for this process. While another process has it: wait for that one to end, or raise ValueError that names it."""
     path = Path(folder, ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 1000, 0).decode()
-        os.close(fd)
-        raise ValueError(f"{folder}: another run is writing here ({holder}). Expected to be alone. Wait for it or stop it.") from None
+    said = False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(fd, 1000, 0).decode()
+            if not wait:
+                os.close(fd)
+                raise ValueError(f"{folder}: another run is writing here ({holder}). Expected to be alone. Wait or stop it.") from None
+            if not said:
+                log.info("%s: waiting for the process that is writing here: %s", folder, holder)
+                said = True
+            time.sleep(0.5)
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
     _held[str(path)] = fd
