@@ -55,7 +55,7 @@ def make(folder: Path, cfg: config.Config, n_documents: int = 40, rng_seed: int 
     files = Files(cfg_path, folder / "route/distances.npz", {}, {}, folder / "eval/metrics.json")
     artifact.write_npz(
         files.distances,
-        artifact.make_meta("distances", {"clusterer": "c" * 32, "embedder": "e" * 32, "shards": SHARDS}),
+        artifact.make_meta("distances", {"clusterer": "c" * 32, "embedder": "e" * 32, "shards": SHARDS}, **config.parameters(cfg, "route")),
         d2_NK=d2_NK.astype(np.float32),
         offsets=offsets.astype(np.int64),
         n_bytes=(4 * n_tokens_D + rng.integers(0, 3, n_documents)).astype(np.int64),
@@ -68,10 +68,12 @@ def make(folder: Path, cfg: config.Config, n_documents: int = 40, rng_seed: int 
         logprob_N = -np.maximum(difficulty_N - gain - own_N + rng.normal(0, 0.3, offsets[-1]), 0.01)
         weights = artifact.fingerprint([name, rng_seed])
         files.cards[name] = folder / f"experts/{name}/card.json"
-        made_from = {} if name == "seed" else {"seed": artifact.fingerprint(["seed", rng_seed])}
-        card = artifact.make_meta("expert", made_from, expert=name, plan=plan.expert(cfg, name), weights=weights)
-        sequences = card["plan"]["n_steps"] * card["plan"]["batch_size"]
-        artifact.write_json(files.cards[name], {**card, "n_parameters": 10**6, "train_flops": 6e6 * sequences * cfg.train.seq_len})
+        how = plan.expert(cfg, name)
+        origin = {"corpus": "shards", "clusters": "assignments", "random": "random"}[how["data"]]
+        made_from = {origin: SHARDS, **({} if name == "seed" else {"seed": artifact.fingerprint(["seed", rng_seed])})}
+        train_flops = 6e6 * how["n_steps"] * how["batch_size"] * how["seq_len"]
+        about = {"weights": weights, "n_parameters": 10**6, "flops_per_token": 6e6, "train_flops": train_flops}
+        artifact.write_json(files.cards[name], artifact.make_meta("expert", made_from, expert=name, plan=how, **about))
         files.scores[name] = folder / f"scores/{name}.npz"
         scored = {"expert": name, **config.parameters(cfg, "score_expert")}
         artifact.write_npz(

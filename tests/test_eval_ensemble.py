@@ -251,10 +251,18 @@ REFUSED = {
         "experts/2/card.json: made from another seed",
     ),
     "other shards": (other_shards, "scores/1.npz: made from another shards"),
-    "other stride": (lambda r: change_npz(r.scores["0"], "scores", meta={"stride": 7}), "scores/0.npz: scored with stride 7. Expected 128"),
+    "other stride": (lambda r: change_npz(r.scores["0"], "scores", meta={"stride": 7}), "scores/0.npz: made with stride 7. Expected 128"),
     "other cut": (
         lambda r: change_npz(r.scores["0"], "scores", meta={"max_document_tokens": 9}),
         "max_document_tokens 9. Expected None",
+    ),
+    "distances of other cut": (
+        lambda r: change_npz(r.distances, "distances", meta={"max_document_tokens": 9}),
+        "distances.npz: made with max_document_tokens 9. Expected None",
+    ),
+    "other clusters": (
+        lambda r: change_json(r.cards["2"], made_from={**json.loads(r.cards["2"].read_text())["made_from"], "assignments": "a" * 32}),
+        "experts/2/card.json: made from another assignments",
     ),
     "no scores": (lambda r: r.scores.pop("1"), "scores/1.npz: not given."),
     "no card": (lambda r: r.cards.pop("random-0"), "experts/random-0/card.json: not given."),

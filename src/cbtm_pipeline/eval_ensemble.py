@@ -64,6 +64,7 @@ def evaluate(cfg: config.Config, held_out: scored.Scored, cards: dict[str, dict[
         ],
         "matrix": _matrix(cfg, reported),
         "flops": _flops(cfg, cards),
+        "weights": {name: card["weights"] for name, card in cards.items()},
     }
     return {**metrics, "verdict": verdict.sentences(metrics)}
 
@@ -152,9 +153,7 @@ def _flops(cfg: config.Config, cards: dict[str, dict[str, Any]]) -> dict[str, fl
     if randoms := plan.random_experts(cfg):
         groups["random"] = randoms
     flops = {group: sum(cards[name]["train_flops"] for name in names) for group, names in groups.items()}
-    trained = cards["dense"]["plan"]
-    n_trained_tokens = trained["n_steps"] * trained["batch_size"] * trained["seq_len"]
-    return {**flops, "forward_per_token": flops["dense"] / n_trained_tokens / 3}
+    return {**flops, "forward_per_token": cards["seed"]["flops_per_token"] / 3}
 
 
 def main() -> None:

@@ -61,18 +61,20 @@ def read(
     cards_by_name = _by_expert(card_files, names, f"{cfg.outdir}/experts/{{}}/card.json")
     scores_by_name = _by_expert({path: file[1] for path, file in score_files.items()}, names, f"{cfg.outdir}/scores/{{}}.npz")
 
+    _check_how(distances, meta, config.parameters(cfg, "route"))
     seed = cards_by_name["seed"][1]["weights"]
+    origins: dict[str, str] = {}
     logprob, made_from = {}, {"distances": artifact.identity(distances)}
     for name in names:
         card_path, card = cards_by_name[name]
         if name != "seed":
             artifact.check_made_from(card_path, card, "seed", seed)
+        for origin in {"assignments", "random"} & card["made_from"].keys():  # all experts on the same clusters
+            artifact.check_made_from(card_path, card, origin, origins.setdefault(origin, card["made_from"][origin]))
         path, score_meta = scores_by_name[name]
         artifact.check_made_from(path, score_meta, "expert", card["weights"])
         artifact.check_made_from(path, score_meta, "shards", meta["made_from"]["shards"])
-        for key, expected in config.parameters(cfg, "score_expert").items():
-            if score_meta.get(key) != expected:
-                raise ValueError(f"{path}: scored with {key} {score_meta.get(key)}. Expected {expected}, as in the config. {_remake(path)}")
+        _check_how(path, score_meta, config.parameters(cfg, "score_expert"))
         logprob[name] = score_files[path][0]["logprob_N"]
         made_from[f"scores-{name}"] = artifact.identity(path)
         _check_logprob(path, logprob[name], len(arrays["d2_NK"]))
@@ -99,6 +101,12 @@ def _by_expert(metas: dict[Path, dict[str, Any]], names: list[str], where: str) 
             path = where.format(name)
             raise ValueError(f"{path}: not given. Expected one file each for {', '.join(names)}. Make it: snakemake --cores 2 {path}")
     return found
+
+
+def _check_how(path: Path, meta: dict[str, Any], how: dict[str, Any]) -> None:
+    for key, expected in how.items():
+        if meta.get(key) != expected:
+            raise ValueError(f"{path}: made with {key} {meta.get(key)}. Expected {expected}, as in the config. {_remake(path)}")
 
 
 def _check_logprob(path: Path, logprob_N: np.ndarray, n_tokens: int) -> None:
