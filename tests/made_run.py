@@ -93,3 +93,39 @@ def change_npz(path: Path, kind: str, meta: dict[str, Any] | None = None, **arra
 def change_json(path: Path, **keys: Any) -> None:
     """Write a JSON artifact again with some keys replaced."""
     artifact.write_json(path, {**json.loads(path.read_text()), **keys})
+
+
+def make_report_inputs(folder: Path, cfg: config.Config, files: Files) -> list[str]:
+    """Write what the report needs besides metrics.json, and return its command line."""
+    rng = np.random.default_rng(0)
+    k = cfg.cluster.k
+    shards, assignments, top_terms = (
+        folder / "shards/manifest.json",
+        folder / "assignments/manifest.json",
+        folder / "cluster/top_terms.json",
+    )
+    splits = [("train-00000", "train", 900), ("train-00001", "train", 334), ("eval-00000", "eval", 40)]
+    entries = [{"name": n, "split": s, "n_documents": d, "n_tokens": 300 * d, "n_bytes": 1200 * d} for n, s, d in splits]
+    about = {"shards": entries, "vocab_size": 4096, "n_quarantined": 17, "encoder": "gigatoken", "separator_id": 0}
+    artifact.write_json(shards, artifact.make_meta("shards", {"tokenizer": "d" * 32}, **about))
+    made_from = {"clusterer": "c" * 32, "shards": artifact.identity(shards)}
+    n_documents = rng.multinomial(1234, np.full(k, 1 / k)).tolist()
+    sizes = {"k": k, "n_documents": n_documents, "n_tokens": [301 * n for n in n_documents]}
+    artifact.write_json(assignments, artifact.make_meta("assignments", made_from, **sizes))
+    terms = [[f" term{j}", "<script>alert(1)</script>", "&amp;", "ünï"] for j in range(k)]
+    artifact.write_json(top_terms, artifact.make_meta("top_terms", {"clusterer": "c" * 32}, top_terms=terms))
+    logs = []
+    for name, card in files.cards.items():
+        content = json.loads(card.read_text())
+        if name in plan.cluster_experts(cfg):
+            change_json(card, made_from={**content["made_from"], "assignments": artifact.identity(assignments)})
+        n_steps, n_tokens = content["plan"]["n_steps"], content["plan"]["batch_size"] * content["plan"]["seq_len"]
+        start = 8.3 if name == "seed" else 5.5
+        loss = 4.2 + (start - 4.2) * np.exp(-np.arange(n_steps) / 60) + rng.normal(0, 0.08, n_steps)
+        rows = [{"step": i + 1, "loss": float(x), "lr": 1e-3, "n_tokens": (i + 1) * n_tokens} for i, x in enumerate(loss)]
+        logs.append(card.with_name("metrics.jsonl"))
+        logs[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *("--config", str(files.config), "--metrics", str(files.out), "--top-terms", str(top_terms), "--assignments", str(assignments)),
+        *("--shards", str(shards), "--training", *map(str, logs), "--out", str(folder / "report.html")),
+    ]
