@@ -117,7 +117,7 @@ class Run(_Section):
 
 class Config(_Section):
     outdir: str
-    seed: int
+    seed: Annotated[int, Field(ge=0)]
     corpus: Corpus
     tokenizer: Tokenizer
     embed: Embed
