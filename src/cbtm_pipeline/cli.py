@@ -11,15 +11,11 @@ from pathlib import Path
 log = logging.getLogger("cbtm")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """An argument parser with the options that every module takes: `--config` and `--log`."""
+def parser(description: str | None, config: bool = True) -> argparse.ArgumentParser:
+    """An argument parser with the options that modules share: `--config` and `--log`."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--config",
-        required=True,
-        type=Path,
-        help="config.yaml, or the config.json that a run leaves in its outdir",
-    )
+    if config:
+        p.add_argument("--config", required=True, type=Path, help="config.yaml, or the config.json that a run leaves in its outdir")
     p.add_argument("--log", type=Path, help="also write the log lines to this file")
     return p
 

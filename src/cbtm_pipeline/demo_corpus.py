@@ -9,7 +9,6 @@ of 1500 to 2500 characters; `build` takes so many bytes of each domain and shuff
 The outcome must not depend on Python's version: no HTML parser, no text of the standard library.
 """
 
-import argparse
 import hashlib
 import html
 import importlib.metadata
@@ -304,10 +303,13 @@ def _expected(source: Source) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description="Write the demo corpus: zstd-compressed JSON lines with id, text and domain.")
+    p = cli.parser(__doc__, config=False)
     p.add_argument("--out", required=True, type=Path, help="file to write, such as results/demo/corpus.jsonl.zst")
     args = p.parse_args(argv)
-    lines = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in build())
+    cli.start_logging("demo_corpus", args.log)
+    rows = [orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in build()]
+    lines = b"".join(rows)
+    cli.log.info("%d documents of %d domains, %.1f MB", len(rows), len(DOMAINS), len(lines) / 1e6)
     with artifact.publish(args.out) as tmp:
         tmp.write_bytes(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(lines))
 

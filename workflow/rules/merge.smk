@@ -18,6 +18,7 @@ rule route:
         " --clusterer {input.clusterer:q} --tokenizer {input.tokenizer:q} --out {output:q} --log {log:q}"
 
 
+# The table that this prints is shown when the run is over.
 rule eval_ensemble:
     input:
         distances=f"{OUT}/route/distances.npz",
@@ -37,6 +38,7 @@ rule eval_ensemble:
     shell:
         "python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
         " --scores {input.scores:q} --experts {params.cards:q} --out {output.metrics:q} --log {log:q}"
+        " > /dev/null"
 
 
 rule report:
