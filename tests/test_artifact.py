@@ -23,6 +23,12 @@ def test_publish_is_all_or_nothing(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["x.txt"]
 
 
+def test_publish_passes_on_errors_about_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error, artifact.publish(tmp_path / "x"):
+        (tmp_path / "input").read_bytes()
+    assert str(error.value.filename) == str(tmp_path / "input")
+
+
 def test_publish_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     target = tmp_path / "x.txt"
     code = (

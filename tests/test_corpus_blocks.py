@@ -111,7 +111,7 @@ def test_long_element_of_an_array(tmp_path: Path) -> None:
         (b"", []),
         (b" \n\t\n", []),
         (b"a\nb\n\nc\n", [b"a\nb", b"c"]),
-        (b"\n\na\r\nb\r\n \r\n\r\nc", [b"a\r\nb\r", b"c"]),
+        (b"\n\na\r\nb\r\n \r\n\r\nc", [b"a\r\nb", b"c"]),
         (b"\xef\xbb\xbf\n" + b"word\n" * 500, [b"\n".join([b"word"] * 500)]),
     ],
 )

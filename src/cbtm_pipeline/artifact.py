@@ -35,6 +35,8 @@ def publish(path: str | Path) -> Iterator[Path]:
         tmp.replace(path)
         _fsync(path.parent)
     except OSError as error:
+        if error.filename is not None and str(error.filename) != str(tmp):
+            raise  # about another file, used while this one was being written
         # pyarrow and numpy report a full disk without saying which file it was
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:

@@ -222,12 +222,12 @@ def _text_blocks(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[byte
             if line and not line.isspace():
                 block.append(line)
             elif block:
-                found.append(b"\n".join(block))
+                found.append(b"\n".join(block).removesuffix(b"\r"))
                 block = []
         if found:
             yield found
     if block and not stream.broken:
-        yield [b"\n".join(block)]
+        yield [b"\n".join(block).removesuffix(b"\r")]
 
 
 def _table_parts(number: int, path: Path, name: str, size: int, text_field: str, id_field: str) -> Iterator[Part]:

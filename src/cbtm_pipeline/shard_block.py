@@ -1,0 +1,184 @@
+"""One block of raw records made into shards: parsed, validated, split, tokenised, written. This is what the workers of rule `shard` do."""
+
+import functools
+import heapq
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cbtm_pipeline import artifact, corpus_rows, duplicates, tokenizer, tokens
+from cbtm_pipeline.corpus_blocks import Part
+from cbtm_pipeline.corpus_rows import BadRow, Document
+
+SPILL = ".spill"  # folder of what is needed only until the manifest is written
+HELD_OUT = "held-out.npy"  # in it: sorted hashes of the held-out texts, where corpus.eval gives them
+SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("n_tokens", pa.int32()), ("n_bytes", pa.int64())])
+_N_SPREAD, _N_LONGEST, _SAMPLED_BYTES = 64, 4, 1 << 14
+_ROW_GROUP_BYTES = 1 << 23
+
+Entry = dict[str, Any]  # what the manifest says about a shard
+Split = Literal["train", "eval", "both"]
+
+
+class Setup(NamedTuple):
+    """What every block is made with."""
+
+    folder: Path
+    tokenizer_json: Path
+    identity: str  # of tokenizer_json
+    separator_id: int
+    vocab_size: int
+    text_field: str
+    id_field: str
+    eval_fraction: float
+
+
+class Block(NamedTuple):
+    """Records that become one shard: of training documents, of held-out ones, or (`both`) one of each, split by a hash of the text."""
+
+    number: int
+    split: Split
+    parts: list[Part]
+
+
+class Made(NamedTuple):
+    """What came of a block."""
+
+    shards: list[Entry]
+    bad: list[BadRow]
+    held_out: np.ndarray  # hashes of the texts, for the blocks of corpus.eval
+    n_read: int  # bytes of the corpus files
+    n_sampled: int  # documents on which gigatoken was compared with the reference
+    why_slow: str  # why the reference encoded the block; "" if gigatoken did
+
+
+def make(setup: Setup, block: Block) -> Made:
+    """Make the block's shards, and in the folder SPILL a list of their ids. A shard without documents is not written."""
+    n_read = sum(part.n_read for part in block.parts)
+    documents: list[Document] = []
+    bad: list[BadRow] = []
+    while block.parts:  # so that raw and parsed records are not held together
+        for row in corpus_rows.read(block.parts.pop(0), setup.text_field, setup.id_field):
+            if isinstance(row, Document):
+                documents.append(row)
+            else:
+                bad.append(row)
+    hashes = [corpus_rows.text_hash(document.text) for document in documents]
+    in_held_out = _among(hashes, setup.folder / SPILL / HELD_OUT if block.split == "train" else None)
+
+    encoder = _encoder(setup.tokenizer_json, setup.identity)
+    sample = _sample([document.text for document in documents])
+    why_slow = encoder.why_slow or ("" if encoder.agrees(sample) else "gigatoken encodes the sample differently")
+    dtype = tokens.dtype_for(setup.vocab_size)
+    ids = [encoder.encode(document.text, fast=not why_slow).astype(dtype) for document in documents]
+
+    rows: dict[str, list[int]] = {"train": [], "eval": []}
+    for i, document in enumerate(documents):
+        if in_held_out[i]:
+            bad.append(BadRow(document.file, document.line, "held-out text: a document of corpus.eval has exactly this text"))
+        elif not len(ids[i]):
+            bad.append(BadRow(document.file, document.line, "no tokens: the tokenizer drops every character of the text"))
+        elif block.split == "both":
+            rows["eval" if corpus_rows.uniform(hashes[i]) < setup.eval_fraction else "train"].append(i)
+        else:
+            rows[block.split].append(i)
+
+    shards = []
+    for split, taken in rows.items():
+        if taken:
+            name = f"{split}-{block.number:05d}"
+            some = [documents[i] for i in taken]
+            shards.append(_write(setup, name, _tables(some, ids_of := [ids[i] for i in taken]), _joined(ids_of, setup.separator_id)))
+            duplicates.write(spilled(setup, name), [d.id for d in some], [d.file for d in some], [d.line for d in some])
+    held_out = np.array(hashes if block.split == "eval" else [], "S16")
+    return Made(shards, sorted(bad), held_out, n_read, len(sample), why_slow)
+
+
+def spilled(setup: Setup, name: str) -> Path:
+    """Where a shard's ids are listed."""
+    return setup.folder / SPILL / f"{name}.npy"
+
+
+def _among(hashes: list[bytes], path: Path | None) -> np.ndarray:
+    """Which of the hashes are in the sorted array at `path`."""
+    known = np.zeros(len(hashes), bool)
+    if path is not None and path.exists() and len(held_out := np.load(path, mmap_mode="r", allow_pickle=False)):
+        wanted = np.array(hashes, "S16")
+        known = held_out[np.minimum(np.searchsorted(held_out, wanted), len(held_out) - 1)] == wanted
+    return known
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(tokenizer_json: Path, identity: str) -> tokenizer.Encoder:
+    return tokenizer.Encoder(tokenizer_json)
+
+
+def _sample(texts: list[bytes]) -> list[bytes]:
+    """Texts spread over the block and its longest ones, each cut."""
+    spread = np.linspace(0, len(texts) - 1, _N_SPREAD).astype(int) if texts else []
+    longest = heapq.nlargest(_N_LONGEST, range(len(texts)), key=lambda i: len(texts[i]))
+    return [texts[i][:_SAMPLED_BYTES].decode("utf-8", "ignore").encode() for i in sorted({*map(int, spread), *longest})]
+
+
+def _joined(ids: list[np.ndarray], separator_id: int) -> tokens.Documents:
+    """Documents as they are stored, each with the separator in front."""
+    separator = np.array([separator_id], ids[0].dtype)
+    offsets = np.cumsum([0, *(1 + len(x) for x in ids)])
+    return tokens.Documents(np.concatenate([part for x in ids for part in (separator, x)]), offsets)
+
+
+def _tables(documents: list[Document], ids: list[np.ndarray]) -> Iterator[pa.Table]:
+    """The documents' columns, one table per row group."""
+    start = 0
+    while start < len(documents):
+        stop, n_bytes = start, 0
+        while stop < len(documents) and n_bytes < _ROW_GROUP_BYTES:
+            n_bytes += len(documents[stop].text)
+            stop += 1
+        some = documents[start:stop]
+        text = pa.array([d.text for d in some], pa.binary()).cast(pa.string())
+        columns = [[d.id for d in some], text, [len(x) for x in ids[start:stop]], [len(d.text) for d in some]]
+        yield pa.table([pa.array(c, f.type) if isinstance(c, list) else c for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+        start = stop
+
+
+def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: tokens.Documents) -> Entry:
+    """Write a shard's two files."""
+    made_from = {"tokenizer": setup.identity}
+    schema = SCHEMA.with_metadata({"cbtm": json.dumps(artifact.make_meta("documents", made_from), sort_keys=True)})
+    n_bytes = 0
+    with (
+        artifact.publish(setup.folder / f"{name}.parquet") as tmp,
+        pq.ParquetWriter(tmp, schema, compression="zstd", use_dictionary=False) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
+            n_bytes += sum(table["n_bytes"].to_pylist())
+    path = setup.folder / f"{name}.arrow"
+    tokens.write(path, artifact.make_meta("tokens", made_from), [documents])
+    return {
+        "name": name,
+        "split": name.partition("-")[0],
+        "n_documents": len(documents),
+        "n_tokens": int(documents.n_tokens.sum()),
+        "n_bytes": n_bytes,
+        "identity_tokens": artifact.identity(path),
+    }
+
+
+def drop(setup: Setup, entry: Entry, rows: np.ndarray) -> tuple[Entry | None, list[str]]:
+    """Write a shard again without some rows. Returns its new entry, None if nothing remains, and the ids of the dropped documents."""
+    paths = [setup.folder / f"{entry['name']}{suffix}" for suffix in (".parquet", ".arrow")]
+    table = pq.read_table(paths[0])
+    dropped = table["doc_id"].take(pa.array(rows)).to_pylist()
+    keep = np.setdiff1d(np.arange(len(table)), rows)
+    if not len(keep):
+        for path in paths:
+            path.unlink()
+        return None, dropped
+    return _write(setup, entry["name"], [table.take(pa.array(keep))], tokens.read(paths[1], 0).take(keep)), dropped
