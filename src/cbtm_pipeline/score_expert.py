@@ -1,0 +1,130 @@
+"""Score the held-out text with one expert: the natural log-probability of every token, given the separator and all tokens before it.
+
+    python -m cbtm_pipeline.score_expert --config results/config.json --expert-weights results/experts/0/model.safetensors \\
+        --shards results/shards/manifest.json --out results/scores/0.npz --threads 1
+
+Rows are those of heldout.py. In float32 throughout, on CPU and GPU alike.
+
+Shapes: B windows, T inputs of the longest of them, V tokens in the vocabulary, N held-out tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from cbtm_pipeline import artifact, cli, config, corpus, expert, heldout, model
+from cbtm_pipeline.cli import log
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 4096  # in one forward pass
+LOGIT_BYTES = 1 << 28  # of one forward pass, which a large vocabulary makes smaller
+
+
+class Window(NamedTuple):
+    """Inputs `tokens` and the tokens after them, of which those from the `n_context`-th on are scored into `rows`."""
+
+    tokens: np.ndarray
+    n_context: int
+    rows: slice
+
+
+def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, first, stop): inputs start ... stop - 1 of a document are read, and from input `first` on what follows is scored.
+
+    Input t predicts token x_t, t < n_tokens; input 0 is the separator. Every token is scored exactly once, from at least
+    context - stride + 1 inputs (the separator counted) or all there are; no window has more than `context` inputs.
+    """
+    first, stop = 0, min(n_tokens, context)
+    while first < stop:
+        yield max(0, stop - context), first, stop
+        first, stop = stop, min(n_tokens, stop + stride)
+
+
+def cut(documents: Sequence[np.ndarray], context: int, stride: int) -> Iterator[Window]:
+    """The windows of documents `[sep, x_0, ..., x_(n-1)]`, with the rows of their scored tokens."""
+    row = 0
+    for document in documents:
+        n_tokens = len(document) - 1
+        for start, first, stop in windows(n_tokens, context, stride):
+            yield Window(document[start : stop + 1], first - start, slice(row + first, row + stop))
+        row += n_tokens
+
+
+def batched(all_windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Batches of windows of similar length, the longest first, with at most `batch_tokens` inputs each, padding counted."""
+    order = sorted(all_windows, key=lambda window: -len(window.tokens))
+    while order:
+        n = max(1, batch_tokens // (len(order[0].tokens) - 1))
+        yield order[:n]
+        order = order[n:]
+
+
+def logprobs(net: "PreTrainedModel", batch: Sequence[Window]) -> np.ndarray:
+    """Log-probability of what follows each input (float32, (B, T)); beyond a window's end it means nothing.
+
+    Windows are padded on the right: a causal model never looks there, so no mask is needed.
+    """
+    tokens_BT = np.zeros((len(batch), len(batch[0].tokens)), np.int64)
+    for row, window in zip(tokens_BT, batch, strict=True):
+        row[: len(window.tokens)] = window.tokens
+    with torch.inference_mode():
+        ids = torch.from_numpy(tokens_BT).to(net.device)
+        logits_BTV = net(input_ids=ids[:, :-1], use_cache=False).logits.float()
+        chosen_BT = logits_BTV.gather(2, ids[:, 1:, None]).squeeze(2)
+        return (chosen_BT - logits_BTV.logsumexp(2)).cpu().numpy()
+
+
+def score(
+    net: "PreTrainedModel", documents: Sequence[np.ndarray], context: int, stride: int, batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
+    """Log-probability of every token of the documents `[sep, x_0, ..., x_(n-1)]`, separators left out, in order (float32, (N,))."""
+    n_tokens = sum(len(document) - 1 for document in documents)
+    batch_tokens = min(batch_tokens, LOGIT_BYTES // (4 * net.config.get_text_config().vocab_size))
+    logprob_N = np.full(n_tokens, np.nan, np.float32)
+    progress = cli.Progress("scored", n_tokens, "tokens")
+    for batch in batched(list(cut(documents, context, stride)), batch_tokens):
+        for scored_T, window in zip(logprobs(net, batch), batch, strict=True):
+            logprob_N[window.rows] = scored_T[window.n_context : len(window.tokens) - 1]
+            progress.add(window.rows.stop - window.rows.start)
+    return logprob_N
+
+
+def main() -> None:
+    p = cli.parser(__doc__)
+    p.add_argument("--expert-weights", required=True, type=Path, help="model.safetensors of the expert, its folder around it")
+    p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
+    p.add_argument("--out", required=True, type=Path, help="npz to write")
+    p.add_argument("--threads", type=int, default=1)
+    args = p.parse_args()
+    how = config.parameters(config.read(args.config), "score_expert")
+    card = expert.read_card(args.expert_weights)
+    cli.start_logging(f"score {card['expert']}", args.log)
+    torch.set_num_threads(args.threads)
+
+    manifest, shards = artifact.read_json(args.shards, "shards"), artifact.identity(args.shards)
+    if card["corpus"] != shards:
+        raise ValueError(
+            f"{args.expert_weights}: trained on the corpus of another {args.shards} ({card['corpus']}). Expected {shards}. "
+            f"Make it again: snakemake --cores 2 --force {args.expert_weights}"
+        )
+    for entry in corpus.entries(args.shards, manifest, "eval"):
+        corpus.check_file(args.shards.with_name(f"{entry['name']}.arrow"), entry["identity_tokens"], "shard")
+    documents = [document for _, document in heldout.documents(args.shards.parent, manifest, how["max_document_tokens"])]
+
+    net = model.load(args.expert_weights.parent).eval()
+    model.to_device(net)
+    logprob_N = score(net, documents, how["context"], how["stride"])
+    if not np.isfinite(logprob_N).all():
+        raise ValueError(f"{args.expert_weights}: its log-probabilities are no finite numbers. Expected finite ones. Lower train.lr.")
+    meta = artifact.make_meta("scores", {"expert": card["weights"], "shards": shards}, expert=card["expert"], **how)
+    artifact.write_npz(args.out, meta, logprob_N=logprob_N)
+    log.info("%d tokens, %.4f nats each", len(logprob_N), -logprob_N.mean() if len(logprob_N) else 0)
+
+
+if __name__ == "__main__":
+    cli.run(main)
