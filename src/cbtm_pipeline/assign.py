@@ -1,0 +1,173 @@
+"""Give every training document to a cluster, and write each shard's tokens again, grouped by cluster.
+
+    python -m cbtm_pipeline.assign --config config.yaml --shards results/shards/manifest.json --vectors results/embed/manifest.json \\
+        --clusterer results/cluster/clusterer.npz --out results/assignments/manifest.json
+    python -m cbtm_pipeline.assign --config config.yaml --random --shards results/shards/manifest.json --out results/random/manifest.json
+
+One streaming argmin of squared distance plus price; memory holds one shard, whatever the corpus. The prices balance the documents that
+they were fitted on. Where the corpus holds more, passes over its vectors first mend what sampling left (`prices.refine`); the clusterer
+keeps its own. Random clusters are the control: equally heavy, and dealt without a look at the text.
+
+Shapes: N documents of a shard, R documents of a chunk, D dimensions, K clusters.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cbtm_pipeline import artifact, cli, config, corpus, embed, kmeans, prices, tokens
+
+CHUNK_ROWS = 1 << 14
+
+Labels = tuple[np.ndarray, np.ndarray | None]
+Labeller = Callable[[corpus.Entry, tokens.Documents, list[str]], Labels]
+
+
+def deal(doc_ids: list[str], n_tokens_N: np.ndarray, n_documents_K: np.ndarray, n_tokens_K: np.ndarray, rng_seed: int) -> np.ndarray:
+    """Random clusters (int32) of a shard's documents, equal in documents to within one and in tokens to within about a document.
+
+    Documents are dealt like cards, in the order of a keyed hash of their ids: one to each cluster, the longest of k to the cluster with
+    the fewest tokens so far. `n_documents_K` and `n_tokens_K` say what earlier shards gave to each cluster; they are updated.
+    """
+    k = len(n_tokens_K)
+    key = str(rng_seed).encode()
+    hashes = [int.from_bytes(hashlib.blake2b(doc_id.encode(), key=key, digest_size=8).digest()) for doc_id in doc_ids]
+    order = np.argsort(np.array(hashes, np.uint64), kind="stable")
+    labels_N = np.empty(len(doc_ids), np.int32)
+    for start in range(0, len(order), k):
+        hand = order[start : start + k]
+        hand = hand[np.argsort(-n_tokens_N[hand], kind="stable")]
+        takers = np.lexsort((n_tokens_K, n_documents_K))[: len(hand)]
+        takers = takers[np.argsort(n_tokens_K[takers], kind="stable")]
+        labels_N[hand] = takers
+        n_documents_K[takers] += 1
+        n_tokens_K[takers] += n_tokens_N[hand]
+    return labels_N
+
+
+def by_clusterer(
+    shards: Path, train: list[corpus.Entry], vectors: Path, clusterer: Path
+) -> tuple[Labeller, int, dict[str, str], dict[str, Any]]:
+    """How documents find their cluster, the number of clusters, `made_from`, and what the manifest says about the prices."""
+    manifest = embed.read_manifest(vectors, shards)
+    arrays, meta = artifact.read_npz(clusterer, "clusterer")
+    artifact.check_made_from(clusterer, meta, "vectors", artifact.identity(vectors))
+    centres_KD, prices_K, certificate = arrays["centres_KD"], arrays["prices_K"], meta["certificate"]
+    by_name = {entry["name"]: entry for entry in manifest["shards"]}
+    made_with = "clusterer"
+
+    def read_chunks() -> Iterable[prices.Chunk]:
+        for entry in train:
+            x_ND = embed.read_vectors(vectors.parent, by_name[entry["name"]])
+            n_tokens_N = corpus.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
+            weights_N = np.maximum(n_tokens_N, 1) if certificate["balance"] == "tokens" else np.ones(len(x_ND))
+            for start in range(0, len(x_ND), CHUNK_ROWS):
+                rows = slice(start, start + CHUNK_ROWS)
+                yield x_ND[rows], weights_N[rows]
+
+    if certificate["balance"] != "none" and sum(entry["n_documents"] for entry in train) > certificate["n_documents"]:
+        prices_K, balance = prices.refine(read_chunks, centres_KD, prices_K)
+        made_with = "clusterer" if np.array_equal(prices_K, arrays["prices_K"]) else "corpus"
+        cli.log.info("prices of the %s balance the whole corpus: largest load over mean %.3f", made_with, balance)
+
+    def label(entry: corpus.Entry, documents: tokens.Documents, doc_ids: list[str]) -> Labels:
+        return kmeans.assign(embed.read_vectors(vectors.parent, by_name[entry["name"]]), centres_KD, prices_K)
+
+    made_from = {"clusterer": artifact.identity(clusterer), "shards": artifact.identity(shards)}
+    about = {"balance": certificate["balance"], "prices": made_with, "prices_K": prices_K.tolist()}
+    return label, len(centres_KD), made_from, about
+
+
+def at_random(shards: Path, train: list[corpus.Entry], k: int, rng_seed: int) -> tuple[Labeller, int, dict[str, str], dict[str, Any]]:
+    """The same for random clusters."""
+    n = sum(entry["n_documents"] for entry in train)
+    if k > n:
+        raise ValueError(f"cluster.k: {k}. Expected at most {n}, the number of documents. Lower cluster.k or add documents.")
+    n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
+
+    def label(entry: corpus.Entry, documents: tokens.Documents, doc_ids: list[str]) -> Labels:
+        return deal(doc_ids, documents.n_tokens, n_documents_K, n_tokens_K, rng_seed), None
+
+    return label, k, {"shards": artifact.identity(shards)}, {"balance": "random"}
+
+
+def write_shard(
+    folder: Path, name: str, documents: tokens.Documents, doc_ids: list[str], labels: Labels, k: int, made_from: dict[str, str]
+) -> None:
+    """Write a shard's Parquet file, rows as in the shard, and its tokens in k groups, each in the order of the shard."""
+    labels_N, d2_N = labels
+    columns = {
+        "doc_id": pa.array(doc_ids, pa.string()),
+        "cluster": pa.array(labels_N, pa.int32()),
+        "n_tokens": pa.array(documents.n_tokens, pa.int32()),
+        "d2": pa.nulls(len(labels_N), pa.float32()) if d2_N is None else pa.array(d2_N, pa.float32()),
+    }
+    meta: dict[bytes | str, bytes | str] = {"cbtm": json.dumps(artifact.make_meta("assignments", made_from), sort_keys=True)}
+    with artifact.publish(folder / f"{name}.parquet") as tmp:
+        pq.write_table(pa.table(columns).replace_schema_metadata(meta), tmp, compression="zstd")
+    groups = (documents.take(np.flatnonzero(labels_N == j)) for j in range(k))
+    tokens.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), groups)
+
+
+def write_all(shards: Path, train: list[corpus.Entry], out: Path, label: Labeller, k: int, made_from: dict[str, str]) -> dict[str, Any]:
+    """Assign and write shard by shard; return what the manifest says of them. Raises ValueError if a cluster ends up empty."""
+    n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
+    progress = cli.Progress("assigned", sum(entry["n_documents"] for entry in train), "documents")
+    written = []
+    for entry in train:
+        documents = corpus.documents(shards.parent, entry)
+        doc_ids = corpus.attributes(shards.parent, entry, ["doc_id"])["doc_id"].to_pylist()
+        labels = label(entry, documents, doc_ids)
+        write_shard(out.parent, entry["name"], documents, doc_ids, labels, k, made_from)
+        n_documents_K += np.bincount(labels[0], minlength=k)
+        n_tokens_K += np.bincount(labels[0], documents.n_tokens, k).astype(np.int64)
+        written.append({"name": entry["name"], "identity_tokens": artifact.identity(out.with_name(f"{entry['name']}.arrow"))})
+        progress.add(entry["n_documents"])
+    if not n_tokens_K.all():
+        empty = np.flatnonzero(n_tokens_K == 0)
+        raise ValueError(
+            f"cluster.k: {k}, of which cluster {empty[0]} and {len(empty) - 1} more are empty. Expected documents in each. "
+            "Lower cluster.k, or raise cluster.fit_documents."
+        )
+    largest = {"documents": n_documents_K, "tokens": n_tokens_K}
+    loads = {what: {"max": float(n_K.max() / n_K.mean()), "min": float(n_K.min() / n_K.mean())} for what, n_K in largest.items()}
+    cli.log.info("documents per cluster %s, tokens %s", n_documents_K.tolist(), n_tokens_K.tolist())
+    cli.log.info("largest cluster over mean: %.3f in documents, %.3f in tokens", loads["documents"]["max"], loads["tokens"]["max"])
+    return {"shards": written, "k": k, "n_documents": n_documents_K.tolist(), "n_tokens": n_tokens_K.tolist(), "load_over_mean": loads}
+
+
+def main() -> None:
+    p = cli.parser(__doc__)
+    p.add_argument("--random", action="store_true", help="random clusters of equal weight instead")
+    p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
+    p.add_argument("--vectors", type=Path, help="embed/manifest.json")
+    p.add_argument("--clusterer", type=Path, help="cluster/clusterer.npz")
+    p.add_argument("--out", required=True, type=Path, help="assignments/manifest.json; the assigned shards go beside it")
+    args = p.parse_args()
+    _check_inputs(p, args)
+    cli.start_logging("assign_random" if args.random else "assign", args.log)
+
+    cfg = config.read(args.config)
+    train = corpus.entries(args.shards, artifact.read_json(args.shards, "shards"), "train")
+    if args.random:
+        label, k, made_from, about = at_random(args.shards, train, **config.parameters(cfg, "assign_random"))
+    else:
+        label, k, made_from, about = by_clusterer(args.shards, train, args.vectors, args.clusterer)
+    content = write_all(args.shards, train, args.out, label, k, made_from)
+    artifact.write_json(args.out, artifact.make_meta("assignments", made_from, **content, **about))
+
+
+def _check_inputs(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.random == bool(args.vectors or args.clusterer) or bool(args.vectors) != bool(args.clusterer):
+        p.error("give either --vectors and --clusterer, or --random")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,155 @@
+"""Linear tf-idf over token ids: an embedding of text that is a sum over its tokens, so that every prefix costs one more addition.
+
+    h(x) = s / |s|,   s = sum over the tokens x_i of E[x_i],   E = diag(idf^p) V
+
+idf_v = ln((1 + N) / (1 + df_v)) + 1, smoothed as if one more document held every term (scikit-learn's smooth_idf), and V the right
+singular vectors of the documents' tf-idf rows. Only while V is sought do the rows count a term's repetitions by 1 + ln(count) and have
+length one: long and repetitive documents would own the leading components otherwise. s stays linear in the counts. Terms in too many or
+too few documents, and the separator, have zero rows in E; text made only of these has the zero vector.
+
+Shapes: N documents, V terms (token ids), D components, T tokens of one document with its separator first, R rows of one chunk.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+from sklearn.preprocessing import normalize
+from sklearn.utils.extmath import randomized_svd
+
+from cbtm_pipeline.tokens import Documents
+
+log = logging.getLogger("cbtm")
+
+CHUNK_TOKENS = 1 << 22  # of documents embedded at once; a longer document is its own chunk
+CHUNK_PREFIXES = 1 << 15
+SAME = 1e-5  # singular values below this share of the first are float32 rounding, and their vectors noise
+
+
+class Embedder(NamedTuple):
+    """`E_VD`: what each token adds to the embedding (float32). `idf_V`: the weight of each term, idf^p, zero where dropped (float32)."""
+
+    E_VD: np.ndarray
+    idf_V: np.ndarray
+
+
+def count(documents: Documents, vocab_size: int) -> sparse.csr_array:
+    """Term counts of each document as float32, shape (N, V). Raises ValueError for a token id outside the vocabulary."""
+    chunks = []
+    for chunk in _chunks(documents):
+        # there and back by columns sorts each row in linear time; sum_duplicates alone would sort it by comparison
+        counts_RV = _one_per_token(chunk, vocab_size, np.float32).tocsc().tocsr()
+        counts_RV.sum_duplicates()
+        chunks.append(counts_RV)
+    return sparse.csr_array(sparse.vstack(chunks, "csr")) if chunks else sparse.csr_array((0, vocab_size), dtype=np.float32)
+
+
+def fit(
+    counts_NV: sparse.csr_array,
+    *,
+    separator_id: int,
+    n_components: int,
+    idf_power: float,
+    max_df: float,
+    min_df: int,
+    rng_seed: int,
+) -> Embedder:
+    """Weights and components from the counts of the fitted documents.
+
+    A term is kept if at least `min_df` documents and at most the share `max_df` of them hold it. Where N is so small that the limits
+    exclude each other they give way: min_df counts as at most N, and terms in min_df documents are always kept. D is at most
+    `n_components`, and lower where documents or terms are too few for more. Raises ValueError if no term is kept.
+    """
+    n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
+    df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
+    lowest = min(min_df, n)
+    kept_V = (df_V >= max(lowest, 1)) & (df_V <= max(max_df * n, lowest))
+    kept_V[separator_id] = False
+    if min_df > max_df * n:
+        log.warning("embed.min_df %d and embed.max_df %g exclude each other in %d documents and give way", min_df, max_df, n)
+    if not kept_V.any():
+        raise ValueError(
+            f"embed.min_df, embed.max_df: {min_df} and {max_df:g} drop every term of {n} documents. "
+            "Expected some to be left. Lower min_df or raise max_df."
+        )
+    idf_V = np.where(kept_V, (np.log((1 + n) / (1 + df_V)) + 1) ** idf_power, 0)
+
+    terms_U = np.flatnonzero(kept_V)
+    rows_NU = rows(counts_NV[:, terms_U], idf_V[terms_U])
+    n_possible = min(n_components, n, len(terms_U))
+    _, strength_D, V_DU = randomized_svd(rows_NU, n_possible, random_state=rng_seed)
+    V_DU = V_DU[strength_D > SAME * strength_D[0]]
+    if len(V_DU) < n_components:
+        log.info(
+            "%d documents with %d usable terms give %d components, fewer than embed.n_components (%d)",
+            n,
+            len(terms_U),
+            len(V_DU),
+            n_components,
+        )
+
+    E_VD = np.zeros((vocab_size, len(V_DU)), np.float32)
+    E_VD[terms_U] = idf_V[terms_U, None] * V_DU.T
+    return Embedder(E_VD, idf_V.astype(np.float32))
+
+
+def rows(counts_NV: sparse.csr_array, idf_V: np.ndarray) -> sparse.csr_array:
+    """The documents' tf-idf rows (1 + ln count) idf_v, of length one (zero rows stay zero), as float32."""
+    rows_NV = counts_NV.copy()
+    rows_NV.data = ((1 + np.log(rows_NV.data)) * idf_V[rows_NV.indices]).astype(np.float32)
+    return sparse.csr_array(normalize(rows_NV, copy=False))
+
+
+def embed(documents: Documents, E_VD: np.ndarray) -> np.ndarray:
+    """Embedding of each document, float32 (N, D), of length one or zero. Raises ValueError for a token id outside the vocabulary."""
+    vocab_size, n_components = E_VD.shape
+    E_VD = E_VD.astype(np.float64)
+    chunks = [_normalise(_one_per_token(chunk, vocab_size, np.float64) @ E_VD) for chunk in _chunks(documents)]
+    return np.concatenate([np.empty((0, n_components), np.float32), *chunks])
+
+
+def embed_prefixes(x_T: np.ndarray, E_VD: np.ndarray, chunk_rows: int = CHUNK_PREFIXES) -> Iterator[np.ndarray]:
+    """Embeddings of every prefix of a document `[sep, x_0, ..., x_(n-1)]`, in chunks of float32 (R, D), n + 1 rows in all.
+
+    Row t is h(x_0 ... x_(t-1)), so row 0 is the zero vector and row n equals `embed` of the document. Sums are float64 and taken from left
+    to right: no later token, and no choice of `chunk_rows`, changes a bit of a row. Raises ValueError for an id outside the vocabulary.
+    """
+    _check_ids(x_T, len(E_VD))
+    sum_D = np.zeros(E_VD.shape[1])
+    for start in range(0, len(x_T), chunk_rows):
+        s_RD = E_VD[x_T[start : start + chunk_rows]].astype(np.float64)
+        s_RD[0] += sum_D
+        np.cumsum(s_RD, axis=0, out=s_RD)
+        sum_D = s_RD[-1].copy()
+        yield _normalise(s_RD)
+
+
+def _one_per_token(documents: Documents, vocab_size: int, dtype: type[np.floating]) -> sparse.csr_array:
+    """Rows that hold a one for each token, repetitions side by side: their products with a matrix are sums over tokens, in text order."""
+    _check_ids(documents.values, vocab_size)
+    ones = np.ones(len(documents.values), dtype)
+    return sparse.csr_array((ones, documents.values.astype(np.int32), documents.offsets), shape=(len(documents), vocab_size))
+
+
+def _check_ids(values: np.ndarray, vocab_size: int) -> None:
+    highest = int(values.max(initial=0))
+    if highest >= vocab_size:
+        raise ValueError(f"tokens: id {highest}. Expected ids below the vocabulary size, {vocab_size}. Run shard and embed again.")
+
+
+def _normalise(s_RD: np.ndarray) -> np.ndarray:
+    lengths_R = np.sqrt(np.einsum("rd,rd->r", s_RD, s_RD))
+    return (s_RD / np.where(lengths_R > 0, lengths_R, 1)[:, None]).astype(np.float32)
+
+
+def _chunks(documents: Documents) -> Iterator[Documents]:
+    """The same documents in runs of at most CHUNK_TOKENS tokens, or of one longer document."""
+    offsets = documents.offsets
+    first = 0
+    while first < len(documents):
+        last = int(np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, "right")) - 1
+        last = max(last, first + 1)
+        yield Documents(documents.values[offsets[first] : offsets[last]], (offsets[first : last + 1] - offsets[first]).astype(np.int32))
+        first = last

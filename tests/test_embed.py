@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import made_corpus
+from cbtm_pipeline import artifact, corpus, embed, tfidf
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8})
+
+
+def test_vectors_are_those_of_the_embedder_shard_by_shard(tmp_path: Path, config: Path) -> None:
+    shards = made_corpus.write(tmp_path, [40, 0, 25])
+    path = made_corpus.run_embed(tmp_path, config)
+    manifest = embed.read_manifest(path, shards)
+    embedder = embed.read_embedder(path.with_name("embedder.npz"), shards)
+    assert manifest["made_from"]["embedder"] == artifact.identity(path.with_name("embedder.npz"))
+    assert embedder.E_VD.dtype == embedder.idf_V.dtype == np.float32
+    entries = corpus.entries(shards, artifact.read_json(shards), "train")
+    assert [s["name"] for s in manifest["shards"]] == [entry["name"] for entry in entries]
+    for entry, vectors_entry in zip(entries, manifest["shards"], strict=True):
+        x_ND = embed.read_vectors(path.parent, vectors_entry)
+        assert x_ND.dtype == np.float32 and x_ND.shape == (entry["n_documents"], 8)
+        assert np.array_equal(x_ND, tfidf.embed(corpus.documents(shards.parent, entry), embedder.E_VD))
+
+
+def test_the_same_twice_and_another_seed_changes_the_sample(tmp_path: Path) -> None:
+    made_corpus.write(tmp_path, [40, 25])
+    few = {"n_components": 8, "fit_documents": 20}
+    identities = []
+    for rng_seed in (0, 0, 1):
+        config = made_corpus.write_config(tmp_path / "config.yaml", embed=few)
+        config.write_text(config.read_text().replace("seed: 0\n", f"seed: {rng_seed}\n"))
+        identities.append(artifact.identity(made_corpus.run_embed(tmp_path, config)))
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_sample_is_spread_over_all_shards() -> None:
+    entries = [{"name": str(i), "n_documents": n} for i, n in enumerate([10, 0, 300, 90])]
+    drawn = list(corpus.sample(entries, 40, 3))
+    assert [entry["name"] for entry, _ in drawn] == ["0", "1", "2", "3"]
+    assert sum(len(rows) for _, rows in drawn) == 40
+    for entry, rows in drawn:
+        assert np.all(np.diff(rows) > 0) and np.all((rows >= 0) & (rows < entry["n_documents"]))
+    assert 20 < len(drawn[2][1]) < 40
+    everything = [rows.tolist() for _, rows in corpus.sample(entries, 400, 3)]
+    assert everything == [list(range(n)) for n in (10, 0, 300, 90)]
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path, config: Path) -> None:
+    shards = made_corpus.write(tmp_path, [40])
+    path = made_corpus.run_embed(tmp_path, config)
+    entry = embed.read_manifest(path, shards)["shards"][0]
+    vectors = path.with_name("train-00000.npy")
+    embed.write_vectors(vectors, np.load(vectors)[::-1])
+    with pytest.raises(ValueError, match=r"train-00000.npy: not the file that its manifest speaks of"):
+        embed.read_vectors(path.parent, entry)
+
+    tokens_file = shards.with_name("train-00000.arrow")
+    content = tokens_file.read_bytes()
+    tokens_file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"train-00000.arrow: not the file that its manifest speaks of"):
+        made_corpus.run_embed(tmp_path, config)
+    tokens_file.write_bytes(content)
+
+    made_corpus.write(tmp_path, [40], rng_seed=1)
+    with pytest.raises(ValueError, match=r"made from another shards"):
+        embed.read_manifest(path, shards)
+    with pytest.raises(ValueError, match=r"made from another shards"):
+        embed.read_embedder(path.with_name("embedder.npz"), shards)
+
+
+def test_no_training_documents(tmp_path: Path, config: Path) -> None:
+    made_corpus.write(tmp_path, [0, 0])
+    with pytest.raises(ValueError, match=r"no train documents. Expected at least one"):
+        made_corpus.run_embed(tmp_path, config)
+    assert not (tmp_path / "embed/manifest.json").exists()
+
+
+def test_a_reader_is_told_of_a_parquet_file_that_is_not_the_manifests(tmp_path: Path) -> None:
+    shards = made_corpus.write(tmp_path, [5])
+    (entry,) = corpus.entries(shards, artifact.read_json(shards), "train")
+    assert corpus.attributes(shards.parent, entry, ["doc_id"]).to_pydict() == {"doc_id": [f"train-00000#{i}" for i in range(5)]}
+    with pytest.raises(ValueError, match=r"Expected the columns nothing"):
+        corpus.attributes(shards.parent, entry, ["nothing"])
+    with pytest.raises(ValueError, match=r"5 rows. Expected 6, as in the manifest"):
+        corpus.attributes(shards.parent, {**entry, "n_documents": 6}, ["doc_id"])
+    shards.with_name("train-00000.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"train-00000.parquet: unreadable"):
+        corpus.attributes(shards.parent, entry, ["doc_id"])
+
+
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
+    config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 50, "fit_documents": 50})
+    peaks = []
+    for n_shards in (1, 2, 12):
+        made_corpus.write(tmp_path, [500] * n_shards, n_topics=20)
+        peaks.append(made_corpus.peak_bytes(lambda: made_corpus.run_embed(tmp_path, config)))
+    assert peaks[2] < 1.2 * peaks[1], peaks

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+import made_corpus
+from cbtm_pipeline import artifact, fit_kmeans, kmeans
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of four topics in three shards, one of them empty, with its vectors."""
+    outdir = tmp_path_factory.mktemp("made")
+    made_corpus.write(outdir, [200, 0, 150], n_topics=4)
+    config = made_corpus.write_config(outdir / "config.yaml", embed={"n_components": 8}, cluster={"n_init": 1})
+    made_corpus.run_embed(outdir, config)
+    return outdir
+
+
+def clusterer(outdir: Path, folder: Path, **cluster: object) -> tuple[dict[str, np.ndarray], dict]:
+    config = made_corpus.write_config(folder / "config.yaml", embed={"n_components": 8}, cluster={"n_init": 1, **cluster})
+    return artifact.read_npz(made_corpus.run_fit_kmeans(outdir, config), "clusterer")
+
+
+def test_clusters_are_balanced_and_certified(made: Path, tmp_path: Path) -> None:
+    arrays, meta = clusterer(made, tmp_path, k=4, balance="tokens")
+    certificate = meta["certificate"]
+    assert arrays["centres_KD"].shape == (4, 8) and arrays["centres_KD"].dtype == np.float32
+    assert arrays["prices_K"].dtype == arrays["loads_K"].dtype == np.float64
+    assert meta["made_from"] == {
+        name: artifact.identity(made / path) for name, path in (("vectors", "embed/manifest.json"), ("embedder", "embed/embedder.npz"))
+    }
+    assert certificate["n_documents"] == 350 and certificate["balance"] == "tokens"
+    assert 1 <= certificate["max_load"] < 1.02 and 0.98 < certificate["min_load"] <= 1
+    assert certificate["max_load"] == pytest.approx(arrays["loads_K"].max() / arrays["loads_K"].mean())
+
+    shards = artifact.read_json(made / "shards/manifest.json")["shards"]
+    assert arrays["loads_K"].sum() == sum(s["n_tokens"] for s in shards if s["split"] == "train")
+    by_documents, _ = clusterer(made, tmp_path, k=4, balance="documents")
+    assert sorted(by_documents["loads_K"]) == [87, 87, 88, 88]
+    without, meta = clusterer(made, tmp_path, k=4, balance="none")
+    assert not without["prices_K"].any()
+    assert meta["certificate"]["inertia"] <= certificate["inertia"] + 1e-6
+
+
+def test_top_terms_name_the_topics(made: Path, tmp_path: Path) -> None:
+    _, _ = clusterer(made, tmp_path, k=4, balance="none")
+    content = artifact.read_json(made / "cluster/top_terms.json", "top_terms")
+    assert content["made_from"] == {"clusterer": artifact.identity(made / "cluster/clusterer.npz")}
+    assert [len(terms) for terms in content["top_terms"]] == [12] * 4
+    # a word of topic t begins with the t-th letter
+    topics = [{term[0] for term in terms} for terms in content["top_terms"]]
+    assert sorted(map(sorted, topics)) == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_top_terms_prefer_readable_strings() -> None:
+    strings = ["", " the", " River", "river", "\ufffd", "  ", "x", "==", "bank", " fish"]
+    counts = np.ones((4, 10), np.float32)
+    counts[:2, 2:8] += 5  # cluster 0
+    counts[2:, 8:] += 5
+    terms = fit_kmeans.top_terms(sparse.csr_array(counts), np.ones(10), np.array([0, 0, 1, 1]), 2, strings)
+    assert terms == [["river", "=="], ["bank", "fish"]] or terms == [["river", "=="], ["bank", "fish", "the"]]
+
+
+def test_sample_over_all_shards_is_deterministic(made: Path, tmp_path: Path) -> None:
+    few, meta = clusterer(made, tmp_path, k=4, fit_documents=40)
+    assert meta["certificate"]["n_documents"] == 40
+    again, _ = clusterer(made, tmp_path, k=4, fit_documents=40)
+    assert all(np.array_equal(few[name], again[name]) for name in few)
+    sample = fit_kmeans.read_sample(made / "embed/manifest.json", made / "shards/manifest.json", 40, 0)
+    labels_N, _ = kmeans.assign(sample.x_ND, few["centres_KD"], few["prices_K"])
+    np.testing.assert_array_equal(np.bincount(labels_N, sample.n_tokens_N, 4), few["loads_K"])
+
+
+def test_terms_are_counted_in_a_part_of_a_large_sample(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = made / "embed/manifest.json", made / "shards/manifest.json"
+    whole = fit_kmeans.read_sample(*paths, 350, 0)
+    monkeypatch.setattr(fit_kmeans, "TERM_DOCUMENTS", 100)
+    part = fit_kmeans.read_sample(*paths, 350, 0)
+    assert len(part.x_ND) == 350 and len(part.counted) <= 100
+    assert np.array_equal(part.counts.toarray(), whole.counts.toarray()[part.counted])
+    assert np.array_equal(whole.n_tokens_N + 1, whole.counts.sum(axis=1))
+
+
+def test_impossible_numbers_of_clusters(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cluster.k: 351. Expected at most 350, the number of documents"):
+        clusterer(made, tmp_path, k=351)
+    with pytest.raises(ValueError, match=r"cluster.fit_documents: 5. Expected at least cluster.k, 6"):
+        clusterer(made, tmp_path, k=6, fit_documents=5)
+
+
+def test_fewer_distinct_vectors_than_clusters(tmp_path: Path) -> None:
+    documents, _ = made_corpus.documents(4, 2, np.random.default_rng(0))
+    same = documents.take(np.arange(40) % 4)
+    tokenizer = made_corpus.write_tokenizer(tmp_path / "tokenizer", 2)
+    made_corpus.write_shards(tmp_path / "shards", {"train-00000": same}, made_corpus.words(2), tokenizer)
+    made_corpus.run_embed(tmp_path, made_corpus.write_config(tmp_path / "config.yaml"))
+    with pytest.raises(ValueError, match=r"cluster.k: 5. Expected at most 4, the number of distinct vectors") as caught:
+        clusterer(tmp_path, tmp_path, k=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    config = made_corpus.write_config(tmp_path / "config.yaml", cluster={"k": 2})
+    made_corpus.write(tmp_path, [30])
+    made_corpus.run_embed(tmp_path, config)
+    tokenizer = tmp_path / "tokenizer/tokenizer.json"
+    right = tokenizer.read_text()
+    tokenizer.write_text(right + "\n")
+    with pytest.raises(ValueError, match=r"made from another tokenizer"):
+        made_corpus.run_fit_kmeans(tmp_path, config)
+    tokenizer.write_text(right)
+    made_corpus.write(tmp_path, [30], rng_seed=1)
+    with pytest.raises(ValueError, match=r"made from another shards"):
+        made_corpus.run_fit_kmeans(tmp_path, config)
+    assert not (tmp_path / "cluster").exists()

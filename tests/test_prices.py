@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+
+from cbtm_pipeline import prices
+
+
+def continuous(n: int, k: int, rng_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(rng_seed)
+    return rng.normal(size=(n, 5)).astype(np.float32), rng.lognormal(sigma=1, size=n), rng.normal(size=(k, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("k", "rng_seed"), [(2, 0), (5, 1), (16, 2), (40, 3)])
+def test_refined_prices_balance_from_any_start(k: int, rng_seed: int) -> None:
+    x_ND, weights_N, centres_KD = continuous(20_000, k, rng_seed)
+    prices_K, balance = prices.refine(
+        lambda: [(x_ND[:15_000], weights_N[:15_000]), (x_ND[15_000:], weights_N[15_000:])], centres_KD, np.zeros(k)
+    )
+    assert balance < 1.05
+    labels_N = (np.square(x_ND[:, None].astype(float) - centres_KD).sum(axis=2) + prices_K).argmin(axis=1)
+    loads_K = np.bincount(labels_N, weights_N, k)
+    assert loads_K.max() / loads_K.mean() == pytest.approx(balance, rel=1e-3)
+
+
+def test_good_prices_stay_and_bad_documents_do_no_harm() -> None:
+    x_ND, weights_N, centres_KD = continuous(5000, 3, 4)
+    prices_K, balance = prices.refine(lambda: [(x_ND, weights_N)], centres_KD, np.zeros(3))
+    again_K, again = prices.refine(lambda: [(x_ND, weights_N)], centres_KD, prices_K)
+    assert again_K is prices_K and again == balance
+    weights_N[0] = 1e6  # nothing balances this
+    unbalanced_K, worst = prices.refine(lambda: [(x_ND, weights_N)], centres_KD, prices_K)
+    assert np.isfinite(unbalanced_K).all() and worst <= 3
+    identical = np.zeros((50, 5), np.float32)
+    _, worst = prices.refine(lambda: [(identical, np.ones(50))], centres_KD, prices_K)
+    assert worst == pytest.approx(3)

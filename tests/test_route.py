@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import made_corpus
+from cbtm_pipeline import artifact, corpus, heldout, kmeans, route, tfidf, tokens
+
+VOCAB, K = 30, 3
+
+
+def some_model(rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Term vectors, of which the first five are dropped, and centres of unlike lengths."""
+    rng = np.random.default_rng(rng_seed)
+    E_VD = rng.normal(size=(VOCAB, 6)).astype(np.float32)
+    E_VD[:5] = 0
+    return E_VD, (rng.normal(size=(K, 6)) * [[0.2], [1], [3]]).astype(np.float32)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30), st.data())
+def test_a_token_and_what_follows_it_change_no_bit_of_its_row(text: list[int], data: st.DataObject) -> None:
+    E_VD, centres_KD = some_model(len(text))
+    t = data.draw(st.integers(0, len(text) - 1))
+    other = text[:t] + data.draw(st.lists(st.integers(1, VOCAB - 1), min_size=len(text) - t, max_size=len(text) - t))
+    d2_TK, other_TK = (route.prefix_distances(np.array([0, *x]), E_VD, centres_KD) for x in (text, other))
+    assert d2_TK.shape == (len(text), K) and d2_TK.dtype == np.float32
+    assert d2_TK[: t + 1].tobytes() == other_TK[: t + 1].tobytes()
+
+
+def test_a_token_changes_the_rows_after_it() -> None:
+    E_VD, centres_KD = some_model()
+    d2_TK, other_TK = (route.prefix_distances(np.array([0, 9, x, 9, 10]), E_VD, centres_KD) for x in (7, 8))
+    assert (d2_TK != other_TK).any(axis=1).tolist() == [False, False, True, True]
+
+
+def test_no_evidence_is_the_same_distance_to_all() -> None:
+    E_VD, centres_KD = some_model()
+    d2_TK = route.prefix_distances(np.array([0, 1, 4, 9, 1]), E_VD, centres_KD)
+    assert np.array_equal(d2_TK[:3], np.full((3, K), route.NO_EVIDENCE))
+    expected = kmeans.squared_distances((E_VD[9] / np.linalg.norm(E_VD[9]))[None], centres_KD)
+    np.testing.assert_allclose(d2_TK[3], expected[0], rtol=1e-5)
+    assert route.prefix_distances(np.array([0]), E_VD, centres_KD).shape == (0, K)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outdir = tmp_path_factory.mktemp("made")
+    made_corpus.write(outdir, [120], [10, 0, 7])
+    config = made_corpus.write_config(outdir / "config.yaml", embed={"n_components": 8}, cluster={"k": 4, "n_init": 1})
+    made_corpus.run_embed(outdir, config)
+    made_corpus.run_fit_kmeans(outdir, config)
+    return outdir
+
+
+@pytest.mark.parametrize("cut", [None, 30])
+def test_rows_documents_and_bytes(made: Path, tmp_path: Path, cut: int | None) -> None:
+    config = made_corpus.write_config(tmp_path / "config.yaml", eval={"max_document_tokens": cut})
+    arrays, meta = artifact.read_npz(made_corpus.run_route(made, config), "distances")
+    shards, manifest = made / "shards", artifact.read_json(made / "shards/manifest.json")
+    paths = {"shards": "shards/manifest.json", "embedder": "embed/embedder.npz", "clusterer": "cluster/clusterer.npz"}
+    assert meta["made_from"] == {name: artifact.identity(made / path) for name, path in paths.items()}
+    assert meta["max_document_tokens"] == cut
+
+    held_out = [document for _, document in heldout.documents(shards, manifest, cut)]
+    assert len(held_out) == 17
+    assert np.diff(arrays["offsets"]).tolist() == [len(document) - 1 for document in held_out]
+    assert arrays["d2_NK"].shape == (arrays["offsets"][-1], 4) and arrays["d2_NK"].dtype == np.float32
+    assert {name: arrays[name].dtype for name in ("offsets", "n_bytes", "cluster")} == {"offsets": "i8", "n_bytes": "i8", "cluster": "i4"}
+    tables = [pq.read_table(shards / f"eval-{i:05d}.parquet") for i in (0, 2)]
+    assert arrays["doc_id"].tolist() == [doc_id for table in tables for doc_id in table["doc_id"].to_pylist()]
+    words = made_corpus.words(4)
+    assert arrays["n_bytes"].tolist() == [len("".join(words[i] for i in document[1:]).encode()) for document in held_out]
+
+    # row t of the third document
+    embedder, _ = artifact.read_npz(made / "embed/embedder.npz", "embedder")
+    clusterer, _ = artifact.read_npz(made / "cluster/clusterer.npz", "clusterer")
+    document, t = held_out[2], 20
+    prefix = tokens.Documents(document[: t + 1], np.array([0, t + 1]))
+    expected = kmeans.squared_distances(tfidf.embed(prefix, embedder["E_VD"]), clusterer["centres_KD"])
+    np.testing.assert_allclose(arrays["d2_NK"][arrays["offsets"][2] + t], expected[0], rtol=1e-6)
+
+
+def test_cluster_is_that_of_the_whole_document_with_prices(made: Path, tmp_path: Path) -> None:
+    whole, cut = (made_corpus.write_config(tmp_path / f"{n}.yaml", eval={"max_document_tokens": n}) for n in (None, 2))
+    clusters = [artifact.read_npz(made_corpus.run_route(made, config), "distances")[0]["cluster"] for config in (whole, cut)]
+    assert np.array_equal(clusters[0], clusters[1])
+    embedder, _ = artifact.read_npz(made / "embed/embedder.npz", "embedder")
+    clusterer, _ = artifact.read_npz(made / "cluster/clusterer.npz", "clusterer")
+    manifest = made / "shards/manifest.json"
+    entries = corpus.entries(manifest, artifact.read_json(manifest), "eval")
+    h_ND = np.concatenate([tfidf.embed(corpus.documents(manifest.parent, entry), embedder["E_VD"]) for entry in entries])
+    expected = (kmeans.squared_distances(h_ND, clusterer["centres_KD"]) + clusterer["prices_K"]).argmin(axis=1)
+    assert np.array_equal(clusters[0], expected)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    made_corpus.write(tmp_path, [40])
+    config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 2})
+    made_corpus.run_embed(tmp_path, config)
+    made_corpus.run_fit_kmeans(tmp_path, config)
+    other = made_corpus.write_config(tmp_path / "other.yaml", embed={"n_components": 5})
+    made_corpus.run_embed(tmp_path, other)
+    with pytest.raises(ValueError, match=r"clusterer.npz: made from another embedder"):
+        made_corpus.run_route(tmp_path, config)
+    made_corpus.write(tmp_path, [40], rng_seed=1)
+    with pytest.raises(ValueError, match=r"embedder.npz: made from another shards"):
+        made_corpus.run_route(tmp_path, config)
+
+
+def test_no_held_out_documents(tmp_path: Path) -> None:
+    made_corpus.write(tmp_path, [40], [0])
+    config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 2})
+    made_corpus.run_embed(tmp_path, config)
+    made_corpus.run_fit_kmeans(tmp_path, config)
+    with pytest.raises(ValueError, match=r"no eval documents. Expected at least one"):
+        made_corpus.run_route(tmp_path, config)
