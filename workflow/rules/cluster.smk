@@ -1,3 +1,4 @@
+# Before the long trainings: what is wrong with the clusters should show early.
 rule embed:
     input:
         shards=f"{OUT}/shards/manifest.json",
@@ -6,6 +7,7 @@ rule embed:
         embedder=f"{OUT}/embed/embedder.npz",
     log:
         f"{OUT}/logs/embed.log",
+    priority: 1
     conda:
         CONDA
     threads: 2
@@ -26,6 +28,7 @@ rule fit_kmeans:
         top_terms=f"{OUT}/cluster/top_terms.json",
     log:
         f"{OUT}/logs/fit_kmeans.log",
+    priority: 1
     conda:
         CONDA
     threads: 2
@@ -46,6 +49,7 @@ rule assign:
         f"{OUT}/assignments/manifest.json",
     log:
         f"{OUT}/logs/assign.log",
+    priority: 1
     conda:
         CONDA
     params:
