@@ -8,8 +8,6 @@ rule train_expert:
         f"{OUT}/logs/train_expert/{{expert}}.log",
     conda:
         CONDA
-    # all experts wait for the seed, so it takes both cores of a small machine; experts run side by side with one each
-    threads: lambda wildcards: 2 if wildcards.expert == "seed" else 1
     resources:
         gpu=1,
     params:
