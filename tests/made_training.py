@@ -43,7 +43,7 @@ def make_config(
         "seed_share": 0.2,
     }
     content["train"] |= {"precision": "float32", "lr": 0.01, "final_lr_ratio": 0.1} | train
-    content["eval"]["stride"] = 16
+    content["eval"] |= {"stride": 16, "max_document_tokens": None}
     content["run"] |= run or {}
     return config.validate(content)
 

@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_discard_after_a_discard_that_was_killed(tmp_path):
     save(folder, 2)
     checkpoint.discard(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_names_the_file_and_keeps_the_state_before(tmp_path):
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as error:
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(tmp_path / "step-00000002.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
 
 
 @pytest.mark.parametrize("change", ["flip", "truncate"])

@@ -38,6 +38,20 @@ def test_scratch_fills_in_what_the_tokenizer_and_seq_len_say():
     assert (c.n_positions, c.resid_pdrop) == (64, 0.1)
 
 
+def test_every_token_of_a_model_from_scratch_can_learn():
+    opt = {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    table = model.scratch(opt, 300, 7, 32, 0).get_input_embeddings()
+    assert isinstance(table, torch.nn.Embedding)
+    assert table.padding_idx is None  # 1 by default, which would keep token 1 from learning
+
+
 def test_scratch_is_a_function_of_the_seed():
     a, b, c = weights(llama(0)), weights(llama(0)), weights(llama(1))
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import made_training as made
-from cbtm_pipeline import checkpoint, config, train_expert
+from cbtm_pipeline import checkpoint, config, expert, lock, train_expert, training_log
 from made_training import NEVER, NOW, check_published, stop_after
 
 Change = tuple[str, str]
@@ -138,6 +138,9 @@ def test_killed_anywhere(outdir, driver):
     for n, i in enumerate(points):
         where = place(outdir, f"killed-{i}")
         assert driver.run(3, where, at=i)[0] == -signal.SIGKILL
+        if where.out.exists():  # then all the rest is there, too
+            assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == [1, 2, 3]
+            assert expert.read_card(where.out)["expert"] == "0"
         if n % 2:
             where.out.unlink(missing_ok=True)
         status, _ = driver.run(3, where)
@@ -152,6 +155,8 @@ def test_command_line_is_told_to_stop(outdir):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (saved := checkpoint.candidates(where.work / "state")) and process.poll() is None:
         time.sleep(0.01)
+    with pytest.raises(ValueError, match=rf'another run is writing here .*"pid": {process.pid}'):
+        lock.hold(where.work)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == train_expert.SAVED
     assert saved

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 import shutil
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_precisions_differ(outdir):
 @pytest.mark.parametrize(
     "scratch",
     [
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.1},  # dropout resumes exactly, too
         made.LLAMA | {"tie_word_embeddings": False},
         {
             "model_type": "opt",
@@ -127,6 +128,21 @@ def test_a_text_shorter_than_a_block_trains_and_its_repeats_are_told(tmp_path):
     assert any("reads its text" in line and "more than 4 times" in line for line in lines)
     with pytest.raises(ValueError, match=r"no tokens\. .*Lower cluster\.k"):
         train_expert.read_data(made.write_empty_cluster(tmp_path), "clusters", 1)
+
+
+def test_full_disk_while_publishing_leaves_no_weights(outdir):
+    where, cfg = made.files(outdir, "0", to="full"), made.make_config(steps=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as error:
+            made.train(cfg, where, "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(where.out)
+    assert not where.out.exists()
+    made.train(cfg, where, "0")
+    made.check_published(where, 2)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------

@@ -57,7 +57,10 @@ def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
     about = {"format": artifact.FORMAT, "kind": "state", "step": step, "fingerprint": fingerprint}
     meta = json.dumps({**about, "hash": _hash(about, tensors)}, sort_keys=True)
     with artifact.publish(folder / f"step-{step:08d}.safetensors") as tmp:
-        save_file(tensors, tmp, {"cbtm": meta})
+        try:
+            save_file(tensors, tmp, {"cbtm": meta})
+        except SafetensorError as error:  # a full disk
+            raise OSError(None, str(error)) from error
     for old in candidates(folder)[KEPT:]:
         old.unlink()
 

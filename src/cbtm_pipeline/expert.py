@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from cbtm_pipeline import artifact, training_log
 
 if TYPE_CHECKING:
@@ -55,7 +57,10 @@ def publish(out: Path, model: "PreTrainedModel", tokenizer: Path, metrics: Path,
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "tensorboard").mkdir(parents=True)
 
-    model.save_pretrained(staging, max_shard_size="1000TB")
+    try:
+        model.save_pretrained(staging, max_shard_size="1000TB")
+    except SafetensorError as error:  # a full disk
+        raise OSError(None, str(error), str(out)) from error
     card = {**card, "weights": artifact.identity(staging / WEIGHTS)}
     artifact.write_json(staging / "card.json", card)
     (staging / "README.md").write_text(_readme(card, type(model).__name__), "utf-8")

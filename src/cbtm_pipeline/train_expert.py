@@ -129,41 +129,39 @@ def train(
         checkpoint.restore(saved.tensors, net, optimizer)
         first = saved.step
         log.info("going on after step %d", first)
-    metrics = training_log.Metrics(state / "metrics.jsonl", first)
     progress = training_log.Progress(n_steps, first, model.flops_per_token(net, how["seq_len"]), run.log_seconds)
     saved_at = time.monotonic()
 
-    for step in range(first, n_steps):
-        began = time.monotonic()
-        torch.manual_seed(((how["rng_seed"] << 32) + step) % 2**63)  # dropout, where a pretrained model has it
-        tokens_BT = torch.from_numpy(batches.batch(stream, order, step, how["batch_size"], how["seq_len"])).to(device)
-        loss = accumulate(net, tokens_BT, how["micro_batch_size"], bf16)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), how["clip_norm"])
-        row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, **schedule)}
-        if not math.isfinite(row["loss"] + row["grad_norm"]):
-            raise ValueError(
-                f"expert {how['expert']}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}. Expected finite numbers. "
-                f"Lower train.lr or train.clip_norm; the last good state is kept in {state}."
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = row["lr"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    with training_log.Metrics(state / "metrics.jsonl", first) as metrics:
+        for step in range(first, n_steps):
+            began = time.monotonic()
+            torch.manual_seed(((how["rng_seed"] << 32) + step) % 2**63)  # dropout, where a pretrained model has it
+            tokens_BT = torch.from_numpy(batches.batch(stream, order, step, how["batch_size"], how["seq_len"])).to(device)
+            loss = accumulate(net, tokens_BT, how["micro_batch_size"], bf16)
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), how["clip_norm"])
+            row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, **schedule)}
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise ValueError(
+                    f"expert {how['expert']}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}. Expected finite "
+                    f"numbers. Lower train.lr or train.clip_norm; the last good state is kept in {state}."
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = row["lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        now = time.monotonic()
-        metrics.add({**row, "n_tokens": (step + 1) * n_tokens, "tokens_per_s": n_tokens / (now - began), "time": time.time()})
-        if progress.add(n_tokens, row):
-            metrics.sync(durable=False)
-        stopping = stop() and step + 1 < n_steps
-        if stopping or now - saved_at >= run.checkpoint_seconds:
-            metrics.sync()
-            checkpoint.save(state, step + 1, fingerprint, checkpoint.capture(net, optimizer))
-            saved_at = time.monotonic()
-        if stopping:
-            metrics.close()
-            log.info("told to stop: state saved after step %d of %d, start again to go on", step + 1, n_steps)
-            return False
-    metrics.close()
+            now = time.monotonic()
+            metrics.add({**row, "n_tokens": (step + 1) * n_tokens, "tokens_per_s": n_tokens / (now - began), "time": time.time()})
+            if progress.add(n_tokens, row):
+                metrics.sync(durable=False)
+            stopping = stop() and step + 1 < n_steps
+            if stopping or now - saved_at >= run.checkpoint_seconds:
+                metrics.sync()
+                checkpoint.save(state, step + 1, fingerprint, checkpoint.capture(net, optimizer))
+                saved_at = time.monotonic()
+            if stopping:
+                log.info("told to stop: state saved after step %d of %d, start again to go on", step + 1, n_steps)
+                return False
     return True
 
 
