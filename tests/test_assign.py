@@ -129,6 +129,13 @@ def test_dealt_clusters_are_equal_in_documents(shards: list[list[int]], k: int, 
     assert np.ptp(tokens_K) <= 2 * 50 * max(1, len(shards))
 
 
+def test_dealt_clusters_are_equal_in_tokens_however_unequal_the_documents() -> None:
+    n_tokens_N = (np.random.default_rng(0).lognormal(sigma=1.5, size=4000) * 100).astype(np.int64)
+    n_tokens_K = np.zeros(4, np.int64)
+    assign.deal([str(i) for i in range(4000)], n_tokens_N, np.zeros(4, np.int64), n_tokens_K, 0)
+    assert n_tokens_K.max() / n_tokens_K.mean() < 1.01
+
+
 def test_dealing_depends_on_ids_and_seed_alone() -> None:
     ids, n_tokens_N = [f"doc {i}" for i in range(1000)], np.full(1000, 7)
 

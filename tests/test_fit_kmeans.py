@@ -44,7 +44,9 @@ def test_clusters_are_balanced_and_certified(made: Path, tmp_path: Path) -> None
     assert meta["certificate"]["inertia"] <= certificate["inertia"] + 1e-6
 
 
-def test_top_terms_name_the_topics(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_counted", [1000, 100])
+def test_top_terms_name_the_topics(made: Path, tmp_path: Path, n_counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_kmeans, "TERM_DOCUMENTS", n_counted)
     _, _ = clusterer(made, tmp_path, k=4, balance="none")
     content = artifact.read_json(made / "cluster/top_terms.json", "top_terms")
     assert content["made_from"] == {"clusterer": artifact.identity(made / "cluster/clusterer.npz")}

@@ -77,7 +77,7 @@ def fit(sample: Sample, how: dict[str, Any]) -> kmeans.Clustering:
     k, n = how["k"], len(sample.x_ND)
     if n == how["fit_documents"] < k:
         raise ValueError(f"cluster.fit_documents: {n}. Expected at least cluster.k, {k}. Raise cluster.fit_documents.")
-    progress = cli.Progress("k-means", how["n_init"] * how["max_iterations"], "iterations")
+    progress = cli.Progress("k-means", None, "iterations")
     return kmeans.fit(
         sample.x_ND,
         k,
