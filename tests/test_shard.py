@@ -262,16 +262,23 @@ def test_bad_rows_go_to_the_quarantine_and_nothing_is_lost(tmp_path: Path, token
         assert len(result.all) + len(result.quarantine) == len(content) - 1 + 2, "the empty line is no row"
 
 
-def test_duplicate_ids_across_shards_keep_the_first(tmp_path: Path, tokenizer_json: Path) -> None:
+@pytest.mark.parametrize(("shard_bytes", "row_group_bytes"), [(4096, 1 << 23), (1 << 20, 1000)])
+def test_duplicate_ids_keep_the_first(
+    tmp_path: Path, tokenizer_json: Path, shard_bytes: int, row_group_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_block, "_ROW_GROUP_BYTES", row_group_bytes)
     rows = made_texts.rows(100)
+    rows[70]["id"] = rows[10]["id"]
     again = [{"id": row["id"], "text": f"again {row['text']}"} for row in rows[:50]]
     (tmp_path / "in").mkdir()
     made_texts.write_jsonl(tmp_path / "in/a.jsonl", rows)
     made_texts.write_jsonl(tmp_path / "in/b.jsonl", again)
-    result = make(tokenizer_json, tmp_path / "s", tmp_path / "in", shard_bytes=4096)
-    assert result.all == {row["id"]: row["text"] for row in rows}
-    assert sorted(result.reasons()) == sorted(("b.jsonl", i + 1, "duplicate id") for i in range(50))
-    assert result.quarantine[0]["reason"].endswith("/a.jsonl:1") == (result.quarantine[0]["line"] == 1)
+    result = make(tokenizer_json, tmp_path / "s", tmp_path / "in", shard_bytes=shard_bytes)
+    assert result.all == {row["id"]: row["text"] for i, row in enumerate(rows) if i != 70}
+    expected = [("a.jsonl", 71, "duplicate id"), *(("b.jsonl", i + 1, "duplicate id") for i in range(50))]
+    assert sorted(result.reasons()) == expected
+    first = {row["line"]: row["reason"] for row in result.quarantine if row["source"].endswith("b.jsonl")}
+    assert first[5] == f"duplicate id: 0-4 is also the id of {tmp_path}/in/a.jsonl:5"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
@@ -298,16 +305,19 @@ def test_bom_and_windows_line_ends(tmp_path: Path, tokenizer_json: Path) -> None
 
 
 def test_single_long_document(tmp_path: Path, tokenizer_json: Path) -> None:
-    text = " ".join(made_texts.texts(40_000)) + "\n"
-    rows = [*made_texts.rows(20), {"id": "long", "text": text * 5}]
-    assert len(rows[-1]["text"]) > 30_000_000
-    made_texts.write_jsonl(tmp_path / "a.jsonl", rows)
+    page = "\n".join(made_texts.texts(500)) + "\n"
+    text = page * (50_000_000 // len(page))
+    made_texts.write_jsonl(tmp_path / "a.jsonl", [*made_texts.rows(20), {"id": "long", "text": text}])
     cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(tmp_path / "a.jsonl")], "eval_fraction": 0.4})
     done = made_texts.run("shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json")
     assert done.returncode == 0, done.stderr
-    result = Result(tmp_path / "s", tokenizer_json)
-    assert result.all["long"] == rows[-1]["text"]
-    assert tokenizer.Encoder(tokenizer_json).slow.decode(result.ids["long"]) == rows[-1]["text"]
+    (entry,) = [e for e in artifact.read_json(tmp_path / "s/manifest.json", "shards")["shards"] if e["n_bytes"] > 40_000_000]
+    ids = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", columns=["doc_id"])["doc_id"].to_pylist()
+    (stored,) = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", filters=[("doc_id", "=", "long")])["text"].to_pylist()
+    assert stored == text
+    documents, row = tokens.read(tmp_path / f"s/{entry['name']}.arrow", 0), ids.index("long")
+    expected = tokenizer.Encoder(tokenizer_json).encode(text.encode(), fast=True)
+    assert np.array_equal(documents.values[documents.offsets[row] + 1 : documents.offsets[row + 1]], expected)
 
 
 def test_document_without_tokens(tmp_path: Path) -> None:
@@ -394,7 +404,7 @@ def test_unreadable_files(tmp_path: Path, tokenizer_json: Path) -> None:
     refused(tmp_path, tokenizer_json, r"b\.jsonl: no matching file", tmp_path / "in/b.jsonl")
 
 
-def test_unreadable_file_inside_a_worker_or_out_of_rights(tmp_path: Path, tokenizer_json: Path) -> None:
+def test_file_without_the_right_to_read_it(tmp_path: Path, tokenizer_json: Path) -> None:
     path = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(5))
     path.chmod(0)
     if os.access(path, os.R_OK):
@@ -494,8 +504,8 @@ class Differs:
     def agrees(self, texts: list[bytes]) -> bool:
         return not any(self.wrong in text for text in texts)
 
-    def encode(self, text: bytes, fast: bool) -> np.ndarray:
-        return np.full(3, 9, np.uint32) if fast and self.wrong in text else self.encoder.encode(text, fast)
+    def encode(self, text: bytes, fast: bool, dtype: Any) -> np.ndarray:
+        return np.full(3, 9, dtype) if fast and self.wrong in text else self.encoder.encode(text, fast, dtype)
 
 
 def test_block_whose_sample_differs_is_encoded_by_the_reference(

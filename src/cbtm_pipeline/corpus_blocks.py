@@ -174,7 +174,6 @@ def _elements(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[bytes]]
         for token in _JSON.finditer(text, position):
             sign, length = text[token.start()], token.end() - token.start()
             if sign == _QUOTE and length == 1:
-                position = token.start()
                 break
             position = token.end()
             if sign in b"[{":

@@ -70,7 +70,7 @@ def make(how: dict[str, Any], tokenizer_json: Path, out: Path, n_workers: int, d
         with artifact.publish(folder / "quarantine.jsonl") as tmp, tmp.open("w", encoding="utf-8") as file:
             quarantine = Quarantine(file, [corpus_files.printable(f.path) for f in files])
             shards, encoder = _make_shards(setup, how, files, len(held_out), n_workers, quarantine)
-            shards = _without_duplicates(setup, shards, quarantine)
+            shards = _without_duplicates(setup, shards, n_workers, quarantine)
     finally:
         shutil.rmtree(folder / shard_block.SPILL, ignore_errors=True)
     _check(shards, quarantine, folder / "quarantine.jsonl", how, len(files))
@@ -154,22 +154,25 @@ def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
 
 
-def _without_duplicates(setup: Setup, shards: list[Entry], quarantine: Quarantine) -> list[Entry]:
-    """Keep the first document of each id: move the others to the quarantine, and write the few shards that had them again."""
+def _without_duplicates(setup: Setup, shards: list[Entry], n_workers: int, quarantine: Quarantine) -> list[Entry]:
+    """Keep the first document of each id: move the others to the quarantine, and write the shards that had them again."""
     paths = [shard_block.spilled(setup, entry["name"]) for entry in shards]
     found = list(duplicates.find(paths))
     if not found:
         return shards
     shard, again, first = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    in_order = np.lexsort((again["line"], again["file"], shard))
+    shard, again, first = shard[in_order], again[in_order], first[in_order]
+    affected, starts = np.unique(shard, return_index=True)
+    groups = list(zip(affected, np.split(again, starts[1:]), np.split(first, starts[1:]), strict=True))
+    cli.log.info("writing %d shards again without their %d documents whose id came before", len(affected), len(again))
     kept: list[Entry | None] = list(shards)
-    for i in np.unique(shard):
-        of_shard = np.flatnonzero(shard == i)
-        of_shard = of_shard[np.lexsort((again["line"][of_shard], again["file"][of_shard]))]
-        rows = duplicates.rows_of(paths[i], again[of_shard])
-        kept[i], ids = shard_block.drop(setup, shards[i], rows)
-        for j, name in zip(of_shard, ids, strict=True):
-            reason = f"duplicate id: {name} is also the id of {quarantine.sources[first[j]['file']]}:{first[j]['line']}"
-            quarantine.add([BadRow(int(again[j]["file"]), int(again[j]["line"]), reason)])
+    work = ((shards[i], duplicates.rows_of(paths[i], entries)) for i, entries, _ in groups)
+    for (i, entries, firsts), dropped in zip(groups, _in_order(partial(shard_block.drop, setup), work, n_workers), strict=True):
+        kept[i] = dropped.entry
+        for entry, earlier, name in zip(entries, firsts, dropped.ids, strict=True):
+            reason = f"duplicate id: {name} is also the id of {quarantine.sources[earlier['file']]}:{earlier['line']}"
+            quarantine.add([BadRow(int(entry["file"]), int(entry["line"]), reason)])
     return [entry for entry in kept if entry]
 
 

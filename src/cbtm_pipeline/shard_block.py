@@ -62,8 +62,9 @@ def make(setup: Setup, block: Block) -> Made:
     n_read = sum(part.n_read for part in block.parts)
     documents: list[Document] = []
     bad: list[BadRow] = []
+    block.parts.reverse()
     while block.parts:  # so that raw and parsed records are not held together
-        for row in corpus_rows.read(block.parts.pop(0), setup.text_field, setup.id_field):
+        for row in corpus_rows.read(block.parts.pop(), setup.text_field, setup.id_field):
             if isinstance(row, Document):
                 documents.append(row)
             else:
@@ -75,7 +76,7 @@ def make(setup: Setup, block: Block) -> Made:
     sample = _sample([document.text for document in documents])
     why_slow = encoder.why_slow or ("" if encoder.agrees(sample) else "gigatoken encodes the sample differently")
     dtype = tokens.dtype_for(setup.vocab_size)
-    ids = [encoder.encode(document.text, fast=not why_slow).astype(dtype) for document in documents]
+    ids = [encoder.encode(document.text, not why_slow, dtype) for document in documents]
 
     rows: dict[str, list[int]] = {"train": [], "eval": []}
     for i, document in enumerate(documents):
@@ -171,14 +172,34 @@ def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token
     }
 
 
-def drop(setup: Setup, entry: Entry, rows: np.ndarray) -> tuple[Entry | None, list[str]]:
-    """Write a shard again without some rows. Returns its new entry, None if nothing remains, and the ids of the dropped documents."""
+class Dropped(NamedTuple):
+    """What came of a shard without some of its rows: its new entry, None if nothing remains, and the ids of these rows."""
+
+    entry: Entry | None
+    ids: list[str]
+
+
+def drop(setup: Setup, work: tuple[Entry, np.ndarray]) -> Dropped:
+    """Write a shard again without some rows, given in ascending order."""
+    entry, rows = work
     paths = [setup.folder / f"{entry['name']}{suffix}" for suffix in (".parquet", ".arrow")]
-    table = pq.read_table(paths[0])
-    dropped = table["doc_id"].take(pa.array(rows)).to_pylist()
-    keep = np.setdiff1d(np.arange(len(table)), rows)
-    if not len(keep):
+    keep = np.ones(entry["n_documents"], bool)
+    keep[rows] = False
+    ids = pq.read_table(paths[0], columns=["doc_id"])["doc_id"].take(pa.array(rows)).to_pylist()
+    if not keep.any():
         for path in paths:
             path.unlink()
-        return None, dropped
-    return _write(setup, entry["name"], [table.take(pa.array(keep))], tokens.read(paths[1], 0).take(keep)), dropped
+        return Dropped(None, ids)
+    documents = tokens.read(paths[1], 0)
+    lengths = np.diff(documents.offsets)
+    kept = tokens.Documents(documents.values[np.repeat(keep, lengths)], np.cumsum([0, *lengths[keep]]))
+    with pq.ParquetFile(paths[0]) as file:
+        return Dropped(_write(setup, entry["name"], _filtered(file, keep), kept), ids)
+
+
+def _filtered(file: pq.ParquetFile, keep: np.ndarray) -> Iterator[pa.Table]:
+    start = 0
+    for i in range(file.num_row_groups):
+        table = file.read_row_group(i)
+        yield table.filter(pa.array(keep[start : start + len(table)]))
+        start += len(table)

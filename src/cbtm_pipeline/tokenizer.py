@@ -92,12 +92,13 @@ class Encoder:
         except Exception as error:
             self.why_slow = str(error).partition("\n")[0] or type(error).__name__
 
-    def encode(self, text: bytes, fast: bool) -> np.ndarray:
-        """Token ids of one document (uint32)."""
+    def encode(self, text: bytes, fast: bool, dtype: type[np.unsignedinteger] = np.uint32) -> np.ndarray:
+        """Token ids of one document, by gigatoken (`fast`) or the reference."""
         self._n_bytes += len(text)
         if fast and self._n_bytes > _RENEW_BYTES:
             self._fast, self._n_bytes = load_hf_json(self._fast_json), len(text)
-        found = [self._encode_fast(piece) if fast else self._encode_slow(piece) for piece in pieces(text)]
+        encode = self._encode_fast if fast else self._encode_slow
+        found = [encode(piece).astype(dtype) for piece in pieces(text)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def agrees(self, texts: Iterable[bytes]) -> bool:
@@ -190,15 +191,18 @@ def save_trained(how: dict[str, Any], demo: Path | None, folder: Path) -> tuple[
 
 def save_pretrained(source: str, folder: Path) -> tuple[int, int]:
     """Load a tokenizer from a folder or the hub and save it to `folder`; return the separator's id and the size of the vocabulary."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoTokenizer  # takes seconds, and workers that encode do without
 
+    hub_logging.set_verbosity_error()  # it would announce every try to reach the hub
+    cli.log.info("loading %s", source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # hub, network and format errors have many types
         found = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"tokenizer.pretrained: {source} cannot be loaded ({found}). Expected a folder with tokenizer.json or a name on the hub. "
-            f"Correct the name, or where there is no network, first run hf download {source} on a machine that has one."
+            "Correct it; where there is no network, run hf download for the name on a machine that has one, and copy its cache or folder."
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer.pretrained: {source} has no tokenizer.json. Expected a fast tokenizer. Convert it, or choose another.")
