@@ -1,4 +1,4 @@
-"""Time and peak memory of rule `shard` on corpora of different size, run as the workflow runs it.
+"""Time and peak memory of the rules shard, embed, fit_kmeans and assign on corpora of different size, run as the workflow runs them.
 
     python benchmarks/memory.py --workers 2 --corpus small.jsonl.zst --corpus 'large-*.jsonl.zst'
 
@@ -62,28 +62,41 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--corpus", required=True, action="append", nargs="+", help="one corpus; repeat the option for more")
     p.add_argument("--workers", type=int, default=2, help="worker processes of rule shard")
+    p.add_argument("--k", type=int, default=16, help="number of clusters")
     args = p.parse_args()
-    print(f"{'text':>9} {'documents':>9} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}   peak MB: {'parent':>6} {'workers':>8} {'together':>8}")
+    print(
+        f"{'text':>9} {'documents':>9} {'rule':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}   peak MB: parent  workers together"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         content = yaml.safe_load((ROOT / "config.yaml").read_text("utf-8"))
         content["tokenizer"] |= {"train_bytes": 3_000_000}
+        content["cluster"] |= {"k": args.k}
         tokenizer = folder / "tokenizer/tokenizer.json"
         for i, patterns in enumerate(args.corpus):
             content["corpus"] |= {"train": patterns}
-            config = folder / f"config-{i}.json"
+            run = folder / str(i)
+            run.mkdir()
+            config = run / "config.json"
             config.write_text(json.dumps(content))
             if not tokenizer.exists():
-                measure("tokenizer", "--config", config, "--out", tokenizer, "--log", folder / "tokenizer.log")
-            manifest = folder / f"shards-{i}/manifest.json"
-            peak = measure("shard", "--config", config, "--tokenizer", tokenizer, "--out", manifest, "--workers", args.workers)
-            shards = json.loads(manifest.read_text("utf-8"))["shards"]
-            n_bytes, n_documents = (sum(shard[key] for shard in shards) for key in ("n_bytes", "n_documents"))
-            print(
-                f"{n_bytes / MB:6.0f} MB {n_documents:9d} {peak.seconds:8.1f} {n_bytes / MB / peak.seconds:6.1f}"
-                f" {peak.cpu_seconds:6.1f}            {peak.parent / MB:6.0f} {peak.workers / MB:8.0f} {peak.total / MB:8.0f}",
-                flush=True,
-            )
+                measure("tokenizer", "--config", config, "--out", tokenizer)
+            shards, vectors, clusterer = run / "shards/manifest.json", run / "embed/manifest.json", run / "cluster/clusterer.npz"
+            both = ("--shards", shards, "--vectors", vectors)
+            for rule, arguments in {
+                "shard": ("--tokenizer", tokenizer, "--workers", args.workers, "--out", shards),
+                "embed": ("--shards", shards, "--out", vectors),
+                "fit_kmeans": (*both, "--tokenizer", tokenizer, "--out", clusterer),
+                "assign": (*both, "--clusterer", clusterer, "--out", run / "assignments/manifest.json"),
+            }.items():
+                peak = measure(rule, "--config", config, "--log", run / "log", *arguments)
+                entries = json.loads(shards.read_text("utf-8"))["shards"]
+                n_bytes, n_documents = (sum(shard[key] for shard in entries) for key in ("n_bytes", "n_documents"))
+                print(
+                    f"{n_bytes / MB:6.0f} MB {n_documents:9d} {rule:>10} {peak.seconds:8.1f} {n_bytes / MB / peak.seconds:6.1f}"
+                    f" {peak.cpu_seconds:6.1f}            {peak.parent / MB:6.0f} {peak.workers / MB:8.0f} {peak.total / MB:8.0f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
