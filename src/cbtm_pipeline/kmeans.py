@@ -1,0 +1,226 @@
+"""Balanced k-means: a power diagram whose prices make the clusters equally heavy.
+
+Lloyd's iterations, in which each assignment is the balanced one of `transport`. Because that is  argmin_j d2_ij + p_j  for one price
+per cluster, centres and prices together also balance documents that were never fitted, in one streaming pass.
+
+Shapes: N documents, D dimensions, K clusters, R rows of one chunk, U distinct vectors, S of them in a sample, C candidates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from cbtm_pipeline import transport
+
+CACHED_ROWS = 2048  # rows whose distances stay in the processor's cache
+LARGEST = 1e15  # squares of larger components come close to the end of float32
+SMALLEST, SAME = 1e-30, 1e-13  # squared distances below the one, or below the other times the squared norm, are rounding
+SAMPLE_ROWS, SAMPLE_PER_CLUSTER = 16384, 128  # whichever is more documents is enough to find good seeds
+TOLERANCE = 1e-4  # relative gain in inertia below which one more iteration is not worth its time
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Centres, prices, and the certificate of the assignment that they give; all of it comes from `assign` on the fitted vectors.
+
+    `loads_K` sums the weights per cluster, `balance` and `min_balance` are the largest and the smallest load over the mean load,
+    `inertia` is the mean squared distance to the own centre, weighted by the weights.
+    `duality_gap` is (primal - dual) / primal of the transport problem at these centres: no assignment with all its loads between
+    the smallest and the largest load found here, not even one that splits documents, lowers the inertia by a larger share.
+    """
+
+    centres_KD: np.ndarray  # float32
+    prices_K: np.ndarray  # float64, mean zero; all zero without balance
+    labels_N: np.ndarray  # int32
+    loads_K: np.ndarray  # float64
+    inertia: float
+    balance: float
+    min_balance: float
+    duality_gap: float
+    n_iterations: int
+
+
+def fit(
+    x_ND: np.ndarray,
+    k: int,
+    *,
+    weights_N: np.ndarray | None = None,
+    balanced: bool = True,
+    rng_seed: int,
+    n_init: int,
+    max_iterations: int,
+    progress: Callable[[int, int, float, float], None] | None = None,
+) -> Clustering:
+    """The best of `n_init` runs of Lloyd's k-means from k-means++ seeds; equal loads if `balanced`, else the nearest centre.
+
+    `weights_N` (positive; None: ones) weigh the documents in the loads, the centres and the inertia. A document, or a set of
+    identical ones, heavier than a fair share counts as one fair share while fitting: it fills a cluster, the rest is shared evenly.
+    Many documents are clustered first in a sample, whose centres are the seeds; `n_iterations` counts the passes over all, and
+    `progress(run, iteration, inertia, balance)` is called after each of them. The best run is the one with the least inertia among
+    those about as even as the evenest. No cluster is empty.
+    Raises ValueError if k is not in 1 ... number of distinct vectors, for vectors that are not finite and for weights that are not
+    positive.
+    """
+    assert n_init >= 1 and max_iterations >= 1
+    x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
+    weights_N = np.ones(len(x_ND)) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
+    _check(x_ND, k, weights_N)
+    # Prices cannot separate identical vectors, so these are one heavier document. Adding 0 makes -0 the same as 0.
+    bytes_N = (x_ND + np.float32(0)).view(np.dtype((np.void, x_ND.itemsize * x_ND.shape[1]))).ravel()
+    _, first_U, copy_N = np.unique(bytes_N, return_index=True, return_inverse=True)
+    x_UD, mass_U = x_ND[first_U], _at_most_a_share(np.bincount(copy_N, weights_N), k)
+    stride = max(1, len(x_UD) // max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * k))
+    sample_SD, mass_S = x_UD[::stride], _at_most_a_share(mass_U[::stride], k)
+
+    runs = []
+    for run in range(n_init):
+
+        def report(iteration: int, inertia: float, balance: float, run: int = run) -> None:
+            if progress is not None:
+                progress(run, iteration, inertia, balance)
+
+        centres_KD, prices_K = _plus_plus(sample_SD, mass_S, k, np.random.default_rng([rng_seed, run])), np.zeros(k)
+        if stride > 1:
+            centres_KD, prices_K, _ = _lloyd(sample_SD, mass_S, centres_KD, prices_K, balanced, max_iterations)
+        centres_KD, prices_K, n_iterations = _lloyd(x_UD, mass_U, centres_KD, prices_K, balanced, max_iterations, report)
+        runs.append(_certify(x_ND, weights_N, centres_KD, prices_K, n_iterations))
+    even_enough = 1.01 * min(run.balance for run in runs) if balanced else np.inf
+    return min((run for run in runs if run.balance <= even_enough), key=lambda run: run.inertia)
+
+
+def assign(x_ND: np.ndarray, centres_KD: np.ndarray, prices_K: np.ndarray, chunk_rows: int = 16384) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster (int32) and squared distance to its centre (float32) of each document: argmin_j d2_ij + p_j, lowest j on ties.
+
+    Needs memory for `chunk_rows` x K numbers. Raises ValueError for vectors that are not finite.
+    """
+    labels_N = np.empty(len(x_ND), dtype=np.int32)
+    d2_N = np.empty(len(x_ND), dtype=np.float32)
+    for start in range(0, len(x_ND), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        _check_vectors(x_ND[rows], start)
+        d2_RK = squared_distances(x_ND[rows], centres_KD)
+        labels_N[rows] = (d2_RK + prices_K).argmin(axis=1)
+        d2_N[rows] = d2_RK[np.arange(len(d2_RK)), labels_N[rows]]
+    return labels_N, d2_N
+
+
+def squared_distances(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances d2_NK, float32, never negative.
+
+    Sums are float64, so that the rounded result hardly ever depends on chunk sizes and the number of threads.
+    """
+    centres_KD = centres_KD.astype(np.float64)
+    norms_K = np.einsum("kd,kd->k", centres_KD, centres_KD)
+    d2_NK = np.empty((len(x_ND), len(centres_KD)), dtype=np.float32)
+    for start in range(0, len(x_ND), CACHED_ROWS):
+        rows = slice(start, start + CACHED_ROWS)
+        x_RD = x_ND[rows].astype(np.float64)
+        d2_RK = x_RD @ (-2 * centres_KD.T)
+        d2_RK += norms_K
+        d2_RK += np.einsum("rd,rd->r", x_RD, x_RD)[:, None]
+        d2_NK[rows] = np.maximum(d2_RK, 0, out=d2_RK)
+    return d2_NK
+
+
+def _check(x_ND: np.ndarray, k: int, weights_N: np.ndarray) -> None:
+    assert x_ND.ndim == 2 and weights_N.shape == x_ND.shape[:1]
+    if k < 1:
+        raise ValueError(f"cluster.k: {k}. Expected at least 1. Raise cluster.k.")
+    if k > len(x_ND):
+        raise ValueError(f"cluster.k: {k}. Expected at most {len(x_ND)}, the number of documents. Lower cluster.k or add documents.")
+    _check_vectors(x_ND, 0)
+    good_N = (weights_N > 0) & (weights_N < np.inf)
+    if not good_N.all():
+        row = good_N.argmin()
+        raise ValueError(f"weights: {weights_N[row]:g} in row {row}. Expected positive numbers. Drop documents without tokens.")
+
+
+def _check_vectors(x_ND: np.ndarray, start: int) -> None:
+    good_N = np.abs(x_ND).max(axis=1) < LARGEST
+    if not good_N.all():
+        row = start + good_N.argmin()
+        raise ValueError(f"vectors: row {row} is not finite, or beyond {LARGEST:g}. Expected numbers. Embed the documents again.")
+
+
+def _at_most_a_share(mass_N: np.ndarray, k: int) -> np.ndarray:
+    """Masses cut at the share s that solves s = sum_i min(m_i, s) / k: then no document is heavier than the mean load."""
+    lightest_first = np.sort(mass_N)
+    heaviest_H, rests_H = lightest_first[::-1][:k], np.cumsum(lightest_first)[::-1][:k]
+    shares_H = rests_H / np.arange(k, k - len(rests_H), -1)  # if the H heaviest documents fill one cluster each
+    return np.minimum(mass_N, shares_H[(heaviest_H <= shares_H).argmax()])
+
+
+def _plus_plus(x_ND: np.ndarray, mass_N: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k different documents by greedy k-means++ (Arthur and Vassilvitskii 2007): the best of 2 + ln k draws each time."""
+    rounding_N = np.maximum(SAME * np.einsum("nd,nd->n", x_ND, x_ND, dtype=np.float64), SMALLEST)
+    chosen = [int(rng.choice(len(x_ND), p=mass_N / mass_N.sum()))]
+    d2_N = squared_distances(x_ND, x_ND[chosen])[:, 0]
+    while len(chosen) < k:
+        odds_N = mass_N * np.where(d2_N > rounding_N, d2_N, 0)
+        if not odds_N.any():
+            found = f"cluster.k: {k}. Expected at most {len(chosen)}, the number of distinct vectors."
+            raise ValueError(f"{found} Lower cluster.k or remove duplicate documents.")
+        candidates_C = rng.choice(len(x_ND), 2 + int(np.log(k)), p=odds_N / odds_N.sum())
+        d2_NC = np.minimum(squared_distances(x_ND, x_ND[candidates_C]), d2_N[:, None])
+        best = (mass_N @ d2_NC).argmin()
+        chosen.append(int(candidates_C[best]))
+        d2_N = d2_NC[:, best]
+    return x_ND[chosen]
+
+
+def _lloyd(x_ND, mass_N, centres_KD, prices_K, balanced, max_iterations, report=None):
+    """Centres, prices and the number of iterations. The last assignment is made with the returned centres, which are not moved again."""
+    k = len(centres_KD)
+    previous = np.inf
+    for iteration in range(1, max_iterations + 1):
+        if balanced:
+            d2_NK = squared_distances(x_ND, centres_KD)
+            labels_N, prices_K = transport.balance(d2_NK, mass_N, prices_K)
+            d2_N = d2_NK[np.arange(len(x_ND)), labels_N]
+        else:
+            centres_KD, prices_K, labels_N, d2_N = _occupy(x_ND, mass_N, centres_KD, prices_K)
+        inertia = float(mass_N @ d2_N / mass_N.sum())
+        loads_K = np.bincount(labels_N, mass_N, k)
+        if report is not None:
+            report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
+        if previous - inertia <= TOLERANCE * inertia or iteration == max_iterations:
+            break
+        previous = inertia
+        sums_KD = np.zeros(centres_KD.shape)
+        for start in range(0, len(x_ND), CACHED_ROWS):
+            rows = slice(start, start + CACHED_ROWS)
+            n = len(x_ND[rows])
+            sums_KD += sparse.csr_array((mass_N[rows], (labels_N[rows], np.arange(n))), shape=(k, n)) @ x_ND[rows]
+        centres_KD = (sums_KD / loads_K[:, None]).astype(np.float32)
+    centres_KD, prices_K, _, _ = _occupy(x_ND, mass_N, centres_KD, prices_K)
+    return centres_KD, prices_K, iteration
+
+
+def _occupy(x_ND, mass_N, centres_KD, prices_K):
+    """Move the centre of an empty cluster to the document that adds most to the inertia, until no cluster is empty.
+
+    Without prices each move lowers the inertia, so this ends. With balance only exact ties between documents can lead here.
+    """
+    while True:
+        labels_N, d2_N = assign(x_ND, centres_KD, prices_K)
+        counts_K = np.bincount(labels_N, minlength=len(centres_KD))
+        if counts_K.all():
+            return centres_KD, prices_K, labels_N, d2_N
+        centres_KD, prices_K = centres_KD.copy(), np.zeros(len(centres_KD))
+        centres_KD[counts_K.argmin()] = x_ND[(mass_N * d2_N).argmax()]
+
+
+def _certify(x_ND, weights_N, centres_KD, prices_K, n_iterations) -> Clustering:
+    k, total = len(prices_K), float(weights_N.sum())
+    labels_N, d2_N = assign(x_ND, centres_KD, prices_K)
+    loads_K = np.bincount(labels_N, weights_N, k)
+    primal = float(weights_N @ d2_N)
+    # The dual is sum_i w_i min_j (d2_ij + p_j) less the dearest loads within the same bounds, which fill the highest prices first.
+    low, high = loads_K.min(), loads_K.max()
+    extra_K = np.clip(total - k * low - (high - low) * np.arange(k), 0, high - low)
+    dearest = low * prices_K.sum() + extra_K @ np.sort(prices_K)[::-1]
+    gap = float(np.clip(dearest - loads_K @ prices_K, 0, primal)) / primal if primal > 0 else 0.0  # no inertia is below 0
+    balance, min_balance = float(high * k / total), float(low * k / total)
+    return Clustering(centres_KD, prices_K, labels_N, loads_K, primal / total, balance, min_balance, gap, n_iterations)
