@@ -64,9 +64,7 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=2, help="worker processes of rule shard")
     p.add_argument("--k", type=int, default=16, help="number of clusters")
     args = p.parse_args()
-    print(
-        f"{'text':>9} {'documents':>9} {'rule':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}   peak MB: parent  workers together"
-    )
+    print(f"{'text':>9} {'documents':>9} {'rule':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}   peak MB: parent  workers together")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         content = yaml.safe_load((ROOT / "config.yaml").read_text("utf-8"))

@@ -33,7 +33,14 @@ SMALL = {
             "tie_word_embeddings": True,
         }
     },
-    "train": {"seq_len": 32, "batch_size": 4, "steps": 4, "seed_batch_size": 2, "micro_batch_size": 2, "controls": ["dense-steps", "random"]},
+    "train": {
+        "seq_len": 32,
+        "batch_size": 4,
+        "steps": 4,
+        "seed_batch_size": 2,
+        "micro_batch_size": 2,
+        "controls": ["dense-steps", "random"],
+    },
     "route": {"top_k": [1, 2], "temperature": [0.1, 1.0], "epsilon": [0.01], "beta": [1.0]},
     "eval": {"stride": 16, "bootstrap": 200},
     "run": {"checkpoint_seconds": 0.001},

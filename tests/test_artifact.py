@@ -1,5 +1,4 @@
 import errno
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ def test_publish_is_all_or_nothing(tmp_path: Path) -> None:
         tmp.write_text("half")
         raise RuntimeError
     assert target.read_text() == "new"
-    assert os.listdir(target.parent) == ["x.txt"]
+    assert [p.name for p in target.parent.iterdir()] == ["x.txt"]
 
 
 def test_publish_passes_on_errors_about_other_files(tmp_path: Path) -> None:
@@ -37,17 +36,17 @@ def test_publish_removes_what_a_killed_process_left(tmp_path: Path) -> None:
         "    tmp.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == -9
-    assert len(os.listdir(tmp_path)) == 1 and not target.exists()
+    assert len(list(tmp_path.iterdir())) == 1 and not target.exists()
     with artifact.publish(target) as tmp:
         tmp.write_text("whole")
-    assert os.listdir(tmp_path) == ["x.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
 def test_full_disk_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError) as error, artifact.publish(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert error.value.filename == str(tmp_path / "x")
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_npz_round_trip_and_refusals(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_squared_distances_are_accurate(seed, n, d, scale):
     d2_NK = kmeans.squared_distances(x_ND, y_KD)
     assert d2_NK.dtype == np.float32 and (d2_NK >= 0).all()
     assert d2_NK == pytest.approx(expected_NK, rel=1e-5, abs=1e-5 * scale**2)
+    assert (kmeans.squared_distances(x_ND[:99], x_ND[:99]) >= 0).all()
 
 
 def test_squared_distances_of_long_vectors_do_not_cancel():
@@ -153,6 +154,24 @@ def test_the_balanced_assignment_is_optimal_where_clusters_have_no_common_border
     assert d2_NK[np.arange(1600), labels_N].sum() == pytest.approx(d2_NK[rows, columns // 100].sum(), rel=1e-5)
 
 
+def test_prices_of_a_sample_save_moves(monkeypatch):
+    x_ND, _ = mixture(3200, 20, 5, 0, spread=10)
+    d2_NK = kmeans.squared_distances(x_ND, x_ND[:16])
+    moves = []
+    shortest_paths = transport._shortest_paths
+    monkeypatch.setattr(transport, "_shortest_paths", lambda *args: moves.append(args) or shortest_paths(*args))
+    transport.balance(d2_NK, np.ones(3200), np.zeros(16))
+    assert 0 < len(moves) < 100
+
+
+def test_no_cluster_stays_empty_where_the_next_document_weighs_nearly_nothing():
+    x_ND = np.array([[-1.1], [-1], [0], [1], [1.1]], dtype=np.float32)
+    d2_NK = kmeans.squared_distances(x_ND, np.array([[-1], [1], [0.1]], dtype=np.float32))
+    labels_N, prices_K = transport.balance(d2_NK, np.array([0.5, 0.5, 1e-14, 0.5, 0.5]), np.array([0.0, 0.0, 9.0]))
+    assert set(labels_N) == {0, 1, 2}
+    assert (labels_N == (d2_NK + prices_K).argmin(axis=1)).all()
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 99), st.integers(2, 5))
 def test_the_duality_gap_bounds_what_any_assignment_could_gain(seed, k):
@@ -235,17 +254,28 @@ def test_the_same_inputs_give_the_same_result_in_any_order_of_documents():
     assert (again.labels_N == first.labels_N[order_N]).all() and (again.prices_K == first.prices_K).all()
 
 
-def test_more_runs_are_at_least_as_good_and_progress_tells_of_each_iteration():
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_best_run_is_taken_and_progress_tells_of_each_iteration(balanced):
     x_ND, _ = mixture(600, 10, 9, 0)
     told: list[tuple[int, int, float, float]] = []
-    many = kmeans.fit(x_ND, 6, rng_seed=0, n_init=5, max_iterations=30, progress=lambda *what: told.append(what))
-    last_of_run = {run: inertia for run, _, inertia, _ in told}
-    assert set(last_of_run) == set(range(5)) and len(set(last_of_run.values())) > 1
-    assert many.inertia == pytest.approx(min(last_of_run.values()), rel=1e-6)
-    of_best = [what for what in told if what[2] == pytest.approx(many.inertia)][-1]
-    assert of_best[1] == many.n_iterations and of_best[3] == many.balance
-    inertias = [inertia for run, _, inertia, _ in told if run == of_best[0]]
+    found = kmeans.fit(x_ND, 6, balanced=balanced, rng_seed=0, n_init=5, max_iterations=30, progress=lambda *what: told.append(what))
+    last_of_run = {run: what for run, *what in told}
+    assert list(last_of_run) == [0, 1, 2, 3, 4] and len({inertia for _, inertia, _ in last_of_run.values()}) > 1
+    best, (n_iterations, inertia, balance) = min(last_of_run.items(), key=lambda item: item[1][1])
+    assert found.inertia == pytest.approx(inertia, rel=1e-6)
+    assert (found.n_iterations, found.balance) == (n_iterations, pytest.approx(balance))
+    assert [iteration for run, iteration, *_ in told if run == best] == list(range(1, n_iterations + 1)) and n_iterations < 30
+    inertias = [inertia for run, _, inertia, _ in told if run == best]
     assert inertias == sorted(inertias, reverse=True)
+
+
+def test_an_even_run_is_better_than_a_tight_one():
+    x_ND, weights_N = mixture(40, 4, 5, 0)
+    last_of_run = {}
+    told = {"progress": lambda run, iteration, inertia, balance: last_of_run.update({run: (inertia, balance)})}
+    found = kmeans.fit(x_ND, 4, weights_N=weights_N, rng_seed=0, n_init=5, max_iterations=30, **told)
+    assert found.balance == pytest.approx(min(balance for _, balance in last_of_run.values()))
+    assert found.inertia > 1.01 * min(inertia for inertia, _ in last_of_run.values())
 
 
 def test_iterations_are_limited():

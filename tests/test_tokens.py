@@ -10,7 +10,7 @@ from cbtm_pipeline import artifact, tokens
 META = artifact.make_meta("tokens", {})
 
 
-def made(lists: list[list[int]], dtype=np.uint16) -> tokens.Documents:
+def made(lists: list[list[int]], dtype: type[np.unsignedinteger] = np.uint16) -> tokens.Documents:
     lengths = [len(x) for x in lists]
     return tokens.Documents(np.array([t for x in lists for t in x], dtype), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 

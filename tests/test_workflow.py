@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, make_project, snakemake, snakemake_command
 
 from cbtm_pipeline import plan
+from conftest import ROOT, make_project, snakemake, snakemake_command
 
 pytestmark = pytest.mark.slow
 
@@ -60,8 +60,9 @@ CHANGES = {
     "train: {controls: [dense-steps]}": MERGE,
     "model: {scratch: {hidden_size: 16}}": TRAINING,
     "corpus: {eval_fraction: 0.2}": CORPUS,
+    "corpus: {max_bad_share: 0.5}": CORPUS - {"tokenizer"},
     "tokenizer: {vocab_size: 310}": CORPUS,
-    "seed: 1": CORPUS - {"shard"} | {"shard"},
+    "seed: 1": CORPUS - {"tokenizer", "shard"},
     "run: {log_seconds: 1.0}": set(),
 }
 
@@ -180,7 +181,9 @@ def test_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_loc
     project = tmp_path / "project"
     shutil.copytree(finished, project, symlinks=True)
     forced = ("--cores", "1", "--force", "results/experts/1/model.safetensors")
-    first = subprocess.Popen(snakemake_command(*forced), cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen(
+        snakemake_command(*forced), cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     while first.poll() is None and (project / "results/experts/1/model.safetensors").exists():
         time.sleep(0.01)
     assert first.poll() is None

@@ -193,10 +193,9 @@ def parameters(config: Config, rule: str, expert: str | None = None) -> dict[str
             return {}
         case "tokenizer":
             return {
-                **c.corpus.model_dump(),
+                **c.corpus.model_dump(exclude={"max_bad_share", "shard_bytes"}),
                 **c.tokenizer.model_dump(),
                 "model": c.model.pretrained,
-                "rng_seed": c.seed,
             }
         case "shard":
             return c.corpus.model_dump()

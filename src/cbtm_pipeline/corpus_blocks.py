@@ -95,8 +95,11 @@ class _Stream:
 
     def __iter__(self) -> Iterator[bytes]:
         chunks = self._decompressed() if self.compression else iter(lambda: self.file.read(self.size), b"")
-        yield next(chunks, b"").removeprefix(_BOM)
-        yield from chunks
+        try:
+            yield next(chunks, b"").removeprefix(_BOM)
+            yield from chunks
+        except OSError as error:  # a failing disk does not say which file it failed on
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _decompressed(self) -> Iterator[bytes]:
         magic = self.file.peek(4)[:4]
