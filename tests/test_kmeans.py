@@ -161,7 +161,7 @@ def test_prices_of_a_sample_save_moves(monkeypatch):
     shortest_paths = transport._shortest_paths
     monkeypatch.setattr(transport, "_shortest_paths", lambda *args: moves.append(args) or shortest_paths(*args))
     transport.balance(d2_NK, np.ones(3200), np.zeros(16))
-    assert 0 < len(moves) < 100
+    assert 0 < len(moves) < 300  # 1032 from the prices that the Newton steps alone reach
 
 
 def test_no_cluster_stays_empty_where_the_next_document_weighs_nearly_nothing():
@@ -259,12 +259,12 @@ def test_the_best_run_is_taken_and_progress_tells_of_each_iteration(balanced):
     x_ND, _ = mixture(600, 10, 9, 0)
     told: list[tuple[int, int, float, float]] = []
     found = kmeans.fit(x_ND, 6, balanced=balanced, rng_seed=0, n_init=5, max_iterations=30, progress=lambda *what: told.append(what))
-    last_of_run = {run: what for run, *what in told}
+    last_of_run = {run: (iteration, inertia, balance) for run, iteration, inertia, balance in told}
     assert list(last_of_run) == [0, 1, 2, 3, 4] and len({inertia for _, inertia, _ in last_of_run.values()}) > 1
     best, (n_iterations, inertia, balance) = min(last_of_run.items(), key=lambda item: item[1][1])
     assert found.inertia == pytest.approx(inertia, rel=1e-6)
     assert (found.n_iterations, found.balance) == (n_iterations, pytest.approx(balance))
-    assert [iteration for run, iteration, *_ in told if run == best] == list(range(1, n_iterations + 1)) and n_iterations < 30
+    assert [iteration for run, iteration, *_ in told if run == best] == list(range(1, found.n_iterations + 1)) and n_iterations < 30
     inertias = [inertia for run, _, inertia, _ in told if run == best]
     assert inertias == sorted(inertias, reverse=True)
 
@@ -272,8 +272,11 @@ def test_the_best_run_is_taken_and_progress_tells_of_each_iteration(balanced):
 def test_an_even_run_is_better_than_a_tight_one():
     x_ND, weights_N = mixture(40, 4, 5, 0)
     last_of_run = {}
-    told = {"progress": lambda run, iteration, inertia, balance: last_of_run.update({run: (inertia, balance)})}
-    found = kmeans.fit(x_ND, 4, weights_N=weights_N, rng_seed=0, n_init=5, max_iterations=30, **told)
+
+    def tell(run: int, iteration: int, inertia: float, balance: float) -> None:
+        last_of_run[run] = inertia, balance
+
+    found = kmeans.fit(x_ND, 4, weights_N=weights_N, rng_seed=0, n_init=5, max_iterations=30, progress=tell)
     assert found.balance == pytest.approx(min(balance for _, balance in last_of_run.values()))
     assert found.inertia > 1.01 * min(inertia for inertia, _ in last_of_run.values())
 
