@@ -166,8 +166,9 @@ def test_prices_of_a_sample_save_moves(monkeypatch):
 
 def test_no_cluster_stays_empty_where_the_next_document_weighs_nearly_nothing():
     x_ND = np.array([[-1.1], [-1], [0], [1], [1.1]], dtype=np.float32)
-    d2_NK = kmeans.squared_distances(x_ND, np.array([[-1], [1], [0.1]], dtype=np.float32))
-    labels_N, prices_K = transport.balance(d2_NK, np.array([0.5, 0.5, 1e-14, 0.5, 0.5]), np.array([0.0, 0.0, 9.0]))
+    d2_NK = kmeans.squared_distances(x_ND, np.array([[-1], [1.1], [0.1]], dtype=np.float32))
+    mass_N, prices_K = np.array([0.5, 0.5, 1e-14, 0.5, 0.5]), np.array([0, 0, 9.0])
+    labels_N, prices_K = transport._even_out(d2_NK, mass_N, (d2_NK + prices_K).argmin(axis=1), prices_K)
     assert set(labels_N) == {0, 1, 2}
     assert (labels_N == (d2_NK + prices_K).argmin(axis=1)).all()
 
