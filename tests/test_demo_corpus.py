@@ -163,7 +163,7 @@ def packages_without_botocore(tmp_path: Path) -> Path:
 def test_missing_package_is_one_line(packages_without_botocore: Path, tmp_path: Path) -> None:
     done = make_corpus(tmp_path / "out" / "corpus.jsonl.zst", packages_without_botocore)
     assert done.returncode == 1
-    assert done.stderr == (
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.endswith(
         "demo corpus: package botocore is not installed. Expected botocore==1.44.5, as every version carries other text. Run make setup.\n"
     )
     assert not (tmp_path / "out").exists()
@@ -178,7 +178,7 @@ def test_other_version_is_one_line(packages_without_botocore: Path, tmp_path: Pa
     (other / "METADATA").write_text(text.replace("Version: 1.44.5", "Version: 1.44.6"))
     done = make_corpus(tmp_path / "out" / "corpus.jsonl.zst", packages_without_botocore)
     assert done.returncode == 1
-    assert done.stderr == (
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.endswith(
         "demo corpus: package botocore has version 1.44.6. "
         "Expected botocore==1.44.5, as every version carries other text. Run make setup.\n"
     )

@@ -254,11 +254,11 @@ REFUSED = {
     "other stride": (lambda r: change_npz(r.scores["0"], "scores", meta={"stride": 7}), "scores/0.npz: made with stride 7. Expected 128"),
     "other cut": (
         lambda r: change_npz(r.scores["0"], "scores", meta={"max_document_tokens": 9}),
-        "max_document_tokens 9. Expected None",
+        "max_document_tokens 9. Expected 256",
     ),
     "distances of other cut": (
         lambda r: change_npz(r.distances, "distances", meta={"max_document_tokens": 9}),
-        "distances.npz: made with max_document_tokens 9. Expected None",
+        "distances.npz: made with max_document_tokens 9. Expected 256",
     ),
     "other clusters": (
         lambda r: change_json(r.cards["2"], made_from={**json.loads(r.cards["2"].read_text())["made_from"], "assignments": "a" * 32}),

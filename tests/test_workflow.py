@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -106,9 +107,13 @@ def test_forcing_one_expert_trains_it_again_and_rescores_what_depends_on_it(fini
     printed = snakemake(project, "--cores", "2", "--force", "results/experts/1/model.safetensors")
     assert jobs(printed) == {"train_expert 1"}
     assert weights.read_bytes() == before, "training is a function of config and data"
-    assert jobs(snakemake(project, "-n")) == {"score_expert 1"} | MERGE
     snakemake(project, "--cores", "2")
     assert (project / "results/eval/metrics.json").read_bytes() == metrics
+
+
+def test_an_expert_trained_again_is_scored_again_and_nothing_else(finished: Path) -> None:
+    printed = snakemake(finished, "-n", "--forcerun", "results/experts/1/model.safetensors")
+    assert jobs(printed) == {"train_expert 1", "score_expert 1"} | MERGE
 
 
 def graph_edges(text: str) -> set[tuple[str, str]]:
@@ -177,20 +182,18 @@ def test_k_of_one_is_the_dense_model(tmp_path: Path) -> None:
     assert len({row["nll"] for row in rows if row["system"] in {"dense", "ensemble", "uniform", "oracle", "expert-0"}}) == 1
 
 
-def test_second_run_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(finished: Path, tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(finished: Path, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(finished, project, symlinks=True)
-    forced = ("--cores", "1", "--force", "results/experts/1/model.safetensors")
-    first = subprocess.Popen(
-        snakemake_command(*forced), cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while first.poll() is None and (project / "results/experts/1/model.safetensors").exists():
-        time.sleep(0.01)
-    assert first.poll() is None
-    assert "another run" in snakemake(project, "--cores", "1", ok=False)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    snakemake(project, "--cores", "2")
+    hold = "import time; from cbtm_pipeline import lock; lock.hold('results'); print('held', flush=True); time.sleep(100)"
+    weights = "results/experts/1/model.safetensors"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=project, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout and first.stdout.readline() == "held\n"
+        before = (project / weights).read_bytes()
+        assert f'"pid": {first.pid}' in snakemake(project, "--cores", "1", "--force", weights, ok=False)
+        assert (project / weights).read_bytes() == before, "a refused run touches nothing"
+        first.kill()
+    snakemake(project, "--cores", "1", "--force", weights)
 
 
 def test_experts_of_the_default_config() -> None:
