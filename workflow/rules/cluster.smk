@@ -12,10 +12,11 @@ rule embed:
         CONDA
     threads: 2
     params:
+        launch=launch("embed"),
         config=RUN_CONFIG,
         depends_on=parameters("embed"),
     shell:
-        "python -m cbtm_pipeline.embed --config {params.config:q} --shards {input.shards:q} --out {output.manifest:q} --log {log:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.embed --config {params.config:q} --shards {input.shards:q} --out {output.manifest:q} --log {log:q}"
 
 
 rule fit_kmeans:
@@ -33,10 +34,11 @@ rule fit_kmeans:
         CONDA
     threads: 2
     params:
+        launch=launch("fit_kmeans"),
         config=RUN_CONFIG,
         depends_on=parameters("fit_kmeans"),
     shell:
-        "python -m cbtm_pipeline.fit_kmeans --config {params.config:q} --vectors {input.vectors:q} --shards {input.shards:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.fit_kmeans --config {params.config:q} --vectors {input.vectors:q} --shards {input.shards:q}"
         " --tokenizer {input.tokenizer:q} --out {output.clusterer:q} --log {log:q}"
 
 
@@ -53,10 +55,11 @@ rule assign:
     conda:
         CONDA
     params:
+        launch=launch("assign"),
         config=RUN_CONFIG,
         depends_on=parameters("assign"),
     shell:
-        "python -m cbtm_pipeline.assign --config {params.config:q} --shards {input.shards:q} --vectors {input.vectors:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.assign --config {params.config:q} --shards {input.shards:q} --vectors {input.vectors:q}"
         " --clusterer {input.clusterer:q} --out {output:q} --log {log:q}"
 
 
@@ -70,8 +73,9 @@ rule assign_random:
     conda:
         CONDA
     params:
+        launch=launch("assign_random"),
         config=RUN_CONFIG,
         depends_on=parameters("assign_random"),
     shell:
-        "python -m cbtm_pipeline.assign --random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.assign --random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
         " --log {log:q}"

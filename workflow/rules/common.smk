@@ -7,6 +7,7 @@ from pathlib import Path
 SOURCES = f"{workflow.basedir}/../src"
 sys.path.insert(0, SOURCES)
 
+from cbtm_pipeline import artifact
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import corpus_files, lock, plan
 
@@ -58,3 +59,55 @@ def expert_inputs(wildcards):
 def beside(paths, name):
     """The files of this name in the folders of `paths`."""
     return [str(Path(path).with_name(name)) for path in paths]
+
+
+def launch(rule, name=None, work=None):
+    """What a rule's command begins with: nothing here, a launcher where the profile names a Slurm partition for the rule.
+
+    As it depends on threads and resources, Snakemake leaves it out when it compares parameters: a profile never reruns anything.
+    """
+
+    def prefix(wildcards, input, output, threads, resources):
+        if not resources.get("slurm_partition"):
+            return []
+        own = {
+            "tmpdir",
+            "slurm_jobs",
+            *(
+                f"{size}{unit}"
+                for size in ("mem", "disk")
+                for unit in ("", "_mb", "_mib")
+            ),
+        } - {"mem_mb"}
+        machine = {
+            key: resources[key]
+            for key in resources.keys()
+            if not key.startswith("_") and key not in own and resources[key] != ""
+        }
+        expert = wildcards.get("expert")
+        command = [
+            "python",
+            "-m",
+            "cbtm_pipeline.slurm.launch",
+            "--name",
+            f"{name}-{expert}" if name else rule,
+        ]
+        command += [
+            "--folder",
+            f"{OUT}/slurm",
+            "--resources",
+            json.dumps(machine),
+            "--threads",
+            threads,
+        ]
+        command += [
+            "--depends-on",
+            artifact.fingerprint(json.loads(parameters(rule, expert))),
+            "--inputs",
+            *input,
+            "--outputs",
+            *output,
+        ]
+        return [*command, *(["--work", work(wildcards)] if work else []), "--"]
+
+    return prefix

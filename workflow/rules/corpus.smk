@@ -10,8 +10,10 @@ rule demo_corpus:
         f"{OUT}/logs/demo_corpus.log",
     conda:
         CONDA
+    params:
+        launch=launch("demo_corpus"),
     shell:
-        "python -m cbtm_pipeline.demo_corpus --out {output:q} --log {log:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.demo_corpus --out {output:q} --log {log:q}"
 
 
 rule tokenizer:
@@ -25,11 +27,12 @@ rule tokenizer:
         CONDA
     threads: 2
     params:
+        launch=launch("tokenizer"),
         config=RUN_CONFIG,
         depends_on=parameters("tokenizer"),
         demo=DEMO_FLAG,
     shell:
-        "python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output:q} --log {log:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output:q} --log {log:q}"
 
 
 rule shard:
@@ -44,9 +47,10 @@ rule shard:
         CONDA
     threads: 2
     params:
+        launch=launch("shard"),
         config=RUN_CONFIG,
         depends_on=parameters("shard"),
         demo=DEMO_FLAG,
     shell:
-        "python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"
         " --workers {threads} --out {output:q} --log {log:q}"

@@ -1,3 +1,7 @@
+def work(wildcards):
+    return f"{OUT}/work/{wildcards.expert}"
+
+
 # The resumable state in work/ is no output: Snakemake deletes outputs before a job starts and after it fails.
 rule train_expert:
     input:
@@ -8,17 +12,16 @@ rule train_expert:
         f"{OUT}/logs/train_expert/{{expert}}.log",
     conda:
         CONDA
-    resources:
-        gpu=1,
     params:
+        launch=launch("train_expert", "expert", work),
         config=RUN_CONFIG,
         depends_on=lambda wildcards: parameters("train_expert", wildcards.expert),
-        work=lambda wildcards: f"{OUT}/work/{wildcards.expert}",
+        work=work,
         seed_model=lambda wildcards, input: (
             ["--seed-model", input.seed_model] if wildcards.expert != "seed" else []
         ),
     shell:
-        "exec python -m cbtm_pipeline.train_expert --config {params.config:q} --expert {wildcards.expert} --data {input.data:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.train_expert --config {params.config:q} --expert {wildcards.expert} --data {input.data:q}"
         " --tokenizer {input.tokenizer:q} {params.seed_model:q} --out {output:q} --work {params.work:q}"
         " --threads {threads} --log {log:q}"
 
@@ -33,11 +36,10 @@ rule score_expert:
         f"{OUT}/logs/score_expert/{{expert}}.log",
     conda:
         CONDA
-    resources:
-        gpu=1,
     params:
+        launch=launch("score_expert", "score"),
         config=RUN_CONFIG,
         depends_on=parameters("score_expert"),
     shell:
-        "python -m cbtm_pipeline.score_expert --config {params.config:q} --expert-weights {input.expert:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.score_expert --config {params.config:q} --expert-weights {input.expert:q}"
         " --shards {input.shards:q} --out {output:q} --threads {threads} --log {log:q}"

@@ -11,10 +11,11 @@ rule route:
     conda:
         CONDA
     params:
+        launch=launch("route"),
         config=RUN_CONFIG,
         depends_on=parameters("route"),
     shell:
-        "python -m cbtm_pipeline.route --config {params.config:q} --shards {input.shards:q} --embedder {input.embedder:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.route --config {params.config:q} --shards {input.shards:q} --embedder {input.embedder:q}"
         " --clusterer {input.clusterer:q} --tokenizer {input.tokenizer:q} --out {output:q} --log {log:q}"
 
 
@@ -32,11 +33,12 @@ rule eval_ensemble:
     conda:
         CONDA
     params:
+        launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
         depends_on=parameters("eval_ensemble"),
         cards=lambda wildcards, input: beside(input.experts, "card.json"),
     shell:
-        "python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
         " --scores {input.scores:q} --experts {params.cards:q} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
@@ -55,8 +57,9 @@ rule report:
     conda:
         CONDA
     params:
+        launch=launch("report"),
         config=RUN_CONFIG,
         logs=lambda wildcards, input: beside(input.experts, "metrics.jsonl"),
     shell:
-        "python -m cbtm_pipeline.report --config {params.config:q} --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.report --config {params.config:q} --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
         " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --out {output:q} --log {log:q}"

@@ -1,0 +1,134 @@
+"""What we ask of Slurm: its queue, its records of ended jobs, and to cancel. Standard library only.
+
+A controller that does not answer is `Unreachable`, never "no such job": who takes the one for the other starts a second writer.
+"""
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+TIMEOUT_S = 60  # of one command; a busy controller answers late
+QUEUE_AGE_S = 10.0  # how old an answer of squeue may be
+
+# Slurm has no exit codes for this. What matches passes by itself; everything else that it says is for people to mend.
+_PASSING = re.compile(
+    r"unable to contact|could not connect|connection (refused|reset)|timed out|temporarily|try again|zero bytes were transmitted"
+    r"|transport endpoint|communication|not responding|MaxSubmitJob|MaxSubmitPU|controller is busy|munge|protocol authentication",
+    re.I,
+)
+
+
+class Unreachable(OSError):
+    """Slurm did not answer, or says that it cannot just now. Nothing follows from it about any job."""
+
+
+class Refused(ValueError):
+    """Slurm answered no, and would answer so again."""
+
+
+class Job(NamedTuple):
+    """A line of squeue. `state` in capitals (PENDING, RUNNING, COMPLETING, COMPLETED, PREEMPTED ...)."""
+
+    id: str
+    name: str
+    state: str
+    reason: str
+    nodes: str
+    restarts: int
+    comment: str
+    start: str
+    end: str
+
+
+LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING"}
+LIVE |= {"SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"}
+_FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "Comment", "StartTime", "EndTime")
+
+
+def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment without what a surrounding Slurm job left in it, which would bend the jobs submitted from there."""
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
+    return {name: value for name, value in base.items() if name in kept or not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PMI"))}
+
+
+def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
+    """Run a Slurm command and return what it printed. Raises Unreachable, or Refused with Slurm's own words."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment(), check=False)
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"{command[0]}: no answer within {timeout_s:.0f} s") from None
+    except FileNotFoundError:
+        raise Refused(f"{command[0]}: not found. Expected Slurm's commands in PATH. Run where sbatch works.") from None
+    if run.returncode == 0:
+        return run.stdout
+    said = " ".join((run.stderr or run.stdout).split()) or f"exit status {run.returncode}"
+    raise (Unreachable if passes(said) else Refused)(f"{command[0]}: {said}")
+
+
+def passes(message: str) -> bool:
+    """Whether what Slurm complains of passes by itself (a restart, a busy controller, a full queue)."""
+    return bool(_PASSING.search(message))
+
+
+def queue() -> dict[str, Job]:
+    """This user's jobs by id, those that ended in the last minutes (MinJobAge) included: one call of squeue."""
+    fields = ",".join(f"{name}:|" for name in _FIELDS)
+    printed = ask("squeue", "--me", "--states=all", "--noheader", f"--Format={fields}")
+    jobs = {}
+    for line in printed.splitlines():
+        values = line.split("|")
+        if len(values) == len(_FIELDS) + 1:
+            id, name, state, reason, nodes, restarts, comment, start, end = (value.strip() for value in values[: len(_FIELDS)])
+            jobs[id] = Job(id, name, state, reason, nodes, int(restarts or 0), comment.removeprefix("(null)"), start, end)
+    return jobs
+
+
+def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, Job]:
+    """The queue as one launcher saw it for all that use `folder`: at most one squeue every QUEUE_AGE_S, however many jobs are waited for.
+
+    The answer is younger than the unix time `newer_than`, so that a job just submitted is in it. Raises Unreachable as `queue` does.
+    """
+    path = folder / "queue.json"
+    with (folder / ".queue.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            cached = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            cached = {"asked": 0.0, "jobs": [], "failed": None}
+        if max(newer_than, time.time() - QUEUE_AGE_S) >= cached["asked"] or cached["asked"] > time.time():
+            cached = {"asked": time.time(), "jobs": [], "failed": None}
+            try:
+                cached["jobs"] = list(queue().values())
+            except Unreachable as error:
+                cached["failed"] = str(error)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(cached), "utf-8")
+            temporary.rename(path)
+    if cached["failed"]:
+        raise Unreachable(cached["failed"])
+    return {values[0]: Job(*values) for values in cached["jobs"]}
+
+
+def ended_as(job_id: str) -> str | None:
+    """How a job that the queue has forgotten ended (`COMPLETED`, `CANCELLED`, ...), from the accounting; None where there is no record."""
+    try:
+        printed = ask("sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State")
+    except Refused:  # no accounting here
+        return None
+    states = printed.split("\n")[0].split()
+    return states[0] if states else None
+
+
+def cancel(job_id: str) -> None:
+    """scancel. A job that is gone already is no error. Raises Unreachable."""
+    try:
+        ask("scancel", job_id)
+    except Refused as error:
+        if "Invalid job id" not in str(error):
+            raise
