@@ -7,9 +7,9 @@ from pathlib import Path
 SOURCES = f"{workflow.basedir}/../src"
 sys.path.insert(0, SOURCES)
 
-from cbtm_pipeline import artifact
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import corpus_files, lock, plan
+from cbtm_pipeline.slurm import launch as slurm
 
 
 # Jobs run `python -m cbtm_pipeline.<rule>` with the Python that runs Snakemake (in a conda environment, --sdm conda, with the environment's)
@@ -68,46 +68,16 @@ def launch(rule, name=None, work=None):
     """
 
     def prefix(wildcards, input, output, threads, resources):
-        if not resources.get("slurm_partition"):
-            return []
-        own = {
-            "tmpdir",
-            "slurm_jobs",
-            *(
-                f"{size}{unit}"
-                for size in ("mem", "disk")
-                for unit in ("", "_mb", "_mib")
-            ),
-        } - {"mem_mb"}
-        machine = {
-            key: resources[key]
-            for key in resources.keys()
-            if not key.startswith("_") and key not in own and resources[key] != ""
-        }
         expert = wildcards.get("expert")
-        command = [
-            "python",
-            "-m",
-            "cbtm_pipeline.slurm.launch",
-            "--name",
-            f"{name}-{expert}" if name else rule,
-        ]
-        command += [
-            "--folder",
-            f"{OUT}/slurm",
-            "--resources",
-            json.dumps(machine),
-            "--threads",
-            threads,
-        ]
-        command += [
-            "--depends-on",
-            artifact.fingerprint(json.loads(parameters(rule, expert))),
-            "--inputs",
-            *input,
-            "--outputs",
-            *output,
-        ]
-        return [*command, *(["--work", work(wildcards)] if work else []), "--"]
+        return slurm.command_line(
+            name=f"{name}-{expert}" if name else rule,
+            folder=f"{OUT}/slurm",
+            resources=dict(resources.items()),
+            threads=threads,
+            depends_on=parameters(rule, expert),
+            inputs=input,
+            outputs=output,
+            work=work(wildcards) if work else None,
+        )
 
     return prefix

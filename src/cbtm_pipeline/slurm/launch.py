@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +52,7 @@ RESOURCES = (
     "notice_s",
     "slurm_extra",
 )
+SNAKEMAKES = {"tmpdir", "slurm_jobs", "mem", "mem_mib", "disk", "disk_mb", "disk_mib"}  # resources that Snakemake adds or keeps for itself
 HELPLESS = {  # ends that would only come again
     "TIMEOUT": "reached its time limit. Expected to end within it. Raise runtime for this rule in the profile",
     "OUT_OF_MEMORY": "was killed for its memory. Expected to need less. Raise mem_mb for this rule in the profile",
@@ -64,6 +66,25 @@ Record = dict[str, Any]
 
 class Detached(Exception):
     """This process is to end and leave the job alone."""
+
+
+def command_line(
+    name: str,
+    folder: str,
+    resources: Mapping[str, Any],
+    threads: int,
+    depends_on: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    work: str | None,
+) -> list[str]:
+    """What to put before a module's command so that it runs on Slurm; nothing where the profile names no partition for its rule."""
+    if not resources.get("slurm_partition"):
+        return []
+    mine = {key: value for key, value in resources.items() if not key.startswith("_") and key not in SNAKEMAKES and value != ""}
+    command = ["python", "-m", "cbtm_pipeline.slurm.launch", "--name", name, "--folder", folder, "--resources", json.dumps(mine)]
+    command += ["--threads", str(threads), "--depends-on", hashlib.blake2b(depends_on.encode(), digest_size=8).hexdigest()]
+    return [*command, "--inputs", *inputs, "--outputs", *outputs, *(["--work", work] if work else []), "--"]
 
 
 def sbatch_parameters(name: str, resources: dict[str, Any], threads: int, comment: str, resumable: bool) -> dict[str, Any]:
