@@ -35,8 +35,9 @@ from cbtm_pipeline.cli import log
 from cbtm_pipeline.slurm import commands, events
 
 POLL_S = 1.0  # between two looks for the result
-CONFIRM_S = 15.0  # an end without a result counts when it has lasted this long: Slurm may requeue
 LATENCY_S = 60.0  # a network file system may show a file this much later
+CONFIRM_S = {"COMPLETED": LATENCY_S, "CANCELLED": 2.0}  # an end without a result counts when it has lasted this long ...
+REQUEUE_S = 15.0  # ... or this long: Slurm may still requeue
 SUBMIT_S = 3600.0  # give up when Slurm has accepted nothing for so long
 NOTICE_S = 120  # signal before the time limit: more than a step and a save
 RESOURCES = (
@@ -271,7 +272,7 @@ class Launch:
                     ended = 0.0
                 elif not ended:
                     ended = now
-                elif now - ended > (LATENCY_S if state == "COMPLETED" else CONFIRM_S):
+                elif now - ended > CONFIRM_S.get(state, REQUEUE_S):
                     return None, state
             self._sleep()
 
