@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ETC = Path(__file__).parent / "etc"
+FILES = ("cgroup.conf", "gres.conf", "mariadb.cnf", "mariadb.sql", "slurmdbd.conf", "slurm.conf")  # the last says that all are there
 NODES = ("gpu1", "gpu2", "gpu3", "gpu4")
 DAEMONS = ("slurmctld", *NODES, "slurmdbd", "mariadbd", "munged")
 PACKAGES = ("slurm-wlm", "slurmctld", "slurmd", "slurmdbd", "slurm-client", "munge", "mariadb-server")
@@ -77,43 +78,30 @@ def wait(condition: Callable[[], object], timeout: float = 60, what: str = "cond
         time.sleep(0.05)
 
 
-def free_ports(n_ports: int) -> int:
-    """The first of `n_ports` free neighbouring ports, below those that the system hands out by itself."""
+def free_ports() -> int:
+    """A tenth of the first of ten free ports, below those that the system hands out by itself."""
     while True:
-        port = random.SystemRandom().randrange(10000, 32000, 10)
+        tenth = random.SystemRandom().randrange(1000, 3200)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for i in range(n_ports):
-                stack.enter_context(socket.socket()).bind(("", port + i))
-            return port
-
-
-def cgroup_works() -> bool:
-    """True if jobs can be tracked as on most clusters, by freezer cgroups (version 1)."""
-    probe = Path(f"/sys/fs/cgroup/freezer/slurm-box-{os.getpid()}")
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError:
-        return False
-    return True
+            for i in range(10):
+                stack.enter_context(socket.socket()).bind(("", 10 * tenth + i))
+            return tenth
 
 
 def environment(pid: int) -> dict[str, str]:
     """The environment that a process was started with; empty for none, and for one that is over."""
-    try:
+    with contextlib.suppress(OSError):
         content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-    except OSError:
-        return {}
-    return dict(item.split("=", 1) for item in content.split("\0") if "=" in item)
+        return dict(item.split("=", 1) for item in content.split("\0") if "=" in item)
+    return {}
 
 
 def alive(pid: int) -> bool:
     """False once all threads are over: a process that nobody has waited for yet keeps no port."""
-    try:
+    with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return status[0] not in "ZX" or int(status[17]) > 1  # state, number of threads
+        return status[0] not in "ZX" or int(status[17]) > 1  # state, number of threads
+    return False
 
 
 def kill(pids: Iterable[int]) -> None:
@@ -126,7 +114,7 @@ def kill(pids: Iterable[int]) -> None:
 
 
 class Box:
-    """A cluster whose whole state lies in `folder`. With `accounting` (settled by the first start), sacct answers: MariaDB and slurmdbd run."""
+    """A cluster whose whole state lies in `folder`. With `accounting`, settled by the first start, sacct answers (MariaDB, slurmdbd)."""
 
     def __init__(self, folder: Path | str, accounting: bool = True) -> None:
         self.folder = Path(folder).absolute()
@@ -168,20 +156,16 @@ class Box:
             self.run("scancel", "--me")
         wait(lambda: self.idle_nodes() == len(NODES) and not self.squeue(), 60, "an idle cluster")
 
-    # The controller and the nodes, and what can happen to them
-
     def start_slurmctld(self) -> None:
         self._start("slurmctld", "-f", str(self.conf))
         wait(lambda: self._answers("scontrol", "ping"), 60, f"answer of slurmctld (see {self.folder}/slurmctld.log)")
 
     def stop_slurmctld(self, timeout: float = 60) -> None:
         """End the controller as an administrator does: it saves its state, which can take seconds."""
-        if pid := self.pid("slurmctld"):
-            os.kill(pid, signal.SIGTERM)
-            wait(lambda: not alive(pid), timeout, "end of slurmctld")
+        self.signal("slurmctld", signal.SIGTERM, timeout)
 
     def kill_slurmctld(self) -> None:
-        """SIGKILL the controller; what it learned in the last five seconds is lost."""
+        """What the controller learned in the last five seconds can be lost."""
         self.signal("slurmctld", signal.SIGKILL)
 
     def start_slurmd(self, node: str) -> None:
@@ -198,13 +182,11 @@ class Box:
         self.kill_slurmd(node)
         self.run("scontrol", "update", f"node={node}", "state=down", "reason=lost")
 
-    def signal(self, name: str, number: int) -> None:
-        """Signal a daemon (one of DAEMONS), if it runs: SIGSTOP makes it hang until SIGCONT."""
+    def signal(self, name: str, number: int, timeout: float = 60) -> None:
+        """Signal a daemon (one of DAEMONS), if it runs, and wait for its end if it has to end. SIGSTOP makes it hang until SIGCONT."""
         if pid := self.pid(name):
             os.kill(pid, number)
-            wait(lambda: number != signal.SIGKILL or not alive(pid), 30, f"end of {name}")
-
-    # What people and tests ask
+            wait(lambda: number in (signal.SIGSTOP, signal.SIGCONT) or not alive(pid), timeout, f"end of {name}")
 
     def pid(self, name: str) -> int | None:
         """The process of a daemon (one of DAEMONS), if it runs."""
@@ -245,8 +227,6 @@ class Box:
         """Let a requeued job start now, without its delay."""
         self.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
 
-    # Inside
-
     def _configure(self) -> None:
         for name in ("state", "spool", "dev"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -254,32 +234,22 @@ class Box:
             (self.folder / f"dev/nvidia{i}").symlink_to("/dev/null")
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
-        port, address = free_ports(3 + len(NODES)), ""
+        address = ""
         with contextlib.suppress(OSError):
             address = socket.gethostbyname(socket.gethostname())
-        private = address.startswith("127.")  # Slurm can listen on one address only if it is the one that the host's name leads to
+        private = address.startswith("127.")  # Slurm can listen on one address only if the host's own name leads to it
         values = {
             "folder": self.folder,
             "host": socket.gethostname().partition(".")[0],
             "address": address if private else "127.0.0.1",
             "listen": "NoInAddrAny,NoCtldInAddrAny" if private else "",
+            "ports": free_ports(),
             "user": pwd.getpwuid(os.geteuid()).pw_name,
             "password": os.urandom(16).hex(),
-            "port": port,
-            "dbd_port": port + 1,
-            "sql_port": port + 2,
-            "node_ports": f"{port + 3}-{port + 2 + len(NODES)}",
-            "first_job": 100 * port,
-            "proctrack": "cgroup" if cgroup_works() else "linuxproc",
+            # As on most clusters, jobs are tracked by freezer cgroups (version 1), if these can be made.
+            "proctrack": "cgroup" if os.access("/sys/fs/cgroup/freezer", os.W_OK) else "linuxproc",
         }
-        for name in (
-            "cgroup.conf",
-            "gres.conf",
-            "mariadb.cnf",
-            "mariadb.sql",
-            "slurmdbd.conf",
-            "slurm.conf",
-        ):  # the last says that all is there
+        for name in FILES:
             lines = (ETC / name).read_text().format(**values).splitlines(keepends=True)
             (self.folder / name).touch(mode=0o600)  # slurmdbd insists
             (self.folder / name).write_text("".join(x for x in lines if self.accounting or not x.startswith("Accounting")))
