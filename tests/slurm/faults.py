@@ -141,7 +141,7 @@ LANES = [
     [Fault("three time limits in a row", three_time_limits, "dense-steps", {"slurm_partition": "short", "runtime": 1, "notice_s": 20})],
     [
         Fault("node lost (power cut), back later", node_lost, resources={"slurm_extra": "--exclude=gpu3,gpu4"}),
-        Fault("node cut off, training lives on", node_cut_off, resources={"slurm_extra": "--exclude=gpu3,gpu4"}),
+        Fault("node cut off, training lives on", node_cut_off, "dense-steps", {"slurm_extra": "--exclude=gpu3,gpu4"}),
     ],
     [
         Fault("preempted, requeued by Slurm", preempted, resources={"slurm_partition": "preempt", "slurm_extra": "--nodelist=gpu3"}),
@@ -169,15 +169,17 @@ def suffer(box: Box, original: Path, folder: Path, fault: Fault) -> Outcome:
 
 
 def outcome(run: Run, original: Path, name: str, struck: float) -> Outcome:
-    reached = min(run.reached, run.step() - 1)  # type: ignore[attr-defined]
-    starts = run.events("started")
+    rows, starts = run.rows(), run.events("started")
     resumed = [row["step"] or 0 for row in starts[1:]]
-    rows = run.rows()
+    reached = min(run.reached, len(rows) - 1)  # type: ignore[attr-defined]
+    seconds = rows[reached]["time"] - struck
+    if len(resumed) > 1:  # several stops, none of which we caused
+        reached, seconds = resumed[0], sum(rows[step]["time"] - rows[step - 1]["time"] for step in resumed)
     return Outcome(
         name,
         run.weights.read_bytes() == (original / "undisturbed" / f"{run.expert}.safetensors").read_bytes(),
-        max(0, reached - resumed[0]) if resumed and reached else 0,
-        max(0.0, rows[reached]["time"] - struck) if reached else 0.0,
+        max(0, reached - resumed[0]) if resumed else 0,
+        max(0.0, seconds),
         len(run.events("submitted")),
         len(starts),
         run,
