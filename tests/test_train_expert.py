@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import made_training as made
-from cbtm_pipeline import artifact, batches, checkpoint, expert, model, train_expert, training_log
+from cbtm_pipeline import artifact, batches, checkpoint, expert, lock, model, optimize, train_expert, training_log
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def test_published_folder(outdir):
     assert rows[0]["loss"] > rows[-1]["loss"]
     assert rows[-1]["n_tokens"] == card["n_train_tokens"]
     assert rows[-1]["lr"] == pytest.approx(0.1 * 0.01)
+    assert {row["mfu"] for row in rows} == {None}  # nobody knows the peak of a CPU
     readme = where.out.with_name("README.md").read_text()
     assert "# Expert 0" in readme
     assert card["weights"] in readme
@@ -151,7 +152,7 @@ def test_full_disk_while_publishing_leaves_no_weights(outdir):
 def test_learning_rate():
     def rates(n_steps, **how):
         how = {"lr": 1.0, "schedule": "linear", "final_lr_ratio": 0.1, "warmup_ratio": 0.0} | how
-        return [train_expert.learning_rate(step, n_steps, **how) for step in range(n_steps)]
+        return [optimize.learning_rate(step, n_steps, **how) for step in range(n_steps)]
 
     assert rates(3) == pytest.approx([0.7, 0.4, 0.1])
     assert rates(1) == pytest.approx([0.1])
@@ -167,7 +168,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
     def gradient(micro_batch_size: int) -> tuple[float, torch.Tensor]:
         net.zero_grad()
-        loss = train_expert.accumulate(net, tokens_BT, micro_batch_size, False)
+        loss = optimize.accumulate(net, tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False)
         return loss.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
     loss, whole = gradient(16)
@@ -180,7 +181,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 def test_weight_decay_is_for_matrices_only():
     net = model.scratch({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, 300, 0, 32, 0)
-    decayed, free = train_expert.make_optimizer(net, {"weight_decay": 0.1, "lr": 1, "betas": [0.9, 0.95]}).param_groups
+    decayed, free = optimize.make_optimizer(net, {"weight_decay": 0.1, "lr": 1, "betas": [0.9, 0.95]}).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in free["params"]} == {1}
@@ -208,6 +209,35 @@ def test_no_finite_loss_stops_before_the_step(outdir):
     newest = checkpoint.candidates(where.work / "state")[0]
     assert newest.name == f"step-{failed - 1:08d}.safetensors"
     assert not where.out.exists()
+
+
+@pytest.mark.parametrize(("run", "n_saved"), [(made.NOW, 2), (made.NEVER, 0)])
+def test_who_was_taken_over_writes_nothing_more(outdir, monkeypatch, run, n_saved):
+    monkeypatch.setattr(lock, "_held", [])
+    where = made.files(outdir, "0", to=f"successor-{n_saved}")
+    lock.hold(where.work)
+
+    def take_over() -> bool:
+        if len(training_log.read(where.work / "state/metrics.jsonl")) == n_saved:
+            (where.work / ".lock").write_text('{"host": "another", "pid": 1, "beat": 3}')
+        return False
+
+    with pytest.raises(ValueError, match=r'taken over by another process \(\{"host": "another"'):
+        made.train(made.make_config(run=run), where, "0", take_over)
+    newest = checkpoint.candidates(where.work / "state")
+    assert [path.name for path in newest[:1]] == [f"step-{n_saved:08d}.safetensors"] * (n_saved > 0)
+    assert not where.out.exists()
+
+
+def test_mfu(monkeypatch):
+    monkeypatch.setattr(training_log, "_peak_flops", lambda: 1e12)
+    progress = training_log.Progress(10, 0, flops_per_token=6_000_000, every_s=1e9, n_devices=2)
+    assert progress.mfu(1e5) == pytest.approx(0.3)
+    with made.log_lines() as lines:
+        assert progress.add(1000, {"step": 10, "loss": 1.0, "lr": 0.1})
+    assert "  MFU " in lines[0]
+    monkeypatch.setattr(training_log, "_peak_flops", lambda: None)
+    assert training_log.Progress(10, 0, 6_000_000, 1e9, 2).mfu(1e5) is None
 
 
 # --- what does not belong together ------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import logging.handlers
 import os
 import sys
 import time
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 
 log = logging.getLogger("cbtm")
@@ -20,12 +22,19 @@ def parser(description: str | None, config: bool = True) -> argparse.ArgumentPar
     return p
 
 
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """A log file that comes back when it is deleted: Snakemake does that when it takes up a job that already runs."""
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
 def start_logging(label: str, log_file: Path | None) -> None:
     """Send the project's log lines, each with its time and the label (rule or expert), to stderr and the file."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s {label:<12} %(message)s", "%H:%M:%S"))
         log.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Train one expert, or the seed model that experts start from: AdamW on one device, exactly resumable.
+"""Train one expert, or the seed model that experts start from: AdamW on one device or several, exactly resumable.
 
     python -m cbtm_pipeline.train_expert --config results/config.json --expert 0 --data results/assignments/manifest.json \\
         --tokenizer results/tokenizer/tokenizer.json --seed-model results/experts/seed/model.safetensors \\
@@ -7,20 +7,25 @@
 Equal inputs and an equal number of threads give equal weights, bit by bit, however often the training was stopped on the way: state is
 saved in --work every run.checkpoint_seconds, and on SIGTERM, SIGUSR1 and SIGUSR2 after the current step (exit status 85: saved, start
 again). Once the weights are published the state is removed, so that whoever deletes them and starts again trains from the seed.
+
+Started WORLD_SIZE times by torchrun or srun, the processes share each batch among them. The plan does not know how many there are: a state
+that other numbers of processes have saved is taken up, and the sums of its further steps are rounded in another order.
 """
 
+import logging
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cbtm_pipeline import artifact, batches, checkpoint, cli, config, expert, lock, model, plan, tokens, training_log
+from cbtm_pipeline import artifact, batches, checkpoint, cli, config, distributed, expert, lock, model, optimize, plan, tokens, training_log
 from cbtm_pipeline.cli import log
 
 if TYPE_CHECKING:
@@ -64,46 +69,23 @@ def read_data(path: Path, data: str, group: int) -> Data:
     return Data(stream, manifest, {name: identity}, identity if data == "corpus" else manifest["made_from"]["shards"])
 
 
-def learning_rate(step: int, n_steps: int, lr: float, schedule: str, final_lr_ratio: float, warmup_ratio: float) -> float:
-    """The rate of step 0 ... n_steps - 1: up in equal parts to lr, then down on a line or a cosine to final_lr_ratio * lr at the last."""
-    n_warmup = math.ceil(warmup_ratio * n_steps)
-    if step < n_warmup:
-        return lr * (step + 1) / n_warmup
-    done = (step + 1 - n_warmup) / (n_steps - n_warmup)
-    left = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return lr * (final_lr_ratio + (1 - final_lr_ratio) * left)
+def resume(
+    net: "PreTrainedModel", optimizer: torch.optim.Optimizer, state: Path, fingerprint: str, group: distributed.Group = distributed.ALONE
+) -> int:
+    """Put what folder `state` holds into the model and the optimiser; return how many steps that was, 0 where there is nothing.
 
-
-def use_bf16(precision: str) -> bool:
-    """Whether to train under bf16 autocast. Weights, optimiser and loss are float32 in any case."""
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def make_optimizer(net: torch.nn.Module, how: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": how["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=how["lr"], betas=tuple(how["betas"]), fused=True)
-
-
-def accumulate(net: "PreTrainedModel", tokens_BT: torch.Tensor, micro_batch_size: int, bf16: bool) -> torch.Tensor:
-    """Add the gradient of the mean loss of a batch (int64, (B, T + 1)) to the parameters; return that loss (nats per token, float32)."""
-    n_targets = tokens_BT[:, 1:].numel()
-    total = torch.zeros((), device=tokens_BT.device)
-    for micro_BT in tokens_BT.split(micro_batch_size):
-        with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=bf16):
-            logits_BTV = net(input_ids=micro_BT[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), micro_BT[:, 1:].flatten(), reduction="sum") / n_targets
-        loss.backward()
-        total += loss.detach()
-    return total
+    In all processes of `group` it is what process 0 has: the others read no state, and have no weights of their own making.
+    """
+    saved = checkpoint.load(state, fingerprint) if group.rank == 0 else None
+    if group.world_size > 1:
+        start = checkpoint.State(0, checkpoint.capture(net, optimizer))
+        saved = group.share((saved or start) if group.rank == 0 else None)
+    if not saved:
+        return 0
+    checkpoint.restore(saved.tensors, net, optimizer)
+    if saved.step:
+        log.info("going on after step %d", saved.step)
+    return saved.step
 
 
 def train(
@@ -114,51 +96,55 @@ def train(
     state: Path,
     fingerprint: str,
     stop: Callable[[], Any],
+    group: distributed.Group = distributed.ALONE,
 ) -> bool:
     """Train `net` by the plan `how`, from the state saved in folder `state` if there is one. False: `stop()` came true, state is saved.
 
-    Raises ValueError before a step whose loss or gradient is no finite number.
+    All processes of `group` end with the same weights. Raises ValueError before a step whose loss or gradient is no finite number.
     """
-    n_steps, n_tokens, bf16 = how["n_steps"], how["batch_size"] * how["seq_len"], use_bf16(how["precision"])
+    n_steps, n_tokens, bf16 = how["n_steps"], how["batch_size"] * how["seq_len"], optimize.use_bf16(how["precision"])
     schedule = {key: how[key] for key in ("n_steps", "lr", "schedule", "final_lr_ratio", "warmup_ratio")}
     order = 2 * how["rng_seed"] + (how["expert"] != "seed")  # experts do not read again, in the same order, what the seed has read
     device = model.to_device(net.train())
-    optimizer = make_optimizer(net, how)
-    first = 0
-    if saved := checkpoint.load(state, fingerprint):
-        checkpoint.restore(saved.tensors, net, optimizer)
-        first = saved.step
-        log.info("going on after step %d", first)
-    progress = training_log.Progress(n_steps, first, model.flops_per_token(net, how["seq_len"]), run.log_seconds)
+    optimizer = optimize.make_optimizer(net, how)
+    first = resume(net, optimizer, state, fingerprint, group)
+    progress = training_log.Progress(n_steps, first, model.flops_per_token(net, how["seq_len"]), run.log_seconds, group.world_size)
     saved_at = time.monotonic()
 
-    with training_log.Metrics(state / "metrics.jsonl", first) as metrics:
+    with training_log.Metrics(state / "metrics.jsonl", first) if group.rank == 0 else nullcontext() as metrics:
         for step in range(first, n_steps):
             began = time.monotonic()
-            torch.manual_seed(((how["rng_seed"] << 32) + step) % 2**63)  # dropout, where a pretrained model has it
-            tokens_BT = torch.from_numpy(batches.batch(stream, order, step, how["batch_size"], how["seq_len"])).to(device)
-            loss = accumulate(net, tokens_BT, how["micro_batch_size"], bf16)
+            draw = ((how["rng_seed"] << 32) + step) * group.world_size + group.rank
+            torch.manual_seed(draw % 2**63)  # dropout, where a pretrained model has it
+            tokens_BT = torch.from_numpy(batches.batch(stream, order, step, how["batch_size"], how["seq_len"]))
+            loss = optimize.accumulate(net, group.part(tokens_BT).to(device), n_tokens, how["micro_batch_size"], bf16)
+            group.add_gradients(net.parameters())
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), how["clip_norm"])
-            row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, **schedule)}
+            loss, told = group.add_up(loss, stop)
+            row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": optimize.learning_rate(step, **schedule)}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise ValueError(
                     f"expert {how['expert']}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}. Expected finite "
                     f"numbers. Lower train.lr or train.clip_norm; the last good state is kept in {state}."
                 )
-            for group in optimizer.param_groups:
-                group["lr"] = row["lr"]
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = row["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             now = time.monotonic()
-            metrics.add({**row, "n_tokens": (step + 1) * n_tokens, "tokens_per_s": n_tokens / (now - began), "time": time.time()})
-            if progress.add(n_tokens, row):
-                metrics.sync(durable=False)
-            stopping = stop() and step + 1 < n_steps
-            if stopping or now - saved_at >= run.checkpoint_seconds:
-                metrics.sync()
-                checkpoint.save(state, step + 1, fingerprint, checkpoint.capture(net, optimizer))
-                saved_at = time.monotonic()
+            stopping = told() and step + 1 < n_steps
+            if metrics:
+                rate = n_tokens / (now - began)
+                more = {"n_tokens": (step + 1) * n_tokens, "tokens_per_s": rate, "mfu": progress.mfu(rate), "time": time.time()}
+                metrics.add({**row, **more})
+                if progress.add(n_tokens, row):
+                    metrics.sync(durable=False)
+                if stopping or now - saved_at >= run.checkpoint_seconds:
+                    lock.check()
+                    metrics.sync()
+                    checkpoint.save(state, step + 1, fingerprint, checkpoint.capture(net, optimizer))
+                    saved_at = time.monotonic()
             if stopping:
                 log.info("told to stop: state saved after step %d of %d, start again to go on", step + 1, n_steps)
                 return False
@@ -191,7 +177,14 @@ def start_from(files: Files, how: dict[str, Any], data: Data) -> tuple["PreTrain
     return model.load(files.seed_model.parent), {"seed": card["weights"]}
 
 
-def train_and_publish(how: dict[str, Any], run: config.Run, files: Files, stop: Callable[[], Any], waited: bool = False) -> bool:
+def train_and_publish(
+    how: dict[str, Any],
+    run: config.Run,
+    files: Files,
+    stop: Callable[[], Any],
+    waited: bool = False,
+    group: distributed.Group = distributed.ALONE,
+) -> bool:
     """Train by the plan `how` and publish the expert's folder, its weights last. False: stopped on the way, state is saved.
 
     `waited`: another process was here before, and may have published the very same already.
@@ -200,16 +193,19 @@ def train_and_publish(how: dict[str, Any], run: config.Run, files: Files, stop: 
     net, seed = start_from(files, how, data)
     made_from = {**data.made_from, **seed}
     n_train_tokens = how["n_steps"] * how["batch_size"] * how["seq_len"]
-    precision = "bf16 autocast" if use_bf16(how["precision"]) else "float32"
+    precision = "bf16 autocast" if optimize.use_bf16(how["precision"]) else "float32"
     _announce(net, how, data.stream.n_tokens, n_train_tokens, precision)
 
     state = files.work / "state"
-    if waited and expert.is_published(files.out, how, made_from):
-        checkpoint.discard(state)
-        log.info("%s was published meanwhile", files.out)
+    if group.first_does("look", lambda: waited and expert.is_published(files.out, how, made_from)):
+        if group.rank == 0:
+            checkpoint.discard(state)
+            log.info("%s was published meanwhile", files.out)
         return True
-    if not train(net, data.stream, how, run, state, artifact.fingerprint({"plan": how, "made_from": made_from}), stop):
+    if not train(net, data.stream, how, run, state, artifact.fingerprint({"plan": how, "made_from": made_from}), stop, group):
         return False
+    if group.rank:
+        return True
     losses = [row["loss"] for row in training_log.read(state / "metrics.jsonl")[-10:]]
     flops_per_token = model.flops_per_token(net, how["seq_len"])
     card = artifact.make_meta(
@@ -226,6 +222,7 @@ def train_and_publish(how: dict[str, Any], run: config.Run, files: Files, stop: 
         precision=precision,
         final_loss=sum(losses) / len(losses) if losses else None,
     )
+    lock.check()
     card = expert.publish(files.out, net, files.tokenizer, state / "metrics.jsonl", card)
     checkpoint.discard(state)
     log.info("published %s (%s)", files.out, card["weights"])
@@ -269,15 +266,27 @@ def main() -> None:
         p.error("--seed-model: expected for every expert but the seed.")
     if args.out.name != expert.WEIGHTS:
         p.error(f"--out: {args.out.name}. Expected {expert.WEIGHTS}.")
-    cli.start_logging(f"expert {args.expert}", args.log)
-    waited = lock.hold(args.work, wait=True)
-    stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-    make_deterministic(args.threads)
     how = config.parameters(cfg, "train_expert", args.expert)
+    group = distributed.from_environment(os.environ)
+    if how["batch_size"] < group.world_size:
+        raise ValueError(
+            f"WORLD_SIZE: {group.world_size} processes for expert {args.expert}. Expected at most {how['batch_size']}, the sequences of "
+            "its batches. Start fewer processes, or raise train.batch_size (for the seed, train.seed_batch_size)."
+        )
+    if group.rank == 0:
+        cli.start_logging(f"expert {args.expert}", args.log)
+    else:
+        cli.start_logging(f"expert {args.expert}, process {group.rank}", None)
+        log.setLevel(logging.ERROR)
+    stopping: list[int] = []
+    make_deterministic(args.threads)
     files = Files(args.data, args.tokenizer, args.seed_model, args.out, args.work)
-    if not train_and_publish(how, cfg.run, files, lambda: stopping, waited):
+    with distributed.joined(group):
+        waited = group.first_does("lock", lambda: lock.hold(args.work, wait=True))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda number, frame: stopping.append(number))
+        finished = train_and_publish(how, cfg.run, files, lambda: stopping, waited, group)
+    if not finished:
         sys.exit(SAVED)
 
 

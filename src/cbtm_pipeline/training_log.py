@@ -82,10 +82,15 @@ def read(path: Path) -> list[Row]:
 class Progress:
     """A log line every few seconds: step, loss, rate, tokens/s, share of the GPU's peak, time to go."""
 
-    def __init__(self, n_steps: int, step: int, flops_per_token: int, every_s: float):
+    def __init__(self, n_steps: int, step: int, flops_per_token: int, every_s: float, n_devices: int = 1):
         self.n_steps, self.step, self.flops_per_token, self.every_s = n_steps, step, flops_per_token, every_s
         self.n_tokens, self.said = 0, time.monotonic()
-        self.peak_flops = _peak_flops()
+        peak_flops = _peak_flops()
+        self.peak_flops = peak_flops and n_devices * peak_flops
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """The share of the devices' bf16 peak that this rate uses (Chowdhery et al. 2022, appendix B); None where the peak is not known."""
+        return tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
     def add(self, n_tokens: int, row: Row) -> bool:
         """Count a step; say so if the last line is old enough or this step is the last. True when a line was written."""
@@ -95,7 +100,7 @@ class Progress:
         if seconds < self.every_s and step < self.n_steps:
             return False
         rate = self.n_tokens / max(seconds, 1e-9)
-        mfu = f"  MFU {100 * rate * self.flops_per_token / self.peak_flops:.1f} %" if self.peak_flops else ""
+        mfu = f"  MFU {100 * share:.1f} %" if (share := self.mfu(rate)) else ""
         to_go = (self.n_steps - step) * seconds / (step - self.step)
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  %.4g tokens/s%s  ETA %s", step, self.n_steps, row["loss"], row["lr"], rate, mfu, _clock(to_go)

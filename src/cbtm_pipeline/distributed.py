@@ -1,0 +1,222 @@
+"""One training on several processes (torchrun, srun): who they are, what they share, and how they end together.
+
+Process 0 holds the lock, reads and writes all state; the others compute. Gradients are summed by `Group.add_gradients` and not by
+torch's DistributedDataParallel, because that one changes the layout of its buckets after the first step, and with the layout the order of
+summation: a training that went on from saved state would end in other bits than one that was never stopped. (Told to look for unused
+parameters it does not, but warns at every start.) It would send while the last micro-batch is computed, which gains little where a batch
+has many of them.
+"""
+
+import datetime
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from cbtm_pipeline import checkpoint
+from cbtm_pipeline.cli import log
+
+JOIN_S = 600.0  # the nodes of a job do not start in the same moment
+TIMEOUT_S = 1800.0  # of an exchange: the others wait in one while process 0 saves
+POLL_S = 0.5
+GRACE_S = 30.0  # for a process to end by itself after another one has failed
+BUCKET = 1 << 24  # gradients (64 MB) that are summed at a time
+
+
+class Group:
+    """The processes that train one model together; this is number `rank` of `world_size`, number `local_rank` on its host."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0):
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.device = torch.device("cpu")
+        self.store: Any = None  # small values by name, kept by process 0 or torchrun
+        self.known_failure: str | None = None
+
+    def first_does(self, name: str, act: Callable[[], bool]) -> bool:
+        """Let process 0 `act`; return its answer in all of them, however long that takes. Each name once."""
+        if self.world_size == 1:
+            return act()
+        if self.rank == 0:
+            answer = act()
+            self.store.set(name, str(int(answer)))
+            return answer
+        while not self.store.check([name]):
+            if self.failure():
+                raise RuntimeError("no answer from process 0")
+            time.sleep(0.1)
+        return self.store.get(name) == b"1"
+
+    def failure(self) -> str | None:
+        """Which process failed and why, as far as known."""
+        try:
+            if not self.known_failure and self.store.check(["failure"]):
+                self.known_failure = self.store.get("failure").decode()
+        except RuntimeError:
+            self.known_failure = self.known_failure or "process 0 is gone"
+        return self.known_failure
+
+    def share(self, state: checkpoint.State | None) -> checkpoint.State:
+        """Process 0's state in all of them; `state` is None in the others."""
+        about = json.dumps([state.step, [[name, str(t.dtype), t.shape] for name, t in state.tensors.items()]]).encode() if state else b""
+        size = torch.tensor([len(about)], device=self.device)
+        dist.broadcast(size, 0)
+        text = torch.tensor(list(about) if state else [0] * int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(text, 0)
+        step, entries = json.loads(bytes(text.tolist()))
+        tensors = {}
+        for name, dtype, shape in entries:
+            empty = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
+            tensors[name] = empty.copy_(state.tensors[name]) if state else empty
+            dist.broadcast(tensors[name], 0)
+        return checkpoint.State(step, tensors)
+
+    def part(self, batch: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a batch; numbers of rows differ by one at most."""
+        return batch[self.rank :: self.world_size]
+
+    def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over the processes; a parameter without a gradient in all of them stays without."""
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(parameters):
+            without = [i for i, p in enumerate(bucket) if p.grad is None]
+            n_with = torch.ones(len(bucket), device=self.device)
+            if without:
+                n_with[without] = 0
+            flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket), n_with])
+            dist.all_reduce(flat)
+            *sums, n_with = flat.split([*(p.numel() for p in bucket), len(bucket)])
+            for i, (p, total) in enumerate(zip(bucket, sums, strict=True)):
+                if p.grad is not None:
+                    p.grad.copy_(total.view_as(p))
+                elif n_with[i] > 0:  # rarely asked, as it makes the host wait for the device
+                    p.grad = total.view_as(p).clone()
+
+    def add_up(self, loss: torch.Tensor, stop: Callable[[], Any]) -> tuple[torch.Tensor, Callable[[], Any]]:
+        """The sum of the losses, and `stop` for all processes: true if it was true in one of them."""
+        if self.world_size == 1:
+            return loss, stop
+        both = torch.stack([loss, torch.full_like(loss, bool(stop()))])
+        dist.all_reduce(both)
+        told = bool(both[1])
+        return both[0], lambda: told
+
+
+ALONE = Group()
+
+
+def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Trainable parameters in pieces that are a function of the model alone."""
+    bucket: list[torch.nn.Parameter] = []
+    size = 0
+    for p in parameters:
+        if not p.requires_grad:
+            continue
+        if bucket and size + p.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(p)
+        size += p.numel()
+    if bucket:
+        yield bucket
+
+
+def from_environment(environ: Mapping[str, str]) -> Group:
+    """The group that a launcher speaks of in WORLD_SIZE, RANK and LOCAL_RANK; without WORLD_SIZE, this process alone."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if environ.get("WORLD_SIZE", "1") == "1":
+        return Group()
+    found = {name: environ.get(name) for name in (*names, "MASTER_ADDR", "MASTER_PORT")}
+    try:
+        rank, world_size, local_rank = (int(found[name] or "") for name in names)
+        good = 0 <= rank < world_size and all(found.values())
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(
+            f"environment: {', '.join(f'{name}={value}' for name, value in found.items())}. "
+            "Expected all of them as torchrun sets them. Unset WORLD_SIZE to train on one process."
+        )
+    return Group(rank, world_size, local_rank)
+
+
+@contextmanager
+def joined(group: Group) -> Iterator[None]:
+    """Connect the processes of a group, for as long as the block takes: process 0 leaves last, and if one fails all do.
+
+    Raises ValueError in the processes that end because another one has failed.
+    """
+    if group.world_size == 1:
+        yield
+        return
+    _connect(group)
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(group, ended), name="watch", daemon=True)
+    watch.start()
+    try:
+        yield
+        group.first_does("end", lambda: True)
+    except BaseException as error:
+        ended.set()
+        why = group.failure()
+        if why is None and "/gloo/" in str(error):  # its process is no more, or it would have said why
+            why = "killed?"
+        if why and isinstance(error, RuntimeError):
+            raise ValueError(
+                f"process {group.rank}: ended, as another one has failed ({why}). Expected all to go on. See its log."
+            ) from error
+        with suppress(RuntimeError):
+            group.store.set("failure", f"process {group.rank}: {str(error) or type(error).__name__}")
+        if group.rank == 0:
+            time.sleep(2 * POLL_S)  # with process 0 goes the store, in which the others have to read this first
+        raise
+    ended.set()
+    watch.join()
+    group.store.add("left", 1)
+    deadline = time.monotonic() + GRACE_S
+    while group.rank == 0 and group.store.add("left", 0) < group.world_size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    dist.destroy_process_group()
+
+
+def _connect(group: Group) -> None:
+    if torch.cuda.is_available():
+        n_gpus = torch.cuda.device_count()
+        if group.local_rank >= n_gpus > 1:
+            raise ValueError(f"LOCAL_RANK: {group.local_rank}. Expected less than {n_gpus}, the GPUs here. Start one process for each GPU.")
+        group.device = torch.device("cuda", group.local_rank if n_gpus > 1 else 0)
+        torch.cuda.set_device(group.device)
+    on_gpu = group.device.type == "cuda"
+    try:
+        group.store, *_ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_S)))
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=PrefixStore("group", group.store),
+            rank=group.rank,
+            world_size=group.world_size,
+            timeout=datetime.timedelta(seconds=TIMEOUT_S),
+            device_id=group.device if on_gpu else None,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"process {group.rank}: no connection with the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}). Expected {group.world_size} processes and a free port. Start again."
+        ) from error
+
+
+def _watch(group: Group, ended: threading.Event) -> None:
+    """End this process after another one has failed. With gloo it notices by itself, but NCCL waits for whom will never come."""
+    while not ended.wait(POLL_S):
+        if why := group.failure():
+            if not ended.wait(GRACE_S):
+                log.error("process %d: ended, as another one has failed (%s)", group.rank, why)
+                os._exit(1)
+            return

@@ -1,0 +1,233 @@
+"""Trainings on several processes: equal to one process but for rounding, equal to themselves in every bit, and never left hanging."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import made_training as made
+from cbtm_pipeline import checkpoint, config, distributed, expert, train_expert, training_log
+from made_training import NEVER, NOW
+
+N_STEPS = 40
+
+
+class Driver:
+    """See ranks_driver.py."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("ranks_driver.py"))]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def start(self, what: str, log: Path, args: Any = (), world_size: int = 3) -> list[int]:
+        """Start the processes; return their ids."""
+        assert self.process.stdin
+        command = {"what": what, "args": args, "log": str(log), "world_size": world_size}
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self.answer()["pids"]
+
+    def answer(self) -> dict[str, list[int]]:
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, what: str, log: Path, args: Any = (), world_size: int = 3) -> list[int]:
+        """Run the processes to their end; return their exit statuses."""
+        self.start(what, log, args, world_size)
+        return self.answer()["status"]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    found = Driver()
+    yield found
+    assert found.process.stdin
+    assert found.process.stdout
+    found.process.stdin.close()
+    assert found.process.wait() == 0
+    found.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def outdir(tmp_path_factory) -> Path:
+    """A small corpus with a trained seed model, and a config of 40 steps of 4 sequences, one at a time, all of them saved."""
+    train_expert.make_deterministic(1)
+    out = tmp_path_factory.mktemp("distributed")
+    made.write_corpus(out)
+    made.train(made.make_config(), made.files(out, "seed"), "seed")
+    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NOW), out / "config.json")
+    return out
+
+
+def place(outdir: Path, name: str) -> train_expert.Files:
+    return made.files(outdir, "0")._replace(out=outdir / name / "experts/0/model.safetensors", work=outdir / name / "work/0")
+
+
+def command_line(outdir: Path, where: train_expert.Files, **change: Path) -> list[str]:
+    paths: dict[str, Any] = {"data": where.data, "tokenizer": where.tokenizer, "seed-model": where.seed_model, "out": where.out}
+    options = {"config": outdir / "config.json", "expert": 0, **paths, "work": where.work, "log": where.work / "log", **change}
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def said(log: Path, rank: int) -> str:
+    return log.with_name(f"{log.name}.{rank}").read_text()
+
+
+@pytest.fixture(scope="module")
+def together(outdir, driver) -> train_expert.Files:
+    """Expert 0, trained by three processes without any disturbance."""
+    where = place(outdir, "together")
+    assert driver.run("train", outdir / "together.log", command_line(outdir, where)) == [0, 0, 0]
+    return where
+
+
+def saved_step(where: train_expert.Files) -> int:
+    return max((int(path.stem.removeprefix("step-")) for path in checkpoint.candidates(where.work / "state")), default=0)
+
+
+def losses(where: train_expert.Files) -> list[float]:
+    return [row["loss"] for row in training_log.read(where.out.with_name("metrics.jsonl"))]
+
+
+def test_three_processes_train_as_one_does(outdir, together):
+    made.check_published(together, N_STEPS)
+    alone = place(outdir, "alone")
+    made.train(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NEVER), alone, "0")
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    assert losses(alone)[-1] < losses(alone)[0] - 0.1
+    cards = [expert.read_card(where.out) for where in (together, alone)]
+    assert cards[0]["weights"] != cards[1]["weights"]  # summed in another order
+    changes = ("weights", "final_loss")
+    assert [{**card, **dict.fromkeys(changes)} for card in cards] == [{**cards[0], **dict.fromkeys(changes)}] * 2
+
+
+def test_only_process_0_writes_and_speaks(outdir, together):
+    lines = (together.work / "log").read_text().splitlines()
+    assert sum("published" in line for line in lines) == 1
+    assert said(outdir / "together.log", 0).splitlines() == lines
+    assert [said(outdir / "together.log", rank) for rank in (1, 2)] == ["", ""]
+
+
+@pytest.fixture(scope="module")
+def stopped(outdir, driver) -> train_expert.Files:
+    """The same, with a SIGTERM to one process, not the first, in the middle."""
+    where = place(outdir, "stopped")
+    pids = driver.start("train", outdir / "stopped.log", command_line(outdir, where))
+    while saved_step(where) < 5 and not where.out.exists():
+        time.sleep(0.001)
+    os.kill(pids[2], signal.SIGTERM)
+    assert driver.answer()["status"] == [train_expert.SAVED] * 3
+    assert 5 <= saved_step(where) < N_STEPS
+    return where
+
+
+def test_going_on_ends_in_the_same_bits(outdir, driver, together, stopped):
+    where = place(outdir, "resumed")
+    shutil.copytree(stopped.work / "state", where.work / "state")
+    step = saved_step(where)
+    assert driver.run("train", outdir / "resumed.log", command_line(outdir, where)) == [0, 0, 0]
+    assert f"going on after step {step}\n" in said(outdir / "resumed.log", 0)
+    assert where.out.read_bytes() == together.out.read_bytes()
+    assert losses(where) == losses(together)
+    made.check_published(where, N_STEPS)
+
+
+def test_another_number_of_processes_can_go_on(outdir, driver, together, stopped):
+    where = place(outdir, "fewer")
+    shutil.copytree(stopped.work / "state", where.work / "state")
+    assert driver.run("train", outdir / "fewer.log", command_line(outdir, where), world_size=2) == [0, 0]
+    assert "going on after step" in said(outdir / "fewer.log", 0)
+    assert losses(where) == pytest.approx(losses(together), abs=1e-5)
+    made.check_published(where, N_STEPS)
+
+
+# --- what the processes exchange --------------------------------------------------------------------------------------
+
+
+def test_sums(tmp_path, driver):
+    assert driver.run("gradients", tmp_path / "log") == [0, 0, 0]
+    for rank in range(3):
+        gradients, loss, told = json.loads(said(tmp_path / "log", rank))
+        assert gradients == [[6, 6], [1], None, [30, 30], None]  # all, one, none, all of them; not trained
+        assert (loss, told) == (3, True)
+
+
+def test_what_process_0_has_and_does(tmp_path, driver):
+    assert driver.run("share", tmp_path / "log") == [0, 0, 0]
+    tensors = {
+        "a": ["torch.int64", [[0, 1, 2], [3, 4, 5]]],
+        "b": ["torch.float32", 0.5],
+        "c": ["torch.bool", [True, False]],
+        "d": ["torch.float32", []],
+    }
+    for rank in range(3):
+        assert json.loads(said(tmp_path / "log", rank)) == [7, tensors, True, rank == 0]
+
+
+# --- mistakes and accidents -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_if_one_fails_all_end(outdir, driver, which):
+    where, log = place(outdir, f"failed-{which}"), outdir / f"failed-{which}.log"
+    good, bad = command_line(outdir, where), command_line(outdir, where, data=outdir / "nowhere/manifest.json")
+    began = time.monotonic()
+    assert driver.run("train", log, [bad if rank == which else good for rank in range(3)]) == [1, 1, 1]
+    assert time.monotonic() - began < 20
+    assert "nowhere/manifest.json" in said(log, which)
+    for rank in {0, 1, 2} - {which}:
+        assert f"ended, as another one has failed (process {which}: " in said(log, rank)
+        assert "nowhere/manifest.json" in said(log, rank)
+        assert "Traceback" not in said(log, rank)
+    assert not where.out.exists()
+
+
+def test_if_one_is_killed_all_end(outdir, driver):
+    where, log = place(outdir, "killed"), outdir / "killed.log"
+    pids = driver.start("train", log, command_line(outdir, where))
+    while not saved_step(where) and not where.out.exists():
+        time.sleep(0.001)
+    os.kill(pids[1], signal.SIGKILL)
+    assert driver.answer()["status"] == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        assert "ended, as another one has failed" in said(log, rank)
+        assert "Traceback" not in said(log, rank)
+
+
+@pytest.mark.parametrize(("which", "how"), [(0, "error"), (1, "error"), (1, "asked"), (0, "killed")])
+def test_nobody_waits_for_who_will_not_come(tmp_path, driver, which, how):
+    statuses = driver.run("one_fails", tmp_path / "log", [str(which), how], world_size=2)
+    assert statuses[1 - which] == 1
+    assert statuses[which] == (-signal.SIGKILL if how == "killed" else 1)
+    why = "process 0 is gone" if how == "killed" else f"process {which}: the disk is full"
+    assert f"ended, as another one has failed ({why})" in said(tmp_path / "log", 1 - which)
+
+
+def test_a_batch_is_too_small_for_so_many(outdir, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_expert", *command_line(outdir, place(outdir, "small"))])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE: 5 processes for expert 0\. Expected at most 4, .*train\.batch_size"):
+        train_expert.main()
+    assert not (outdir / "small").exists()
+
+
+def test_environment():
+    full = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    group = distributed.from_environment(full)
+    assert (group.rank, group.world_size, group.local_rank) == (3, 4, 1)
+    for alone in ({}, {"RANK": "0"}, full | {"WORLD_SIZE": "1", "RANK": "0"}):
+        assert distributed.from_environment(alone).world_size == 1
+    wrong = [full | {"RANK": "4"}, full | {"RANK": "x"}, full | {"WORLD_SIZE": ""}, full | {"MASTER_PORT": ""}]
+    for environ in [*wrong, *({k: v for k, v in full.items() if k != name} for name in full if name != "WORLD_SIZE")]:
+        with pytest.raises(ValueError, match=r"RANK=.*MASTER_PORT=.*Expected all of them as torchrun sets them"):
+            distributed.from_environment(environ)
