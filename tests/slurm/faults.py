@@ -240,7 +240,9 @@ def main() -> None:
         try:
             for o in all_faults(box, Path(folder)):
                 same = "bit-identical" if o.same else "OTHER WEIGHTS"
-                print(f"| {o.fault} | {o.steps_lost} | {o.seconds_lost:.0f} | {same}; {o.n_jobs} job(s), {o.n_starts} start(s) |", flush=True)
+                print(
+                    f"| {o.fault} | {o.steps_lost} | {o.seconds_lost:.0f} | {same}; {o.n_jobs} job(s), {o.n_starts} start(s) |", flush=True
+                )
         finally:
             box.stop()
 

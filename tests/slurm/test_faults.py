@@ -1,6 +1,6 @@
 """Every fault of faults.py, done to real trainings on a real Slurm, ends with the weights of an undisturbed run."""
 
-from pathlib import Path
+import signal
 
 import pytest
 
@@ -14,7 +14,7 @@ AWAY = ("slurmctld away for 15 s in mid-run", "slurmctld away for 15 s at submis
 NAMES = [fault.name for lane in LANES for fault in lane]
 SUBMITTED_AGAIN = {"preempted, cancelled by Slurm", "scancel, then started again", "Ctrl-C, then started again"}
 STARTED_ONCE = {*AWAY, "Snakemake killed -9, started again", "Snakemake and launcher killed -9, started again after the job's end"}
-WITHOUT_NOTICE = {"SIGKILL of the training process", "node lost (power cut), back later"}
+WITHOUT_NOTICE = {"SIGKILL of the training process", "node lost (power cut), back later", "node cut off, training lives on"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
     story = f"{o}\n{o.run.printed()}\n{(o.run.project / 'results/slurm' / f'expert-{o.run.expert}' / 'events.jsonl').read_text()}"
     assert o.same, story
     assert o.n_jobs == (2 if name in SUBMITTED_AGAIN else 1), story
-    assert o.n_starts == (1 if name in STARTED_ONCE else 4 if "time limits" in name else 2), story
+    assert o.n_starts == (1 if name in STARTED_ONCE else 2) or ("time limits" in name and o.n_starts >= 4), story
     if name not in WITHOUT_NOTICE:
         assert o.steps_lost <= 1, story
     assert not list((o.run.project / "results").rglob("*.tmp"))
@@ -37,9 +37,9 @@ def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
 
 def test_the_time_limits_were_slurms(outcomes: dict[str, Outcome]) -> None:
     ended = outcomes["three time limits in a row"].run.events("ended")
-    assert [row["status"] for row in ended] == [85, 85, 85, 0]
-    assert all(row["signals"] for row in ended[:3])
-    assert [row["restart"] for row in ended] == [0, 1, 2, 3]
+    assert [row["status"] for row in ended] == [85] * (len(ended) - 1) + [0]
+    assert [row["signals"] for row in ended] == [[signal.SIGUSR2]] * (len(ended) - 1) + [[]]
+    assert [row["restart"] for row in ended] == list(range(len(ended)))
 
 
 def test_a_second_training_of_a_lost_node_waits_for_the_first(outcomes: dict[str, Outcome]) -> None:
