@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cbtm_pipeline import plan
-from conftest import ROOT, make_project, snakemake, snakemake_command
+from made_project import ROOT, make_project, snakemake, snakemake_command
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     __package__ = "slurm"
     import slurm  # noqa: F401
 
-from conftest import snakemake
+from made_project import snakemake
 
 from .box import Box, install, wait
 from .runs import Run, alive, make_slurm_project

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from conftest import ROOT, make_project, snakemake_command
+from made_project import ROOT, make_project, snakemake_command
 
 from .box import Box, wait
 
