@@ -9,7 +9,7 @@ sys.path.insert(0, SOURCES)
 
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import corpus_files, lock, plan
-from cbtm_pipeline.slurm import launch as slurm
+from cbtm_pipeline.slurm import request
 
 
 # Jobs run `python -m cbtm_pipeline.<rule>` with the Python that runs Snakemake (in a conda environment, --sdm conda, with the environment's)
@@ -69,7 +69,7 @@ def launch(rule, name=None, work=None):
 
     def prefix(wildcards, input, output, threads, resources):
         expert = wildcards.get("expert")
-        return slurm.command_line(
+        return request.command_line(
             name=f"{name}-{expert}" if name else rule,
             folder=f"{OUT}/slurm",
             resources=dict(resources.items()),

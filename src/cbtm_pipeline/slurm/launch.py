@@ -14,45 +14,37 @@ events.MAX_TRIES times without a new saved step. Standard library only: one such
 
 import argparse
 import contextlib
-import difflib
 import fcntl
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cbtm_pipeline import cli
 from cbtm_pipeline.cli import log
-from cbtm_pipeline.slurm import commands, events
+from cbtm_pipeline.slurm import commands, events, request
 
 POLL_S = 1.0  # between two looks for the result
-CONFIRM_S = 15.0  # an end without a result counts when it has lasted this long: Slurm may requeue
 LATENCY_S = 60.0  # a network file system may show a file this much later
+CONFIRM_S = {"COMPLETED": LATENCY_S, "CANCELLED": 2.0}  # an end without a result counts when it has lasted this long ...
+REQUEUE_S = 15.0  # ... or this long: Slurm may still requeue
 SUBMIT_S = 3600.0  # give up when Slurm has accepted nothing for so long
-NOTICE_S = 120  # signal before the time limit: more than a step and a save
-RESOURCES = (
-    "slurm_partition",
-    "slurm_account",
-    "runtime",
-    "mem_mb",
-    "gpus",
-    "gpu_model",
-    "nodes",
-    "qos",
-    "constraint",
-    "notice_s",
-    "slurm_extra",
-)
-SNAKEMAKES = {"tmpdir", "slurm_jobs", "mem", "mem_mib", "disk", "disk_mb", "disk_mib"}  # resources that Snakemake adds or keeps for itself
+FOREVER = {
+    "PartitionTimeLimit",
+    "PartitionNodeLimit",
+    "BadConstraints",
+    "AccountNotAllowed",
+    "QOSNotAllowed",
+    "InvalidAccount",
+    "InvalidQOS",
+}
 HELPLESS = {  # ends that would only come again
     "TIMEOUT": "reached its time limit. Expected to end within it. Raise runtime for this rule in the profile",
     "OUT_OF_MEMORY": "was killed for its memory. Expected to need less. Raise mem_mb for this rule in the profile",
@@ -66,69 +58,6 @@ Record = dict[str, Any]
 
 class Detached(Exception):
     """This process is to end and leave the job alone."""
-
-
-def command_line(
-    name: str,
-    folder: str,
-    resources: Mapping[str, Any],
-    threads: int,
-    depends_on: str,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    work: str | None,
-) -> list[str]:
-    """What to put before a module's command so that it runs on Slurm; nothing where the profile names no partition for its rule."""
-    if not resources.get("slurm_partition"):
-        return []
-    mine = {key: value for key, value in resources.items() if not key.startswith("_") and key not in SNAKEMAKES and value != ""}
-    command = ["python", "-m", "cbtm_pipeline.slurm.launch", "--name", name, "--folder", folder, "--resources", json.dumps(mine)]
-    command += ["--threads", str(threads), "--depends-on", hashlib.blake2b(depends_on.encode(), digest_size=8).hexdigest()]
-    return [*command, "--inputs", *inputs, "--outputs", *outputs, *(["--work", work] if work else []), "--"]
-
-
-def sbatch_parameters(name: str, resources: dict[str, Any], threads: int, comment: str, resumable: bool) -> dict[str, Any]:
-    """What submitit asks sbatch for. `resources` are Snakemake's, by the names that profiles/slurm explains; `resumable` is a training.
-
-    A training runs one task per GPU, anything else one task. Raises ValueError that names the resource.
-    """
-    r = resources
-    for key in r:
-        if key not in RESOURCES:
-            near = difflib.get_close_matches(key, RESOURCES, 1, 0)[0]
-            raise ValueError(f"{key}: unknown resource. Expected one of {', '.join(RESOURCES)}. Did you mean {near} in the profile?")
-    gpus, nodes = int(r.get("gpus", 0)), int(r.get("nodes", 1))
-    if "runtime" not in r:
-        raise ValueError("runtime: missing. Expected minutes. Set it in default-resources of the profile.")
-    notice = int(r.get("notice_s", min(NOTICE_S, int(r["runtime"]) * 60 // 4)))
-    more: dict[str, Any] = {"export": "ALL", "requeue": True}
-    if not resumable:
-        more["signal"] = "CONT@1"  # submitit always sets one; this one does nothing
-    for option in shlex.split(str(r.get("slurm_extra", ""))):
-        key, _, value = option.removeprefix("--").partition("=")
-        if not option.startswith("--") or not key:
-            raise ValueError(f"slurm_extra: {option}. Expected options of sbatch such as --exclude=node7. Change it in the profile.")
-        more[key] = value or True
-    parameters = {
-        "job_name": name,
-        "partition": r.get("slurm_partition") or None,
-        "account": r.get("slurm_account") or None,
-        "qos": r.get("qos") or None,
-        "constraint": r.get("constraint") or None,
-        "time": int(r["runtime"]),
-        "mem": f"{r['mem_mb']}M" if "mem_mb" in r else None,
-        "nodes": nodes,
-        "ntasks_per_node": max(1, gpus) if resumable else 1,
-        "cpus_per_task": threads,
-        "gpus_per_node": (f"{r['gpu_model']}:{gpus}" if r.get("gpu_model") else gpus) if gpus else None,
-        "signal_delay_s": notice,
-        "comment": comment,
-        "stderr_to_stdout": True,
-        # srun takes the CPUs of a task from its own option only, since Slurm 22.05
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={threads}"],
-        "additional_parameters": more,
-    }
-    return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
 
 
 def fingerprint(command: list[str], depends_on: str, inputs: list[Path]) -> str:
@@ -271,7 +200,7 @@ class Launch:
                     ended = 0.0
                 elif not ended:
                     ended = now
-                elif now - ended > (LATENCY_S if state == "COMPLETED" else CONFIRM_S):
+                elif now - ended > CONFIRM_S.get(state, REQUEUE_S):
                     return None, state
             self._sleep()
 
@@ -279,6 +208,9 @@ class Launch:
         job = commands.shared_queue(self.folder.parent, newer_than).get(record["job_id"])
         if job is None:
             return commands.ended_as(record["job_id"]) or "UNKNOWN"
+        if job.state == "PENDING" and job.reason in FOREVER:
+            commands.cancel(job.id)
+            self._fail(f"job {job.id} would wait for ever ({job.reason}). Expected what the partition grants. Mend the profile.")
         where = f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason not in ("", "None") else ""
         again = f", restarted {job.restarts} times" if job.restarts else ""
         self._say(f"job {job.id} {job.state.lower()}{where}{again}")
@@ -362,7 +294,7 @@ def main() -> None:
 
     folder = args.folder / args.name
     folder.mkdir(parents=True, exist_ok=True)
-    sbatch = sbatch_parameters(args.name, args.resources, args.threads, "", args.work is not None)
+    sbatch = request.sbatch_parameters(args.name, args.resources, args.threads, "", args.work is not None)
     order = {
         "name": args.name,
         "folder": str(folder.resolve()),

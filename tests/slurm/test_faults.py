@@ -1,0 +1,48 @@
+"""Every fault of faults.py, done to real trainings on a real Slurm, ends with the weights of an undisturbed run."""
+
+import signal
+
+import pytest
+
+from . import faults
+from .box import Box
+from .faults import LANES, Outcome
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+AWAY = ("slurmctld away for 15 s in mid-run", "slurmctld away for 15 s at submission")
+NAMES = [fault.name for lane in LANES for fault in lane]
+SUBMITTED_AGAIN = {"preempted, cancelled by Slurm", "scancel, then started again", "Ctrl-C, then started again"}
+STARTED_ONCE = {*AWAY, "Snakemake killed -9, started again", "Snakemake and launcher killed -9, started again after the job's end"}
+WITHOUT_NOTICE = {"SIGKILL of the training process", "node lost (power cut), back later", "node cut off, training lives on"}
+
+
+@pytest.fixture(scope="module")
+def outcomes(box: Box, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    return {outcome.fault: outcome for outcome in faults.all_faults(box, tmp_path_factory.mktemp("faults"))}
+
+
+@pytest.mark.parametrize("name", [*NAMES, *AWAY])
+def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
+    o = outcomes[name]
+    story = f"{o}\n{o.run.printed()}\n{(o.run.project / 'results/slurm' / f'expert-{o.run.expert}' / 'events.jsonl').read_text()}"
+    assert o.same, story
+    assert o.n_jobs == (2 if name in SUBMITTED_AGAIN else 1), story
+    assert o.n_starts == (1 if name in STARTED_ONCE else 2) or ("time limits" in name and o.n_starts >= 4), story
+    if name not in WITHOUT_NOTICE:
+        assert o.steps_lost <= 1, story
+    assert not list((o.run.project / "results").rglob("*.tmp"))
+    assert not list(o.run.work.glob("state*"))
+
+
+def test_the_time_limits_were_slurms(outcomes: dict[str, Outcome]) -> None:
+    ended = outcomes["three time limits in a row"].run.events("ended")
+    assert [row["status"] for row in ended] == [85] * (len(ended) - 1) + [0]
+    assert [row["signals"] for row in ended] == [[signal.SIGUSR2]] * (len(ended) - 1) + [[]]
+    assert [row["restart"] for row in ended] == list(range(len(ended)))
+
+
+def test_a_second_training_of_a_lost_node_waits_for_the_first(outcomes: dict[str, Outcome]) -> None:
+    run = outcomes["node cut off, training lives on"].run
+    logs = "".join(path.read_text() for path in (run.project / "results/slurm").rglob("*_log.out"))
+    assert "waiting" in logs, "two trainings of one expert at the same time"

@@ -1,0 +1,225 @@
+"""One launcher and its job, on the box: results, failures, what a second launcher finds, and how little it asks of Slurm."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cbtm_pipeline.slurm import events, request
+
+from .box import Box, wait
+
+Start = Callable[..., subprocess.Popen]
+RESOURCES = {"slurm_partition": "gpu", "runtime": 5, "mem_mb": 200}
+
+
+@pytest.fixture
+def start(box: Box, tmp_path: Path) -> Start:
+    """Start a launcher of a shell script that may write to `out`."""
+
+    def launcher(script: str, *options: str, env: dict[str, str] = box.env, **resources: object) -> subprocess.Popen:
+        command = [sys.executable, "-m", "cbtm_pipeline.slurm.launch", "--name", "job", "--folder", "slurm", "--outputs", "out", *options]
+        command += ["--resources", json.dumps({**RESOURCES, **resources}), "--", "bash", "-c", script]
+        return subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+
+    return launcher
+
+
+def said(launcher: subprocess.Popen, status: int) -> str:
+    printed = launcher.communicate(timeout=90)[1]
+    assert launcher.returncode == status, printed
+    return printed
+
+
+def submitted(folder: Path) -> list[str]:
+    return [row["job_id"] for row in events.read(folder / "slurm/job") if row["event"] == "submitted"]
+
+
+def started(folder: Path) -> list[dict]:
+    return [row for row in events.read(folder / "slurm/job") if row["event"] == "started"]
+
+
+def test_a_job_gets_what_it_asked_for_and_leaves_its_log(box: Box, start: Start, tmp_path: Path) -> None:
+    said(start("env > out; echo hello", "--threads", "2", gpus=2, nodes=1, slurm_extra="--exclude=gpu1,gpu2"), 0)
+    env = (tmp_path / "out").read_text()
+    assert "CUDA_VISIBLE_DEVICES=0,1\n" in env
+    assert "SLURM_CPUS_PER_TASK=2\n" in env
+    assert "SLURM_JOB_NAME=job\n" in env
+    assert "SLURMD_NODENAME=gpu3\n" in env or "SLURMD_NODENAME=gpu4\n" in env
+    folder = tmp_path / "slurm/job"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", "events.jsonl", f"{submitted(tmp_path)[0]}_0_log.out"])
+    assert "hello" in next(folder.glob("*.out")).read_text()
+
+
+def test_a_failing_module_fails_once(start: Start, tmp_path: Path) -> None:
+    printed = said(start("echo the reason; exit 3"), 1)
+    assert "exit status 3" in printed
+    assert "Traceback" not in printed
+    assert len(submitted(tmp_path)) == len(started(tmp_path)) == 1
+    assert "the reason" in Path(tmp_path, printed.split()[-1]).read_text()
+
+
+def test_a_module_that_is_always_killed_is_given_up(start: Start, tmp_path: Path) -> None:
+    printed = said(start("kill -9 $$"), 1)
+    assert f"started {events.MAX_TRIES} times" in printed
+    assert len(started(tmp_path)) == events.MAX_TRIES + 1, "the last one only to say so"
+    assert len(submitted(tmp_path)) == 1
+
+
+def test_a_module_that_makes_progress_is_not_given_up(start: Start, tmp_path: Path) -> None:
+    script = f"""
+        mkdir -p {tmp_path}/work/state; cd {tmp_path}/work/state; n=$(ls | wc -l)
+        [ $n = 6 ] && touch {tmp_path}/out && exit 0
+        touch step-0000000$n.safetensors; kill -9 $$
+    """
+    said(start(script, "--work", str(tmp_path / "work")), 0)
+    assert [row["step"] for row in started(tmp_path)] == [None, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "resources, word",
+    [
+        ({"slurm_partition": "nope"}, "invalid partition"),
+        ({"gpus": 3}, "node configuration"),
+        ({"gpu": 1}, "Did you mean gpus"),
+        ({"slurm_extra": "--time=3"}, "Set runtime instead"),
+        ({"slurm_extra": "-w gpu1"}, "Expected options of sbatch"),
+        ({"slurm_partition": "short", "runtime": 2}, "PartitionTimeLimit"),
+    ],
+)
+def test_what_slurm_refuses_is_one_line(start: Start, tmp_path: Path, resources: dict, word: str) -> None:
+    printed = said(start("true", **resources), 1)
+    assert word in printed.splitlines()[-1]
+    assert "Traceback" not in printed
+    assert not (tmp_path / "slurm/job/job.json").exists()
+
+
+def test_gpus_other_than_asked_for_stop_the_job(box: Box, tmp_path: Path) -> None:
+    sbatch = {**request.sbatch_parameters("job", {**RESOURCES, "gpus": 1}, 1, "", False)}
+    order = {"name": "job", "folder": str(tmp_path), "command": ["touch", str(tmp_path / "out")], "work": None, "outputs": [], "gpus": 2}
+    order |= {"fingerprint": "", "token": "t", "sbatch": sbatch}
+    subprocess.run([sys.executable, "-m", "cbtm_pipeline.slurm.submit"], input=json.dumps(order), text=True, env=box.env, check=True)
+    wait(lambda: (tmp_path / "result.json").exists())
+    assert "'0' on gpu" in json.loads((tmp_path / "result.json").read_text())["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_launcher_finds_its_job_again(box: Box, start: Start, tmp_path: Path) -> None:
+    script = "while [ ! -e go ]; do sleep 0.1; done; touch out"
+    first = start(script)
+    wait(lambda: submitted(tmp_path))
+    first.kill()
+    second = start(script)
+    time.sleep(2)
+    (tmp_path / "go").touch()
+    assert f"waiting again for job {submitted(tmp_path)[0]}" in said(second, 0)
+    assert len(submitted(tmp_path)) == 1
+    first.communicate()
+
+
+def test_a_launcher_killed_while_it_submits_leaves_one_job(box: Box, start: Start, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    slow = tmp_path / "bin/sbatch"  # Slurm's own, which then takes its time
+    slow.write_text(f'#!/bin/sh\n{box.run("which", "sbatch")} "$@"\nstatus=$?\nsleep 3\nexit $status\n')
+    slow.chmod(0o755)
+    env = {**box.env, "PATH": f"{tmp_path}/bin:{box.env['PATH']}"}
+    first = start("sleep 5; touch out", env=env)
+    wait(lambda: box.squeue("--name=job"))
+    first.kill()
+    said(start("sleep 5; touch out", env=env), 0)
+    assert (
+        len({row["JobID"] for row in box.squeue("--states=all", "--name=job") if row["Name"] == "job"} & set(jobs_of(box, tmp_path))) == 1
+    )
+    first.communicate()
+
+
+def jobs_of(box: Box, folder: Path) -> list[str]:
+    """Jobs that were submitted from this folder."""
+    ids = [row["JobID"] for row in box.squeue("--states=all", "--name=job")]
+    return [job for job in ids if f"WorkDir={folder}" in box.run("scontrol", "show", "job", job)]
+
+
+def test_a_result_that_nobody_took_is_taken_later(start: Start, tmp_path: Path, box: Box) -> None:
+    first = start("sleep 1; echo precious > out")
+    wait(lambda: submitted(tmp_path))
+    first.kill()
+    first.communicate()
+    wait(lambda: (tmp_path / "slurm/job/result.json").exists())
+    (tmp_path / "out").unlink()  # as Snakemake does with the outputs of a run that it takes for incomplete
+    said(start("sleep 1; echo precious > out"), 0)
+    assert (tmp_path / "out").read_text() == "precious\n"
+    assert len(submitted(tmp_path)) == 1
+    said(start("sleep 1; echo precious > out"), 0)
+    assert len(submitted(tmp_path)) == 2, "a result that was taken is not taken again"
+
+
+def test_other_work_under_the_same_name_replaces_the_job(box: Box, start: Start, tmp_path: Path) -> None:
+    first = start("sleep 600", "--depends-on", "old")
+    wait(lambda: started(tmp_path))
+    first.kill()
+    first.communicate()
+    said(start("touch out", "--depends-on", "new"), 0)
+    old, _ = submitted(tmp_path)
+    assert box.state(old) == "CANCELLED"
+
+
+def test_ctrl_c_cancels_and_any_other_end_does_not(box: Box, start: Start, tmp_path: Path) -> None:
+    launcher = start("sleep 600")
+    wait(lambda: started(tmp_path))
+    launcher.send_signal(signal.SIGHUP)
+    said(launcher, 143)
+    job = submitted(tmp_path)[0]
+    assert box.state(job) == "RUNNING"
+    launcher = start("sleep 600")
+    time.sleep(2)
+    launcher.send_signal(signal.SIGINT)
+    said(launcher, 130)
+    wait(lambda: box.state(job) == "CANCELLED", 20)
+
+
+def test_an_orphan_leaves_the_job_alone(box: Box, start: Start, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "cbtm_pipeline.slurm.launch",
+        "--name",
+        "job",
+        "--folder",
+        "slurm",
+        "--resources",
+        json.dumps(RESOURCES),
+    ]
+    with subprocess.Popen(["sh", "-c", '"$@" & wait', "sh", *command, "--", "sleep", "600"], cwd=tmp_path, env=box.env) as parent:
+        wait(lambda: started(tmp_path))
+        parent.kill()
+    os.set_blocking((fd := os.open(tmp_path / "slurm/job/.lock", os.O_RDWR)), True)
+    subprocess.run(["flock", str(fd)], pass_fds=[fd], timeout=10, check=True)  # the orphan has let go of it
+    os.close(fd)
+    assert box.state(submitted(tmp_path)[0]) == "RUNNING"
+
+
+def test_many_launchers_ask_slurm_as_little_as_one(box: Box, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    counting = tmp_path / "bin/squeue"
+    counting.write_text(f'#!/bin/sh\necho >> {tmp_path}/asked\nexec {box.run("which", "squeue")} "$@"\n')
+    counting.chmod(0o755)
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from cbtm_pipeline.slurm import commands
+        commands.QUEUE_AGE_S = 1.0
+        until = time.time() + 4
+        while time.time() < until:
+            assert isinstance(commands.shared_queue(Path(sys.argv[1])), dict)
+            time.sleep(0.05)
+    """
+    env = {**box.env, "PATH": f"{tmp_path}/bin:{box.env['PATH']}"}
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(8)]
+    assert [process.wait(60) for process in processes] == [0] * 8
+    assert 3 <= len((tmp_path / "asked").read_text().splitlines()) <= 7
