@@ -1,0 +1,23 @@
+"""Look at a run, or at the machine that it is to run on. The run itself is Snakemake's.
+
+cbtm status [OUTDIR ...]      how a run is going
+cbtm doctor [--profile NAME]  what would fail, and what it would cost, before anything is started
+"""
+
+import argparse
+import importlib
+import sys
+
+from cbtm_pipeline import cli
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="cbtm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=["status", "doctor"], help="its own options: cbtm COMMAND --help")
+    command = p.parse_args(sys.argv[1:2]).command
+    sys.argv = [f"cbtm {command}", *sys.argv[2:]]
+    cli.run(importlib.import_module(f"cbtm_pipeline.{command}").main)
+
+
+if __name__ == "__main__":
+    main()
