@@ -20,7 +20,7 @@ setup: .venv/ready  ## install everything into .venv (once)
 	@touch $@
 
 demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into results/
-	$(BIN)/snakemake --cores $(CORES)
+	$(BIN)/snakemake --cores $(CORES) $(ARGS)
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest

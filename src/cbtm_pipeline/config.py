@@ -111,7 +111,7 @@ class Eval(_Section):
 
 
 class Run(_Section):
-    checkpoint_seconds: Positive
+    checkpoint_seconds: Annotated[Float, Field(gt=0, le=600)]  # nobody loses more than ten minutes
     log_seconds: Positive
 
 

@@ -69,6 +69,8 @@ class Task:
                 if signal.SIGUSR2 in received and signal.SIGTERM not in received:
                     self._requeue(requeue)
                 sys.exit(SAVED)
+            if first and status and self._superseded(folder):
+                sys.exit(status)  # Slurm took this node for lost and started the job elsewhere: that one has the say
             if status >= 0:
                 if first:
                     self._finish(status, None)
@@ -94,6 +96,10 @@ class Task:
             f"{self.order['name']}: started {n} times{at} without a new saved step. Expected one between two starts. "
             "Raise runtime in the profile or lower run.checkpoint_seconds, then start again."
         )
+
+    def _superseded(self, folder: Path) -> bool:
+        newest = [row for row in events.read(folder) if row["event"] == "started"][-1]
+        return (newest["job_id"], newest["restart"]) != (os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
     def _event(self, event: str, **values: Any) -> None:
         about = {
