@@ -76,10 +76,10 @@ def passes(message: str) -> bool:
     return bool(_PASSING.search(message))
 
 
-def queue() -> dict[str, Job]:
+def queue(timeout_s: float = TIMEOUT_S) -> dict[str, Job]:
     """This user's jobs by id, those that ended in the last minutes (MinJobAge) included: one call of squeue."""
     fields = ",".join(f"{name}:|" for name in _FIELDS)
-    printed = ask("squeue", "--me", "--states=all", "--noheader", f"--Format={fields}")
+    printed = ask("squeue", "--me", "--states=all", "--noheader", f"--Format={fields}", timeout_s=timeout_s)
     jobs = {}
     for line in printed.splitlines():
         values = line.split("|")

@@ -256,7 +256,7 @@ class Launch:
 
     def _fail(self, why: str) -> NoReturn:
         self._forget()
-        events.add(self.folder, "taken", fingerprint=self.order["fingerprint"], status=1)
+        events.add(self.folder, "taken", fingerprint=self.order["fingerprint"], status=1, error=why)
         logs = sorted(self.folder.glob("*_log.out"), key=lambda path: path.stat().st_mtime)
         raise ValueError(f"{self.order['name']}: {why}{f' Its output: {logs[-1]}' if logs else ''}")
 
