@@ -3,7 +3,7 @@
     python lock_driver.py FOLDER '{"host": "node1", "wait": true, "locks": "shared", "PATIENCE_S": 0.5, ...}'
 
 `locks` says what the file system's locks reach: all hosts (shared), only one (local), or there are none (none). Prints `held`, with `after
-waiting` if so, or why not; then for every line `check`: `mine` or the error. It ends at the end of its input.
+waiting` if so, or why not; then for every line `mine` or the error, after a `fork` has come and gone. It ends at the end of its input.
 """
 
 import errno
@@ -36,8 +36,10 @@ def main() -> None:
         print(error, flush=True)
         return
     for line in sys.stdin:
-        if line == "fork\n" and os.fork() == 0:
-            sys.exit()
+        if line == "fork\n":
+            if (pid := os.fork()) == 0:
+                sys.exit()
+            os.waitpid(pid, 0)
         try:
             lock.check()
             print("mine", flush=True)

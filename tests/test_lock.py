@@ -1,5 +1,6 @@
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -32,6 +33,8 @@ class Process:
         if line:
             self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], 60)
+        assert ready
         return self.process.stdout.readline().strip()
 
     def end(self) -> None:
@@ -129,8 +132,9 @@ def test_in_this_process(tmp_path, start, monkeypatch):
 def test_the_record(tmp_path, start):
     first = start("node1")
     assert first.says() == "held"
-    beats = set()
+    beats, until = set(), time.monotonic() + 60
     while len(beats) < 3:
+        assert time.monotonic() < until
         found = record(tmp_path)  # whole whenever it is read
         assert found == {**found, "host": "node1", "pid": first.process.pid}
         beats.add(found["beat"])
@@ -195,6 +199,25 @@ def test_who_comes_back_to_life_finds_a_successor(tmp_path, start, locks):
     assert second.says("check") == "mine"
     assert record(tmp_path)["host"] == "node2"
     assert start("node3", locks=locks).says().startswith(f"{tmp_path}: another run is writing here")
+
+
+def test_without_locks_the_record_counts_on_one_host_too(start):
+    first = start("here", locks="none")
+    assert first.says() == "held"
+    assert "another run is writing here" in start("here", locks="none").says()
+    first.kill()
+    assert start("here", locks="none").says() == "held after waiting"
+
+
+def test_of_two_that_start_in_the_same_moment_one_goes_on(tmp_path, start):
+    first = start("node1", locks="local", BEAT_S=NEVER)
+    assert first.says() == "held"
+    (tmp_path / ".lock").write_text("")  # what the other one has seen
+    second = start("node2", locks="local")
+    assert second.says() == "held"
+    assert '"host": "node2"' in first.says("check")
+    first.end()
+    assert second.says("check") == "mine"
 
 
 def test_slurm_is_named(tmp_path, start, monkeypatch):

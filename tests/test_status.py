@@ -282,6 +282,7 @@ def submit(out: Path, name: str, *kinds: str, job_id: str = "17", fingerprint: s
         (job("COMPLETING", nodes="gpu1"), ("running", "COMPLETING", None, "gpu1")),
         (job("REQUEUE_HOLD"), ("waiting", "REQUEUE_HOLD", None, None)),
         (job("PREEMPTED", nodes="gpu1"), ("stopped", "PREEMPTED", None, "gpu1")),
+        (job("FAILED", "NonZeroExitCode", "gpu1"), ("stopped", "FAILED", "NonZeroExitCode", "gpu1")),
         ({}, ("stopped", None, None, "gpu3")),  # forgotten by Slurm
         (None, ("unknown", None, None, "gpu3")),  # Slurm does not answer
     ],
@@ -424,6 +425,13 @@ def test_without_a_config_there_is_still_something_to_see(out):
     assert "config.json: No such file" in status.gather(out, {}, 0.0).notes[0]
 
 
+def test_a_config_that_cannot_be_read_and_nothing_else(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    found = status.gather(tmp_path, {}, 0.0)
+    assert {row.state for row in found.rows} == {"waiting"}
+    assert "train: missing" in found.notes[0]
+
+
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch])
 def test_no_run_yet(tmp_path, make):
     out = tmp_path / "results"
@@ -447,6 +455,19 @@ def test_the_end_of_a_log_is_its_newest_whole_rows(tmp_path, values, n_bytes, n_
     start = 0 if len(cut) <= n_bytes else next((b for b in begins if b > len(cut) - n_bytes), len(cut) + 1)
     expected = [{"step": v} for v, b, e in zip(values, begins, lengths, strict=False) if b >= start and e - 1 <= len(cut)]
     assert lenient.rows(path, n_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "number"), [(3, 3.0), (2.5, 2.5), (True, None), ("3", None), (None, None), (float("inf"), None), (float("nan"), None)]
+)
+def test_what_is_a_number(value, number):
+    assert lenient.number(value) == number
+
+
+def test_text_stays_on_its_line_and_moves_no_cursor():
+    assert lenient.text("a\x1b[2Jb \n\tü") == "a [2Jb ü"
+    assert lenient.text(17) == "17"
+    assert lenient.text(None) is None
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------
@@ -474,10 +495,12 @@ def test_columns_are_aligned_and_empty_ones_left_out():
         "",
         "2 experts: 1 done, 1 running. ETA: 1m15s",
     ]
+    rows.append(Row("expert", "1", "waiting", 0, 2000))
+    assert status_table.summary(rows) == "3 experts: 1 done, 1 running, 1 waiting. ETA of those that run: 1m15s"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.9, "0s"), (59, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (172799, "47h59m"), (187200, "2d04h")]
+    ("seconds", "text"), [(0.9, "0s"), (59, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (172799, "47h59m"), (172800, "2d00h")]
 )
 def test_durations(seconds, text):
     assert status_table.duration(seconds) == text

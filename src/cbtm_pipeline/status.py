@@ -126,7 +126,9 @@ def _expert(run: _Run, name: str, how: dict[str, Any] | None) -> Row:
     )
     live = _is_live(work / ".lock", times[-1] if times else None, run.now)
     row = _judge(run, row, f"expert-{name}", run.outdir / "logs/train_expert" / f"{name}.log", done, live, bool(rows or saved))
-    return row._replace(eta_s=_eta(rows, n_steps, run.now)) if row.state == "running" and n_steps is not None else row
+    if row.state == "running" and step is not None and n_steps is not None:
+        row = row._replace(eta_s=_eta(n_steps - step, times, run.now))
+    return row
 
 
 def _judge(run: _Run, row: Row, name: str, log: Path, done: bool, live: bool, begun: bool) -> Row:
@@ -157,7 +159,7 @@ def _judge(run: _Run, row: Row, name: str, log: Path, done: bool, live: bool, be
         state=state,
         job=job_id,
         job_state=job and lenient.text(job.state),
-        reason=lenient.text(job.reason) if job and job.state == "PENDING" and job.reason not in ("", "None") else None,
+        reason=lenient.text(job.reason) if job and job.reason not in ("", "None") else None,
         node=lenient.text(job.nodes if job and job.nodes else nodes[-1] if nodes and state != "waiting" else None),
         n_restarts=n_started - 1 if n_started else None,
         error=error,
@@ -191,18 +193,16 @@ def _failure(run: _Run, folder: Path, record: dict[str, Any], events: Sequence[d
     return lenient.text(result.get("error") or newest.get("error")) or f"its job ended with an error, {where}"
 
 
-def _eta(rows: Sequence[dict[str, Any]], n_steps: float, now: float) -> float | None:
+def _eta(n_steps_left: float, times: Sequence[float], now: float) -> float | None:
     """Seconds to the last step. The median time of a step is not bent by a restart or a save between two rows.
 
     Rows come with a delay, so the newest one's age counts as work; unless it is of before a restart.
     """
-    steps = [(step, at) for row in rows for step in lenient.numbers([row], "step") for at in lenient.numbers([row], "time")]
-    took = lenient.median([at - before for (a, before), (b, at) in itertools.pairwise(steps) if b == a + 1])
+    took = lenient.median([after - before for before, after in itertools.pairwise(times)])
     if took is None:
         return None
-    step, at = steps[-1]
-    age = now - at if 0 < now - at < STALE_S else 0.0
-    return lenient.number(max(0.0, (n_steps - step) * took - age))
+    age = now - times[-1] if 0 < now - times[-1] < STALE_S else 0.0
+    return lenient.number(max(0.0, n_steps_left * took - age))
 
 
 def _is_live(lock: Path, newest_row: float | None, now: float) -> bool:

@@ -30,7 +30,7 @@ class Row(NamedTuple):
     saved_s: float | None = None  # age of the newest saved state
     job: str | None = None
     job_state: str | None = None
-    reason: str | None = None  # why the job waits
+    reason: str | None = None  # why the job waits, or ended
     node: str | None = None
     n_restarts: int | None = None  # of its jobs
     error: str | None = None
