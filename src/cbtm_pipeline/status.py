@@ -236,7 +236,7 @@ def ask_slurm(outdirs: Sequence[Path]) -> tuple[dict[str, commands.Job] | None, 
     if not shutil.which("squeue"):
         return None, "There is no Slurm on this machine: of the jobs, only what they have written is known."
     try:
-        return commands.queue(), None
+        return commands.queue(timeout_s=5), None
     except (OSError, ValueError) as error:
         return None, f"Slurm does not answer ({lenient.text(error)}): of the jobs, only what they have written is known."
 
