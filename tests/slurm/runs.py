@@ -53,7 +53,7 @@ class Run:
         target = str(self.weights.relative_to(self.project))
         with (self.project / "snakemake.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*snakemake_command(target, "--profile", "slurm", *args), "--quiet"],
+                [*snakemake_command(target, *args, "--profile", "slurm"), "--quiet"],
                 cwd=self.project,
                 stdout=log,
                 stderr=log,

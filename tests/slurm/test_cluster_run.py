@@ -132,7 +132,7 @@ def test_scancel_of_one_expert_fails_that_expert_only(box: Box, tmp_path: Path) 
 
 @pytest.mark.parametrize("gpus, nodes", [(2, 1), (1, 2)])
 def test_an_expert_on_two_gpus(box: Box, on_slurm: Path, tmp_path: Path, gpus: int, nodes: int) -> None:
-    """One process per GPU, on one node or two: the losses of one process, up to rounding."""
+    """One process per GPU, on one node or two: the losses of one process, up to the rounding of bf16."""
     project = tmp_path / "project"
     shutil.copytree(on_slurm, project, symlinks=True)
     run = Run(box, project, "0", gpus=gpus, nodes=nodes)
@@ -142,7 +142,7 @@ def test_an_expert_on_two_gpus(box: Box, on_slurm: Path, tmp_path: Path, gpus: i
     started = run.events("started")[-1]
     assert started["n_tasks"] == 2
     assert started["gpus"] == ("0,1" if gpus == 2 else started["gpus"][0])
-    assert [row["loss"] for row in run.rows()] == pytest.approx(before, abs=1e-5)
+    assert [row["loss"] for row in run.rows()] == pytest.approx(before, abs=1e-3)
 
 
 def test_ctrl_c_cancels_every_job(box: Box, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ submitit carries this object to the node in a pickle of its own, written and rea
 """
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from typing import Any
 
 import submitit
 
-from cbtm_pipeline.slurm import events
+from cbtm_pipeline.slurm import commands, events
 
 SAVED = 85  # exit status of a module that was stopped by a signal and can go on
 REQUEUE_TRIES = 12
@@ -46,7 +48,8 @@ class Task:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's own: checkpoint(), scontrol requeue, leave
         assert callable(requeue)
         if job.num_tasks > 1:
-            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            torch_environment = submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            os.environ["MASTER_ADDR"] = address(torch_environment.master_addr)
         first = job.global_rank == 0
         work = Path(order["work"]) if order["work"] else None
         received: list[int] = []
@@ -135,6 +138,16 @@ def run(command: list[str], received: list[int]) -> int:
     for number in received:
         child.send_signal(number)
     return child.wait()
+
+
+def address(node: str) -> str:
+    """What other nodes can call a node: its name, or where the name means nothing outside Slurm, the address that Slurm uses."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        found = re.search(r"NodeAddr=(\S+)", commands.ask("scontrol", "show", "node", node, "--oneliner"))
+        return found[1] if found else node
 
 
 def wrong_gpus(expected: int) -> str | None:
