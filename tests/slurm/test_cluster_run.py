@@ -84,7 +84,7 @@ def test_experts_need_no_network(on_slurm: Path, tmp_path: Path) -> None:
     command += ["--data", results / "assignments/manifest.json", "--tokenizer", results / "tokenizer/tokenizer.json"]
     command += ["--seed-model", results / "experts/seed/model.safetensors"]
     command += ["--out", tmp_path / "0/model.safetensors", "--work", tmp_path / "work"]
-    subprocess.run(["unshare", "--net", *map(str, command)], cwd=on_slurm, check=True)
+    subprocess.run(["unshare", "--map-root-user", "--net", *map(str, command)], cwd=on_slurm, check=True)
     assert (tmp_path / "0/model.safetensors").read_bytes() == (results / "experts/0/model.safetensors").read_bytes()
 
 

@@ -35,6 +35,7 @@ POLL_S = 1.0  # between two looks for the result
 LATENCY_S = 60.0  # a network file system may show a file this much later
 CONFIRM_S = {"COMPLETED": LATENCY_S, "CANCELLED": 2.0}  # an end without a result counts when it has lasted this long ...
 REQUEUE_S = 15.0  # ... or this long: Slurm may still requeue
+AT_ONCE = 4  # submissions under way together: hundreds of experts become ready in the same moment
 SUBMIT_S = 3600.0  # give up when Slurm has accepted nothing for so long
 FOREVER = {
     "PartitionTimeLimit",
@@ -153,16 +154,7 @@ class Launch:
         events.write_json(self.folder / "job.json", record)
         began, pause = time.monotonic(), 2.0
         while record["job_id"] is None:
-            # With our lock: should this process be killed now, the next one waits until sbatch has ended.
-            sbatch = subprocess.run(
-                [sys.executable, "-m", "cbtm_pipeline.slurm.submit"],
-                input=json.dumps(order),
-                capture_output=True,
-                text=True,
-                pass_fds=[self.lock_fd],
-                env=commands.environment(),
-                check=False,
-            )
+            sbatch = self._call_submit(order)
             said = " ".join(sbatch.stderr.split())
             if sbatch.returncode == 0:
                 record["job_id"] = sbatch.stdout.split()[-1]
@@ -179,6 +171,17 @@ class Launch:
         events.add(self.folder, "submitted", job_id=record["job_id"], fingerprint=order["fingerprint"], step=step)
         self._say(f"job {record['job_id']} submitted{self._from_step()}")
         return record
+
+    def _call_submit(self, order: Order) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cbtm_pipeline.slurm.submit"]
+        turn = self.folder.parent / f".submit-{int(order['token'], 16) % AT_ONCE}.lock"
+        with turn.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # With our lock: should this process be killed now, the next one waits until sbatch has ended.
+            fds = [self.lock_fd]
+            return subprocess.run(
+                command, input=json.dumps(order), capture_output=True, text=True, pass_fds=fds, env=commands.environment(), check=False
+            )
 
     def _wait(self, record: Record) -> tuple[dict[str, Any] | None, str]:
         """The job's result, or None and the state in which it ended without one."""
