@@ -156,7 +156,7 @@ def test_a_dead_host_is_succeeded(tmp_path, start, locks):
     first = start("node1", locks=locks)
     assert first.says() == "held"
     first.kill()
-    assert start("node2", locks=locks, PATIENCE_S=NEVER, wait=True).is_waiting()
+    assert start("node2", locks=locks, PATIENCE_S=NEVER, STALE_S=NEVER, wait=True).is_waiting()
     second = start("node3", locks=locks)
     assert second.says() == "held after waiting"
     assert (second.says("check"), record(tmp_path)["host"]) == ("mine", "node3")
