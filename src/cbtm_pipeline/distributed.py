@@ -27,7 +27,8 @@ from cbtm_pipeline.cli import log
 JOIN_S = 600.0  # the nodes of a job do not start in the same moment
 TIMEOUT_S = 1800.0  # of an exchange: the others wait in one while process 0 saves
 POLL_S = 0.5
-GRACE_S = 30.0  # for a process to end by itself after another one has failed
+GRACE_S = 30.0  # for a process to end by itself after another one has ended or failed
+LINGER_S = 5.0  # for process 0 to keep the store after a failure: the others still have to read of it there
 BUCKET = 1 << 24  # gradients (64 MB) that are summed at a time
 
 
@@ -62,6 +63,15 @@ class Group:
         except RuntimeError:
             self.known_failure = self.known_failure or "process 0 is gone"
         return self.known_failure
+
+    def leave(self, patience_s: float) -> None:
+        """Need the store no more. With process 0 the store goes, so that it waits for the others."""
+        left = [f"{rank} left" for rank in range(self.world_size)]
+        deadline = time.monotonic() + patience_s
+        with suppress(RuntimeError):
+            self.store.set(left[self.rank], "")
+            while self.rank == 0 and not self.store.check(left) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def share(self, state: checkpoint.State | None) -> checkpoint.State:
         """Process 0's state in all of them; `state` is None in the others."""
@@ -170,20 +180,17 @@ def joined(group: Group) -> Iterator[None]:
         if why is None and "/gloo/" in str(error):  # its process is no more, or it would have said why
             why = "killed?"
         if why and isinstance(error, RuntimeError):
+            group.leave(LINGER_S)
             raise ValueError(
-                f"process {group.rank}: ended, as another one has failed ({why}). Expected all to go on. See its log."
+                f"process {group.rank}: ended, as another one has failed ({why}). Expected all to go on. See there."
             ) from error
         with suppress(RuntimeError):
             group.store.set("failure", f"process {group.rank}: {str(error) or type(error).__name__}")
-        if group.rank == 0:
-            time.sleep(2 * POLL_S)  # with process 0 goes the store, in which the others have to read this first
+        group.leave(LINGER_S)
         raise
     ended.set()
     watch.join()
-    group.store.add("left", 1)
-    deadline = time.monotonic() + GRACE_S
-    while group.rank == 0 and group.store.add("left", 0) < group.world_size and time.monotonic() < deadline:
-        time.sleep(0.01)
+    group.leave(GRACE_S)
     dist.destroy_process_group()
 
 
@@ -216,6 +223,7 @@ def _watch(group: Group, ended: threading.Event) -> None:
     """End this process after another one has failed. With gloo it notices by itself, but NCCL waits for whom will never come."""
     while not ended.wait(POLL_S):
         if why := group.failure():
+            group.leave(0)
             if not ended.wait(GRACE_S):
                 log.error("process %d: ended, as another one has failed (%s)", group.rank, why)
                 os._exit(1)
