@@ -22,8 +22,8 @@ setup: .venv/ready  ## install everything into .venv (once)
 demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into results/
 	$(BIN)/snakemake --cores $(CORES) $(ARGS)
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest
+test: setup  ## all tests; with Slurm's packages (installed where apt-get and root are there) also those on a real Slurm
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff check

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +27,8 @@ from made_project import snakemake
 from .box import Box, install, wait
 from .runs import Run, alive, make_slurm_project
 
-N_STEPS = 2000  # of an expert; dense-steps has eight times as many, and outlives three time limits of a minute
-AT = 500  # the step at which the fault comes
+N_STEPS = 1000  # of an expert
+AT = 200  # the step at which the fault comes
 
 
 class Outcome(NamedTuple):
@@ -90,14 +90,27 @@ def node_cut_off(run: Run) -> None:
     """Slurm takes the node for lost and starts the job on another one, while the first training lives on."""
     node = run.node
     run.box.kill_slurmd(node, with_jobs=False)
+    run.box.run("scontrol", "update", f"nodename={node}", "state=down", "reason=cut off")
+    wait(lambda: run.box.state(run.job_id) == "PENDING", 30, "the job's return to the queue")
+    run.box.pull_forward(run.job_id)
     run.reach_starts(2)
-    run.reached = run.step()  # type: ignore[attr-defined]
-    run.box.start_slurmd(node)
 
 
 def three_time_limits(run: Run) -> None:
-    run.reached = 0  # type: ignore[attr-defined]
-    run.reach_starts(4)
+    """The training is held up in each job until Slurm has given notice, which it does up to 35 s after the start of a job of one minute.
+
+    Slurm's pause before a requeued job may start is skipped.
+    """
+    for n in (1, 2, 3):
+        run.reach(run.step() + 50)
+        pid, started = run.trainer(), run.events("started")[-1]["time"]
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(max(0.0, started + 40 - time.time()))
+        os.kill(pid, signal.SIGCONT)
+        wait(lambda: run.box.state(run.job_id) == "PENDING", 60, "the job's return to the queue")
+        run.box.pull_forward(run.job_id)
+        run.reach_starts(n + 1)
+        wait(lambda before=pid: run.trainer_or_none() not in (None, before), 60, "the next training")
 
 
 def cancelled_and_started_again(run: Run) -> None:
@@ -130,42 +143,45 @@ def snakemake_killed_until_the_end(run: Run) -> None:
     run.start()
 
 
-def controller_restarted(run: Run) -> None:
-    run.box.kill_slurmctld()
-    time.sleep(15)
-    run.box.start_slurmctld()
-
-
 # Lanes run side by side, each on nodes of its own; the faults of a lane one after the other.
+LIMIT = {"slurm_partition": "short", "runtime": 1, "notice_s": 25, "slurm_extra": "--nodelist=gpu1"}
+TWO_NODES = {"slurm_extra": "--exclude=gpu1,gpu4"}
+ANYWHERE_SAFE = {"gpus": 0, "slurm_extra": "--nodelist=gpu1"}
 LANES = [
-    [Fault("three time limits in a row", three_time_limits, "dense-steps", {"slurm_partition": "short", "runtime": 1, "notice_s": 20})],
+    [Fault("three time limits in a row", three_time_limits, resources=LIMIT)],
     [
-        Fault("node lost (power cut), back later", node_lost, resources={"slurm_extra": "--exclude=gpu3,gpu4"}),
-        Fault("node cut off, training lives on", node_cut_off, "dense-steps", {"slurm_extra": "--exclude=gpu3,gpu4"}),
+        Fault("node lost (power cut), back later", node_lost, resources=TWO_NODES),
+        Fault("node cut off, training lives on", node_cut_off, "dense", TWO_NODES),
     ],
     [
-        Fault("preempted, requeued by Slurm", preempted, resources={"slurm_partition": "preempt", "slurm_extra": "--nodelist=gpu3"}),
-        Fault("preempted, cancelled by Slurm", preempted, resources={"slurm_partition": "preemptc", "slurm_extra": "--nodelist=gpu3"}),
-        Fault("scontrol requeue", requeued),
-        Fault("SIGKILL of the training process", trainer_killed),
-        Fault("scancel, then started again", cancelled_and_started_again),
-        Fault("Ctrl-C, then started again", interrupted_and_started_again),
-        Fault("Snakemake killed -9, started again", snakemake_killed),
-        Fault("Snakemake and launcher killed -9, started again after the job's end", snakemake_killed_until_the_end),
+        Fault("preempted, requeued by Slurm", preempted, resources={"slurm_partition": "preempt", "slurm_extra": "--nodelist=gpu4"}),
+        Fault("preempted, cancelled by Slurm", preempted, resources={"slurm_partition": "preemptc", "slurm_extra": "--nodelist=gpu4"}),
+    ],
+    [
+        Fault("scontrol requeue", requeued, resources=ANYWHERE_SAFE),
+        Fault("SIGKILL of the training process", trainer_killed, resources=ANYWHERE_SAFE),
+        Fault("scancel, then started again", cancelled_and_started_again, resources=ANYWHERE_SAFE),
+    ],
+    [
+        Fault("Ctrl-C, then started again", interrupted_and_started_again, resources=ANYWHERE_SAFE),
+        Fault("Snakemake killed -9, started again", snakemake_killed, resources=ANYWHERE_SAFE),
+        Fault(
+            "Snakemake and launcher killed -9, started again after the job's end", snakemake_killed_until_the_end, resources=ANYWHERE_SAFE
+        ),
     ],
 ]
 
 
-def suffer(box: Box, original: Path, folder: Path, fault: Fault) -> Outcome:
-    """Run a training up to step AT, strike, wait for its end."""
+def suffer(box: Box, original: Path, folder: Path, fault: Fault) -> tuple[Run, str, float]:
+    """Run a training up to step AT, strike, wait for its end; the run, the fault and when it came."""
     run = Run.of_copy(box, original, folder, fault.expert, **fault.resources)
     run.start()
-    run.reach(1 if fault.strike is three_time_limits else AT)
+    run.reach(AT)
     run.reached = run.step()  # type: ignore[attr-defined]
     struck = time.time()
     fault.strike(run)
     run.finish()
-    return outcome(run, original, fault.name, struck)
+    return run, fault.name, struck
 
 
 def outcome(run: Run, original: Path, name: str, struck: float) -> Outcome:
@@ -187,31 +203,38 @@ def outcome(run: Run, original: Path, name: str, struck: float) -> Outcome:
 
 
 def prepare(folder: Path) -> Path:
-    """A project in which everything but the experts is there, and the weights of undisturbed trainings without Slurm."""
+    """A project in which everything but the experts is there."""
     project = make_slurm_project(folder, N_STEPS)
     (project / "undisturbed").mkdir()
-    names = ["0", "dense-steps"]
-    targets = [f"results/experts/{name}/model.safetensors" for name in names]
-    snakemake(project, *targets, "--cores", "2")
-    for name, target in zip(names, targets, strict=True):
-        (project / target).rename(project / f"undisturbed/{name}.safetensors")
-        shutil.rmtree(project / f"results/experts/{name}")
+    snakemake(project, "results/experts/seed/model.safetensors", "results/assignments/manifest.json", "--cores", "2")
     return project
+
+
+def train_undisturbed(original: Path, folder: Path, experts: Iterable[str]) -> None:
+    """Keep the weights of trainings without Slurm."""
+    shutil.copytree(original, folder, symlinks=True)
+    for expert in experts:
+        target = f"results/experts/{expert}/model.safetensors"
+        snakemake(folder, target, "--cores", "1")
+        (folder / target).rename(original / f"undisturbed/{expert}.safetensors")
 
 
 def all_faults(box: Box, folder: Path) -> Iterator[Outcome]:
     original = prepare(folder / "original")
 
-    def lane(number: int) -> list[Outcome]:
+    def lane(number: int) -> list[tuple[Run, str, float]]:
         return [suffer(box, original, folder / f"lane{number}-{i}", fault) for i, fault in enumerate(LANES[number])]
 
     with ThreadPoolExecutor() as pool:
-        for outcomes in pool.map(lane, range(len(LANES))):
-            yield from outcomes
-    yield from controller_faults(box, original, folder)
+        undisturbed = pool.submit(train_undisturbed, original, folder / "alone", ["0", "dense"])
+        suffered = [each for each_lane in pool.map(lane, range(len(LANES))) for each in each_lane]
+        suffered += controller_faults(box, original, folder)
+        undisturbed.result()
+    for run, name, struck in suffered:
+        yield outcome(run, original, name, struck)
 
 
-def controller_faults(box: Box, original: Path, folder: Path) -> list[Outcome]:
+def controller_faults(box: Box, original: Path, folder: Path) -> list[tuple[Run, str, float]]:
     """Both at once: a training under way and one to be submitted meet a controller that is away for 15 seconds."""
     under_way = Run.of_copy(box, original, folder / "under-way", "0")
     to_come = Run.of_copy(box, original, folder / "to-come", "0")
@@ -225,10 +248,7 @@ def controller_faults(box: Box, original: Path, folder: Path) -> list[Outcome]:
     box.start_slurmctld()
     under_way.finish()
     to_come.finish()
-    return [
-        outcome(under_way, original, "slurmctld away for 15 s in mid-run", struck),
-        outcome(to_come, original, "slurmctld away for 15 s at submission", struck),
-    ]
+    return [(under_way, "slurmctld away for 15 s in mid-run", struck), (to_come, "slurmctld away for 15 s at submission", struck)]
 
 
 def main() -> None:

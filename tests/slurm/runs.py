@@ -29,10 +29,10 @@ def write_profile(project: Path, rule: str = "train_expert", **resources: Any) -
 
 
 def make_slurm_project(folder: Path, n_steps: int, **sections: dict) -> Path:
-    """A project whose experts train for n_steps steps of about 6 ms (dense-steps: eight times as many) and save every two seconds."""
-    train = {"steps": n_steps, "batch_size": 8, "seq_len": 128, "seed_share": 0.0, "controls": ["dense-steps"]}
+    """A project whose experts train for n_steps steps of about 6 ms (dense: with 16 times larger batches) and save every two seconds."""
+    train = {"steps": n_steps, "batch_size": 16, "seq_len": 128, "micro_batch_size": 16, "seed_share": 0.0, "controls": []}
     run = {"checkpoint_seconds": 2, "log_seconds": 0.1}
-    return make_project(folder, cluster={"k": 8}, train=train, run=run, eval={"stride": 64}, **sections)
+    return make_project(folder, cluster={"k": 16}, train=train, run=run, eval={"stride": 64}, **sections)
 
 
 class Run:
@@ -110,7 +110,13 @@ class Run:
 
     def trainer(self) -> int:
         """The training process, from its lock."""
-        return json.loads((self.work / ".lock").read_text())["pid"]
+        pid = self.trainer_or_none()
+        assert pid, self.printed()
+        return pid
+
+    def trainer_or_none(self) -> int | None:
+        record = (self.work / ".lock").read_text().strip()
+        return json.loads(record)["pid"] if record else None
 
 
 def alive(pid: int) -> bool:

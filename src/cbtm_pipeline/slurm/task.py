@@ -6,6 +6,8 @@
     killed      (SIGKILL, a crash) start it again in place, from its last saved state
     otherwise   it failed, result.json says so
 
+Where several tasks train one expert, a task that is killed or fails ends the job, and the launcher submits the next.
+
 Two things stop what would go on for ever: GPUs other than those asked for, and MAX_TRIES starts that brought no new step.
 
 submitit carries this object to the node in a pickle of its own, written and read by the same user; nothing else here reads one.
@@ -63,10 +65,8 @@ class Task:
                     return
             status = run(order["command"], received)
             if first:
-                self._event(
-                    "ended", status=status, signals=received, step=events.saved_step(Path(order["work"]) if order["work"] else None)
-                )
-            if status in STOPPED and received:
+                self._event("ended", status=status, signals=received, step=events.saved_step(work))
+            if status in STOPPED and (received or job.num_tasks > 1):  # one of several stops with the others
                 if not first:
                     return  # rank 0 decides; an exit status would make srun kill it meanwhile
                 if signal.SIGUSR2 in received and signal.SIGTERM not in received:
@@ -74,12 +74,12 @@ class Task:
                 sys.exit(SAVED)
             if first and status and self._superseded(folder):
                 sys.exit(status)  # Slurm took this node for lost and started the job elsewhere: that one has the say
+            if job.num_tasks > 1 and status:
+                sys.exit(1)  # whose fault it was is not clear from here: srun ends the other ranks, and a new job tries again
             if status >= 0:
                 if first:
                     self._finish(status, None)
                 sys.exit(status)
-            if job.num_tasks > 1:
-                sys.exit(1)  # srun ends the other ranks; a new job goes on
 
     def _requeue(self, requeue: Callable[[int, None], Any]) -> None:
         for _ in range(REQUEUE_TRIES):  # the controller may be away just now
