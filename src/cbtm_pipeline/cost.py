@@ -119,10 +119,15 @@ def n_chained(hours: float, runtime_min: float, notice_s: float) -> int:
     return max(1, math.ceil(hours * 60 / max(runtime_min - notice_s / 60, 1e-9)))
 
 
+def seconds_to_save(model: Size, write_rate: float) -> float:
+    """For one state: copy, hash (1 GB/s) and write it (bytes/s)."""
+    return STATE_BYTES * model.n_parameters * (1 / write_rate + 1e-9)
+
+
 def seconds_to_stop(model: Size, batch_tokens: int, machine: Machine | None, write_rate: float) -> float:
-    """From a signal to the saved state: the step that is under way (0 s if its speed is not known), then copy, hash (1 GB/s) and write."""
+    """From a signal to the saved state: the step that is under way (0 s if its speed is not known), then the save."""
     step = model.flops_per_token * batch_tokens / (MFU * machine.peak_flops * machine.n_gpus) if machine else 0.0
-    return step + STATE_BYTES * model.n_parameters * (1 / write_rate + 1e-9)
+    return step + seconds_to_save(model, write_rate)
 
 
 def size(config: Config, folder: Path | None) -> Size:
