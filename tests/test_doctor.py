@@ -212,7 +212,7 @@ trees = st.recursive(st.integers() | st.none(), lambda inner: st.dictionaries(st
 def test_configs_are_merged_as_snakemake_merges_them(base: dict, over: dict) -> None:
     expected = copy.deepcopy(base)
     update_config(expected, over)
-    assert doctor.merge(base, over) == expected
+    assert planned.merge(base, over) == expected
 
 
 # ---- files and models ----

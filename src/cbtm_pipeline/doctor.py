@@ -10,12 +10,9 @@ import os
 import pwd
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from cbtm_pipeline import cli, corpus_files, cost, reach
 from cbtm_pipeline.config import DEMO, Config, validate
@@ -48,26 +45,9 @@ def ask(*command: str) -> str:
     return commands.ask(*command, timeout_s=TIMEOUT_S)
 
 
-def merge(base: Any, over: Mapping[str, Any]) -> Any:
-    """`over` laid over `base`, section by section, as Snakemake does it with --configfile."""
-    if not over:
-        return base
-    merged = dict(base) if isinstance(base, Mapping) else {}
-    return merged | {key: merge(merged.get(key, {}), value) if isinstance(value, Mapping) else value for key, value in over.items()}
-
-
 def check_config(f: Facts) -> Iterator[Line]:
-    content: dict[str, Any] = {}
     paths = ["config.yaml", *f.configfiles]
-    for path in paths:
-        try:
-            read = yaml.safe_load(Path(path).read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}). Expected keys of config.yaml. Mend the file.") from error
-        if not isinstance(read, dict):
-            raise ValueError(f"{path}: no sections. Expected sections such as corpus and train. Mend the file.")
-        content = merge(content, read)
-    cfg = validate(content)
+    cfg = validate(planned.read_config(paths))
     files = corpus_files.find(cfg.corpus.train, cfg.corpus.eval)
     corpus_files.n_bytes(corpus_files.name([Path(file) for file in files if file != DEMO]))
     f.config = cfg
@@ -93,7 +73,8 @@ def check_slurm(f: Facts) -> Iterator[Line]:
         f.nodes = site.nodes(ask("sinfo", "--all", "--exact", "--noheader", "--format=%R|%D|%c|%m|%G|%T"))
         f.slurm = site.settings(ask("scontrol", "show", "config"))
     except (OSError, ValueError) as error:
-        yield "FAIL", f"Slurm: {error}. Expected a controller that answers. Wait, or ask the operators"
+        said = str(error).partition(" *")[0]  # scontrol frames it with stars
+        yield "FAIL", f"Slurm: {said}. Expected a controller that answers. Wait, or ask the operators"
         return
     yield "ok", f"Slurm: {f.slurm['SLURM_VERSION']}, cluster {f.slurm['ClusterName']}, its controller answers"
     if job := os.environ.get("SLURM_JOB_ID"):
@@ -204,7 +185,8 @@ def check_model(f: Facts) -> Iterator[Line]:
         elif local:
             yield "FAIL", f"{found}. Expected a folder that transformers can load. Complete it"
         elif lacks.keys() & submitted:
-            yield "FAIL", f"{found}. Expected it there, as compute nodes may have no network. Run hf download {name}"
+            other = " again, or choose a model that has it" if folder else ""
+            yield "FAIL", f"{found}. Expected it there, as compute nodes may have no network. Run hf download {name}{other}"
         elif problem := reach.hub_problem(name):
             yield "FAIL", f"{found}, and {problem}. Expected one of the two. Correct the name, or run hf download {name}"
         else:
@@ -249,11 +231,15 @@ def check_stops(f: Facts) -> Iterator[Line]:
     for name in job.partitions:
         if modes.get(name):
             seconds = site.seconds(f.slurm["KillWait"]) + site.seconds(f.partitions[name]["GraceTime"])
-            within[f"preemption in {name}"] = seconds, "Lower run.checkpoint_seconds"
+            within[f"preemption in {name}"] = seconds, "Nothing is lost; another slurm_partition may leave more"
     what = f"{job.rule}: about {cost.duration(needed / 3600)} from a signal to the saved state"
     for when, (limit, todo) in within.items():
         if needed > limit:
             yield "warn", f"{what}. Expected at most the {limit:g} s that {when} leaves, or some work is done twice. {todo}"
+    saving, every = cost.seconds_to_save(f.model, f.write_rate), f.config.run.checkpoint_seconds
+    if saving > every / 5:
+        found = f"run.checkpoint_seconds: {every:g}, while a save takes about {saving:.0f} s"
+        yield "warn", f"{found}. Expected saves to take little of the time. Set it to {10 * saving:.0f} or so"
     if needed <= min(limit for limit, _ in within.values()):
         yield "ok", f"{what}; {', '.join(f'{when} leaves {limit:g} s' for when, (limit, _) in within.items())}"
 
@@ -261,7 +247,7 @@ def check_stops(f: Facts) -> Iterator[Line]:
 def check_disk(f: Facts) -> Iterator[Line]:
     if f.config is None or f.model is None:
         return
-    n_running = len(cost.batches(f.config)) if f.jobs else 1
+    n_running = len(cost.n_tokens(f.config)) - 1 if f.jobs else 1  # all but the seed, which comes first
     parts = cost.disk(f.config, f.model, cost.corpus(f.config), n_running)
     largest = max(parts, key=lambda name: parts[name])
     needed, used = sum(parts.values()), reach.used_bytes(Path(f.config.outdir))

@@ -1,4 +1,4 @@
-"""Which jobs a run would submit: asked of Snakemake, by a dry run, and of sbatch, whether it would take them. Nothing is submitted."""
+"""What a run is and would submit, as Snakemake sees it: its config, its profile, its jobs by a dry run. Nothing is submitted."""
 
 import json
 import os
@@ -7,8 +7,11 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from cbtm_pipeline.slurm import commands, request
 
@@ -42,6 +45,28 @@ class Job(NamedTuple):
     def sbatch(self) -> dict[str, Any]:
         """What the launcher will ask for. Raises ValueError that names the resource."""
         return request.sbatch_parameters(self.rule, self.resources, self.threads, "", self.resumable)
+
+
+def merge(base: Any, over: Mapping[str, Any]) -> Any:
+    """`over` laid over `base`, section by section, as Snakemake does it with --configfile."""
+    if not over:
+        return base
+    merged = dict(base) if isinstance(base, Mapping) else {}
+    return merged | {key: merge(merged.get(key, {}), value) if isinstance(value, Mapping) else value for key, value in over.items()}
+
+
+def read_config(paths: Sequence[str]) -> Any:
+    """The config of a run, each file laid over those before it. Raises ValueError that names the file, OSError."""
+    content: Any = {}
+    for path in paths:
+        try:
+            read = yaml.safe_load(Path(path).read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}). Expected keys of config.yaml. Mend the file.") from error
+        if not isinstance(read, dict):
+            raise ValueError(f"{path}: no sections. Expected sections such as corpus and train. Mend the file.")
+        content = merge(content, read)
+    return content
 
 
 def profile_file(name: str) -> Path | None:
