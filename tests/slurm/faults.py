@@ -97,7 +97,7 @@ def node_cut_off(run: Run) -> None:
 
 
 def three_time_limits(run: Run) -> None:
-    """The training is held up in each job until Slurm has given notice, which it does up to 35 s after the start of a job of one minute.
+    """The training is held up in each job until Slurm has given notice, which it does 15 to 45 s after the start of a job of one minute.
 
     Slurm's pause before a requeued job may start is skipped.
     """
@@ -105,7 +105,7 @@ def three_time_limits(run: Run) -> None:
         run.reach(run.step() + 50)
         pid, started = run.trainer(), run.events("started")[-1]["time"]
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(max(0.0, started + 40 - time.time()))
+        time.sleep(max(0.0, started + 48 - time.time()))
         os.kill(pid, signal.SIGCONT)
         wait(lambda: run.box.state(run.job_id) == "PENDING", 60, "the job's return to the queue")
         run.box.pull_forward(run.job_id)
@@ -144,7 +144,7 @@ def snakemake_killed_until_the_end(run: Run) -> None:
 
 
 # Lanes run side by side, each on nodes of its own; the faults of a lane one after the other.
-LIMIT = {"slurm_partition": "short", "runtime": 1, "notice_s": 25, "slurm_extra": "--nodelist=gpu1"}
+LIMIT = {"slurm_partition": "short", "runtime": 1, "notice_s": 15, "slurm_extra": "--nodelist=gpu1"}
 TWO_NODES = {"slurm_extra": "--exclude=gpu1,gpu4"}
 ANYWHERE_SAFE = {"gpus": 0, "slurm_extra": "--nodelist=gpu1"}
 LANES = [
