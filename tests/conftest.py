@@ -24,6 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests on the cluster in a box share one, so one process runs them all. They come first: they wait more than they compute."""
     on_box = [item for item in items if item.path.parent.name == "slurm"]

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbtm_pipeline.slurm import commands, events, launch, request, task
+from cbtm_pipeline.slurm import commands, events, request, task
 from made_project import ROOT
 
 GPU = {"slurm_partition": "gpu", "runtime": 1440, "mem_mb": 64000, "gpus": 2}
@@ -154,16 +154,22 @@ def test_saved_step_is_the_newest(tmp_path: Path) -> None:
     assert events.saved_step(tmp_path) == 100
 
 
-def test_fingerprint_follows_command_config_and_inputs(tmp_path: Path) -> None:
-    small = tmp_path / "manifest.json"
+def test_other_config_or_inputs_are_other_work(tmp_path: Path) -> None:
+    small, large = tmp_path / "manifest.json", tmp_path / "corpus"
     small.write_text("1")
-    first = launch.fingerprint(["x"], "d", [small])
+    large.write_bytes(bytes(request.SMALL + 1))
+    inputs = [str(small), str(large), str(tmp_path / "still to be made")]
+    first = line(GPU, inputs=inputs)
     os.utime(small, (0, 0))
-    assert launch.fingerprint(["x"], "d", [small]) == first, "content, not time"
-    assert launch.fingerprint(["y"], "d", [small]) != first
-    assert launch.fingerprint(["x"], "e", [small]) != first
+    assert line(GPU, inputs=inputs) == first, "content, not time"
+    assert line(GPU, inputs=inputs, depends_on="other") != first
+    assert line(GPU, inputs=inputs[:2]) != first
     small.write_text("2")
-    assert launch.fingerprint(["x"], "d", [small]) != first
+    second = line(GPU, inputs=inputs)
+    assert second != first
+    os.utime(large, (0, 0))
+    assert line(GPU, inputs=inputs) != second
+    assert len(line(GPU, inputs=inputs * 1000)) == len(first), "a command line is bounded"
 
 
 @pytest.mark.parametrize(

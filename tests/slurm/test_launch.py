@@ -160,11 +160,11 @@ def test_a_result_that_nobody_took_is_taken_later(start: Start, tmp_path: Path, 
 
 
 def test_other_work_under_the_same_name_replaces_the_job(box: Box, start: Start, tmp_path: Path) -> None:
-    first = start("sleep 600", "--depends-on", "old")
+    first = start("sleep 600", "--made-from", "old")
     wait(lambda: started(tmp_path))
     first.kill()
     first.communicate()
-    said(start("touch out", "--depends-on", "new"), 0)
+    said(start("touch out", "--made-from", "new"), 0)
     old, _ = submitted(tmp_path)
     assert box.state(old) == "CANCELLED"
 

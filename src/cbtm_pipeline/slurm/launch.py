@@ -1,7 +1,7 @@
 """Run one rule's module as a Slurm job and wait for it, however often the job, Slurm or this process is interrupted on the way.
 
     python -m cbtm_pipeline.slurm.launch --name expert-3 --folder results/slurm --resources '{"slurm_partition": "gpu", ...}' --threads 8 \\
-        --inputs results/assignments/manifest.json --outputs results/experts/3/model.safetensors --work results/work/3 \\
+        --made-from 4f1c... --outputs results/experts/3/model.safetensors --work results/work/3 \\
         -- python -m cbtm_pipeline.train_expert --config results/config.json --expert 3 ...
 
 The folder results/slurm/expert-3 remembers the job from before its submission until its result was taken. Started again, this process finds
@@ -59,16 +59,6 @@ Record = dict[str, Any]
 
 class Detached(Exception):
     """This process is to end and leave the job alone."""
-
-
-def fingerprint(command: list[str], depends_on: str, inputs: list[Path]) -> str:
-    """Of a piece of work: its command, its config keys, its inputs (small files by content, large ones by size and time)."""
-    digest = hashlib.blake2b(json.dumps([command, depends_on]).encode(), digest_size=16)
-    for path in inputs:
-        stat = path.stat()
-        small = path.is_file() and stat.st_size <= 1 << 24
-        digest.update(path.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 class Launch:
@@ -287,8 +277,7 @@ def main() -> None:
     p.add_argument("--folder", required=True, type=Path, help="holds a folder for every job")
     p.add_argument("--resources", required=True, type=json.loads, help="JSON object with the resources of the profile")
     p.add_argument("--threads", type=int, default=1, help="CPUs of each task")
-    p.add_argument("--depends-on", default="", help="config keys that the work depends on")
-    p.add_argument("--inputs", nargs="*", default=[], type=Path)
+    p.add_argument("--made-from", default="", help="identity of all that the work depends on; a job of other work is replaced")
     p.add_argument("--outputs", nargs="*", default=[])
     p.add_argument("--work", help="a training's folder with its resumable state: it goes on after a time limit, on one task per GPU")
     p.add_argument("command", nargs="+", help="after --: the module to run")
@@ -305,7 +294,7 @@ def main() -> None:
         "work": args.work,
         "outputs": args.outputs,
         "gpus": int(args.resources.get("gpus", 0)),
-        "fingerprint": fingerprint(args.command, args.depends_on, args.inputs),
+        "fingerprint": hashlib.blake2b(json.dumps([args.made_from, args.command]).encode(), digest_size=16).hexdigest(),
         "sbatch": sbatch,
     }
 

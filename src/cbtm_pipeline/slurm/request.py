@@ -1,12 +1,15 @@
 """What a rule asks of Slurm: from Snakemake's resources, by the names that profiles/slurm explains, to what submitit asks sbatch for."""
 
 import difflib
+import functools
 import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+SMALL = 1 << 24  # bytes
 NOTICE_S = 120  # signal before the time limit: more than a step and a save
 RESOURCES = (
     "slurm_partition",
@@ -39,13 +42,33 @@ def command_line(
     outputs: Sequence[str],
     work: str | None,
 ) -> list[str]:
-    """What to put before a module's command so that it runs on Slurm; nothing where the profile names no partition for its rule."""
+    """What to put before a module's command so that it runs on Slurm; nothing where the profile names no partition for its rule.
+
+    `depends_on` and the inputs, which may be thousands, are passed on as a hash: a command line is bounded.
+    """
     if not resources.get("slurm_partition"):
         return []
     mine = {key: value for key, value in resources.items() if not key.startswith("_") and key not in SNAKEMAKES and value != ""}
     command = ["python", "-m", "cbtm_pipeline.slurm.launch", "--name", name, "--folder", folder, "--resources", json.dumps(mine)]
-    command += ["--threads", str(threads), "--depends-on", hashlib.blake2b(depends_on.encode(), digest_size=8).hexdigest()]
-    return [*command, "--inputs", *inputs, "--outputs", *outputs, *(["--work", work] if work else []), "--"]
+    made_from = hashlib.blake2b(json.dumps([depends_on, *map(identity, inputs)]).encode(), digest_size=16).hexdigest()
+    command += ["--threads", str(threads), "--made-from", made_from]
+    return [*command, "--outputs", *outputs, *(["--work", work] if work else []), "--"]
+
+
+def identity(path: str) -> str:
+    """Of an input: small files by content, as they are often made again the same, large ones by size and time."""
+    try:
+        stat = Path(path).stat()
+    except FileNotFoundError:  # a plan, in which it is still to be made
+        return "missing"
+    return _identity(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _identity(path: str, size: int, mtime_ns: int) -> str:
+    if size > SMALL or not Path(path).is_file():
+        return f"{size} {mtime_ns}"
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def sbatch_parameters(name: str, resources: dict[str, Any], threads: int, comment: str, resumable: bool) -> dict[str, Any]:
