@@ -22,8 +22,11 @@ setup: .venv/ready  ## install everything into .venv (once)
 demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into results/
 	$(BIN)/snakemake --cores $(CORES) $(ARGS)
 
-test: setup  ## all tests; with Slurm's packages (installed where apt-get and root are there) also those on a real Slurm
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+# Those on a real Slurm wait more than they compute, so they run beside the others; what they print comes last.
+test: setup  ## all tests; those on a real Slurm where its packages are or can be installed (root, apt-get)
+	@$(BIN)/python -m pytest tests/slurm >slurm-tests.log 2>&1 & slurm=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/slurm; status=$$?; \
+	wait $$slurm || status=1; cat slurm-tests.log; exit $$status
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""What tests of several modules share, and how they are dealt out to processes (pytest -n)."""
+"""What tests of several modules share."""
 
 import fcntl
 import os
@@ -22,15 +22,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             snakemake(make_project(project), "--cores", "2")
             (shared / "finished/done").touch()
     return project
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the cluster in a box share one, so one process runs them all. They come first: they wait more than they compute."""
-    on_box = [item for item in items if item.path.parent.name == "slurm"]
-    for item in on_box:
-        item.add_marker(pytest.mark.xdist_group("slurm"))
-    items.sort(key=lambda item: item not in on_box)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
