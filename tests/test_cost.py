@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cbtm_pipeline import checkpoint, cost, model, optimize, plan
 from cbtm_pipeline.training_log import PEAK_FLOPS
-from conftest import make_project, snakemake
+from made_project import make_project, snakemake
 from made_run import make_config
 
 LLAMA = make_config().model.scratch

@@ -18,7 +18,7 @@ from cbtm_pipeline import cost, doctor, model, reach
 from cbtm_pipeline.reach import Line
 from cbtm_pipeline.slurm import planned, site
 from cbtm_pipeline.slurm.planned import Job
-from conftest import ROOT, make_project, snakemake
+from made_project import ROOT, make_project, snakemake
 from made_run import make_config
 
 PARTITIONS = {
