@@ -122,7 +122,7 @@ class Launch:
             return record
         log.info("job %s is %s: waiting for its end", record["job_id"], "cancelled" if same else "of another config or other data")
         self._patiently(lambda: commands.cancel(record["job_id"]))
-        while self._patiently(lambda: self._state(record, time.time())) in commands.LIVE:
+        while self._patiently(lambda: self._state(record, record["submitted"])) in commands.LIVE:
             self._sleep()
         self._forget()
         return None
