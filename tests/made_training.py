@@ -23,7 +23,7 @@ LLAMA = {
     "num_attention_heads": 2,
     "tie_word_embeddings": True,
 }
-NOW, NEVER = {"checkpoint_seconds": 1e-9}, {"checkpoint_seconds": 1e9}  # section run: save after every step, or not at all
+NOW, NEVER = {"checkpoint_seconds": 1e-9}, {"checkpoint_seconds": 600}  # section run: save after every step, or not at all
 CONFIG = Path(__file__).parents[1] / "config.yaml"
 
 

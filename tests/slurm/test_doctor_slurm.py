@@ -81,7 +81,7 @@ def test_a_good_profile_passes(project: Path, monkeypatch: pytest.MonkeyPatch, c
     assert "ok    profile: slurm/config.yaml; 10 rules go to Slurm." in lines
     assert "ok    train_expert: gpu takes 1 GPU, 1 CPU, 1000 MB, 30 min." in lines
     assert any(line.startswith("ok    Slurm: inside job 7.") for line in lines)
-    assert "jobs       30 on Slurm: 11 train_expert, 11 score_expert, 8 of other rules" in lines
+    assert "jobs       44 on Slurm: 18 train_expert, 18 score_expert, 8 of other rules" in lines
     assert any(line.startswith("GPU-hours ") and "A100 (assumed: fake" in line for line in lines)
 
 
