@@ -1,10 +1,13 @@
 """One Slurm cluster per test process. Where Slurm cannot be had, the tests of this folder are skipped and counted in the last line."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from .box import Box, install
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background, as `make test` does
 
 
 @pytest.fixture(scope="session")
