@@ -56,12 +56,17 @@ def expert_inputs(wildcards):
     return inputs
 
 
+def state_folder(wildcards):
+    """Where a training keeps its resumable state."""
+    return f"{OUT}/work/{wildcards.expert}"
+
+
 def beside(paths, name):
     """The files of this name in the folders of `paths`."""
     return [str(Path(path).with_name(name)) for path in paths]
 
 
-def launch(rule, name=None, work=None):
+def launch(rule, name=None, state_folder=None):
     """What a rule's command begins with: nothing here, a launcher where the profile names a Slurm partition for the rule.
 
     As it depends on threads and resources, Snakemake leaves it out when it compares parameters: a profile never reruns anything.
@@ -77,7 +82,7 @@ def launch(rule, name=None, work=None):
             depends_on=parameters(rule, expert),
             inputs=input,
             outputs=output,
-            work=work(wildcards) if work else None,
+            work=state_folder(wildcards) if state_folder else None,
         )
 
     return prefix

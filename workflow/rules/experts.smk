@@ -1,7 +1,3 @@
-def work(wildcards):
-    return f"{OUT}/work/{wildcards.expert}"
-
-
 # The resumable state in work/ is no output: Snakemake deletes outputs before a job starts and after it fails.
 rule train_expert:
     input:
@@ -13,10 +9,10 @@ rule train_expert:
     conda:
         CONDA
     params:
-        launch=launch("train_expert", "expert", work),
+        launch=launch("train_expert", "expert", state_folder),
         config=RUN_CONFIG,
         depends_on=lambda wildcards: parameters("train_expert", wildcards.expert),
-        work=work,
+        work=state_folder,
         seed_model=lambda wildcards, input: (
             ["--seed-model", input.seed_model] if wildcards.expert != "seed" else []
         ),
