@@ -97,9 +97,8 @@ def on_box(folder: Path) -> None:
     print(f"whole run: {ended - began:.0f} s, {len(happened)} jobs")
     print(f"command -> first training: {first['expert-seed']:.1f} s, -> first expert: {min(first['expert-0'], first['expert-1']):.1f} s")
     print(f"last training's end -> report there: {ended - last:.1f} s (report itself {ran:.1f} s)")
-    print(
-        f"submission -> start on the node: median {sorted(waits)[len(waits) // 2]:.2f} s; end -> result taken: median {sorted(taken)[len(taken) // 2]:.2f} s"
-    )
+    print(f"submission -> start on the node: median {sorted(waits)[len(waits) // 2]:.2f} s")
+    print(f"end -> result taken: median {sorted(taken)[len(taken) // 2]:.2f} s")
     print(f"asked Slurm: { {name: asked.count(name) for name in sorted(set(asked))} } in {(ended - began) / 60:.1f} minutes")
     print(f"{n} launchers at once: {rss / n / 2**20:.0f} MB RSS, {pss / n / 2**20:.1f} MB PSS each")
 
