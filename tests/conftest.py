@@ -1,7 +1,5 @@
 """What tests of several modules share."""
 
-import fcntl
-import os
 from collections.abc import Generator
 from pathlib import Path
 
@@ -12,16 +10,10 @@ from made_project import make_project, snakemake
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project after one whole run, one for all processes; tests that use it must leave it as it is."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    project = shared / "finished/project"
-    with (shared / "finished.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "finished/done").exists():
-            snakemake(make_project(project), "--cores", "2")
-            (shared / "finished/done").touch()
-    return project
+    """The project after one whole run; tests that use it must leave it as it is."""
+    folder = make_project(tmp_path_factory.mktemp("finished") / "project")
+    snakemake(folder, "--cores", "2")
+    return folder
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -5,16 +5,14 @@ the signal that ended it) and the changes under `root` that the child came to. F
 like any other, and its SIGKILL is the kernel's.
 """
 
-import importlib
 import json
 import os
 import signal
 import sys
 from typing import Any
 
-import torch
-
 from cbtm_pipeline import cli, train_expert
+from made_driver import told
 
 IMPORTED_ONCE = (
     "transformers.models.auto.modeling_auto",
@@ -59,11 +57,7 @@ def child(command: dict[str, Any], answer: int) -> None:
 
 
 def main() -> None:
-    for module in IMPORTED_ONCE:
-        importlib.import_module(module)
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        command = json.loads(line)
+    for command in told(IMPORTED_ONCE):
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:

@@ -119,6 +119,12 @@ def files(outdir: Path, name: str, data: str | None = None, to: str = "experts")
     )
 
 
+def place(outdir: Path, name: str) -> train_expert.Files:
+    """Files of expert 0 in a folder of their own, work/ and all."""
+    root = outdir / name
+    return files(outdir, "0")._replace(out=root / "experts/0/model.safetensors", work=root / "work/0")
+
+
 @contextmanager
 def log_lines() -> Iterator[list[str]]:
     """What the project's log says meanwhile."""

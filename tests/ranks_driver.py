@@ -5,7 +5,6 @@ each rank, or one for all). Answers {"pids"} at once and {"status"} when all hav
 prints goes to `log`.r.
 """
 
-import importlib
 import json
 import os
 import socket
@@ -16,6 +15,7 @@ import torch
 
 from cbtm_pipeline import checkpoint, cli, distributed, train_expert
 from crash_driver import IMPORTED_ONCE
+from made_driver import told
 
 
 def train(*args: str) -> None:
@@ -91,11 +91,7 @@ def rank(command: dict, index: int, env: dict[str, str]) -> int:
 
 
 def main() -> None:
-    for module in IMPORTED_ONCE:
-        importlib.import_module(module)
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        command = json.loads(line)
+    for command in told(IMPORTED_ONCE):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         env = {"WORLD_SIZE": str(command["world_size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,30 +14,18 @@ import pytest
 
 import made_training as made
 from cbtm_pipeline import checkpoint, config, distributed, expert, train_expert, training_log
-from made_training import NEVER, NOW
+from made_driver import Driver
+from made_training import NEVER, NOW, place
 
 N_STEPS = 40
 
 
-class Driver:
+class Ranks(Driver):
     """See ranks_driver.py."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("ranks_driver.py"))]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def start(self, what: str, log: Path, args: Any = (), world_size: int = 3) -> list[int]:
         """Start the processes; return their ids."""
-        assert self.process.stdin
-        command = {"what": what, "args": args, "log": str(log), "world_size": world_size}
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self.answer()["pids"]
-
-    def answer(self) -> dict[str, list[int]]:
-        assert self.process.stdout
-        return json.loads(self.process.stdout.readline())
+        return self.tell({"what": what, "args": args, "log": str(log), "world_size": world_size})["pids"]
 
     def run(self, what: str, log: Path, args: Any = (), world_size: int = 3) -> list[int]:
         """Run the processes to their end; return their exit statuses."""
@@ -47,14 +34,10 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    found = Driver()
+def driver() -> Iterator[Ranks]:
+    found = Ranks("ranks_driver.py")
     yield found
-    assert found.process.stdin
-    assert found.process.stdout
-    found.process.stdin.close()
-    assert found.process.wait() == 0
-    found.process.stdout.close()
+    found.end()
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +49,6 @@ def outdir(tmp_path_factory) -> Path:
     made.train(made.make_config(), made.files(out, "seed"), "seed")
     config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NOW), out / "config.json")
     return out
-
-
-def place(outdir: Path, name: str) -> train_expert.Files:
-    return made.files(outdir, "0")._replace(out=outdir / name / "experts/0/model.safetensors", work=outdir / name / "work/0")
 
 
 def command_line(outdir: Path, where: train_expert.Files, **change: Path) -> list[str]:

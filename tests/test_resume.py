@@ -1,6 +1,5 @@
 """Trainings that are stopped, killed, damaged or forgotten, and go on to the same weights."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,8 @@ import pytest
 
 import made_training as made
 from cbtm_pipeline import checkpoint, config, expert, lock, train_expert, training_log
-from made_training import NEVER, NOW, check_published, stop_after
+from made_driver import Driver
+from made_training import NEVER, NOW, check_published, place, stop_after
 
 Change = tuple[str, str]
 
@@ -38,25 +38,18 @@ def reference(outdir: Path, n_steps: int) -> bytes:
     return where.out.read_bytes()
 
 
-class Driver:
+class Crashes(Driver):
     """See crash_driver.py."""
 
     def __init__(self, outdir: Path):
+        super().__init__("crash_driver.py")
         self.outdir = outdir
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("crash_driver.py"))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def run(self, n_steps: int, where: train_expert.Files, at: int = 0, signal: str = "SIGKILL") -> tuple[int, list[Change]]:
         """Train expert 0 in a child that gets the signal before its `at`-th change to files; return exit status and changes."""
-        assert self.process.stdin
-        assert self.process.stdout
         root = where.work.parents[1]
         args = command_line(self.outdir, n_steps, where)
-        command = {"args": args, "root": f"{root}/", "at": at, "signal": signal, "log": f"{root}.log"}
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        answer = self.tell({"args": args, "root": f"{root}/", "at": at, "signal": signal, "log": f"{root}.log"})
         return answer["status"], [(event, path.removeprefix(f"{root}/")) for event, path in answer["events"]]
 
 
@@ -66,21 +59,11 @@ def command_line(outdir: Path, n_steps: int, where: train_expert.Files) -> list[
     return [str(part) for option in options for part in option]
 
 
-def place(outdir: Path, name: str) -> train_expert.Files:
-    """Files of expert 0 in a folder of their own, work/ and all."""
-    root = outdir / name
-    return made.files(outdir, "0")._replace(out=root / "experts/0/model.safetensors", work=root / "work/0")
-
-
 @pytest.fixture(scope="module")
-def driver(outdir) -> Iterator[Driver]:
-    found = Driver(outdir)
+def driver(outdir) -> Iterator[Crashes]:
+    found = Crashes(outdir)
     yield found
-    assert found.process.stdin
-    assert found.process.stdout
-    found.process.stdin.close()
-    assert found.process.wait() == 0
-    found.process.stdout.close()
+    found.end()
 
 
 @pytest.fixture(scope="module")

@@ -7,58 +7,15 @@ reader can refuse what does not belong together.
 
 import hashlib
 import json
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cbtm_pipeline.publish import publish
+
 FORMAT = 1
-_HOST = socket.gethostname()
-
-
-@contextmanager
-def publish(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit make it durable and rename it to `path`, else remove it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.{_HOST}-*.tmp"):
-        if not _alive(int(leftover.name.rsplit("-", 1)[1].removesuffix(".tmp"))):
-            leftover.unlink(missing_ok=True)
-    tmp = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
-    try:
-        yield tmp
-        _fsync(tmp)
-        tmp.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
-        if error.filename is not None and str(error.filename) != str(tmp):
-            raise  # about another file, used while this one was being written
-        # pyarrow and numpy report a full disk without saying which file it was
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def identity(path: str | Path) -> str:

@@ -4,14 +4,15 @@ A controller that does not answer is `Unreachable`, never "no such job": who tak
 """
 
 import fcntl
-import json
 import os
 import re
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from cbtm_pipeline.slurm import events
 
 TIMEOUT_S = 60  # of one command; a busy controller answers late
 QUEUE_AGE_S = 10.0  # how old an answer of squeue may be
@@ -97,19 +98,14 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, Job]:
     path = folder / "queue.json"
     with (folder / ".queue.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            cached = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
-            cached = {"asked": 0.0, "jobs": [], "failed": None}
+        cached: dict[str, Any] = events.read_json(path) or {"asked": 0.0, "jobs": [], "failed": None}
         if max(newer_than, time.time() - QUEUE_AGE_S) >= cached["asked"] or cached["asked"] > time.time():
-            cached = {"asked": time.time(), "jobs": [], "failed": None}
+            asked = time.time()
             try:
-                cached["jobs"] = list(queue().values())
+                cached = {"asked": asked, "jobs": list(queue().values()), "failed": None}
             except Unreachable as error:
-                cached["failed"] = str(error)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(cached), "utf-8")
-            temporary.rename(path)
+                cached = {"asked": asked, "jobs": [], "failed": str(error)}
+            events.write_json(path, cached)
     if cached["failed"]:
         raise Unreachable(cached["failed"])
     return {values[0]: Job(*values) for values in cached["jobs"]}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cbtm_pipeline.publish import publish
+
 FILE = "events.jsonl"
 MAX_TRIES = 3  # starts (or submissions) in a row that may bring nothing
 
@@ -63,13 +65,9 @@ def saved_step(work: Path | None) -> int | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, as artifact.py does it, which would load NumPy into every launcher."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    """Whole or not at all. artifact.write_json would load NumPy into every launcher."""
+    with publish(path) as tmp:
+        tmp.write_text(json.dumps(content, sort_keys=True), "utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ class Task:
                 self._event("started", step=step, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), n_tasks=job.num_tasks)
                 if wrong:
                     self._finish(1, wrong)
-                    return
+                    sys.exit(1)  # with it srun ends the other ranks
             status = run(order["command"], received)
             if first:
                 self._event("ended", status=status, signals=received, step=events.saved_step(work))
@@ -102,15 +102,10 @@ class Task:
 
     def _superseded(self, folder: Path) -> bool:
         newest = [row for row in events.read(folder) if row["event"] == "started"][-1]
-        return (newest["job_id"], newest["restart"]) != (os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+        return not incarnation().items() <= newest.items()
 
     def _event(self, event: str, **values: Any) -> None:
-        about = {
-            "fingerprint": self.order["fingerprint"],
-            "job_id": os.environ["SLURM_JOB_ID"],
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "node": os.environ.get("SLURMD_NODENAME"),
-        }
+        about = {"fingerprint": self.order["fingerprint"], **incarnation(), "node": os.environ.get("SLURMD_NODENAME")}
         events.add(Path(self.order["folder"]), event, **about, **values)
 
     def _finish(self, status: int, error: str | None) -> None:
@@ -118,6 +113,11 @@ class Task:
         if status == 0:
             keep(self.order["outputs"], folder / "kept")
         events.write_json(folder / "result.json", {"token": self.order["token"], "status": status, "error": error})
+
+
+def incarnation() -> dict[str, Any]:
+    """Which job this is, and after how many restarts."""
+    return {"job_id": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
 
 
 def run(command: list[str], received: list[int]) -> int:
