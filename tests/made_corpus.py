@@ -129,16 +129,16 @@ def run_fit_kmeans(outdir: Path, config: Path) -> Path:
     return out
 
 
-def run_assign(outdir: Path, config: Path) -> Path:
+def run_assign(outdir: Path, config: Path, *options: str) -> Path:
     inputs = {"shards": "shards/manifest.json", "vectors": "embed/manifest.json", "clusterer": "cluster/clusterer.npz"}
     out = outdir / "assignments/manifest.json"
-    run(assign, config, **{name: outdir / path for name, path in inputs.items()}, out=out)
+    run(assign, config, *options, **{name: outdir / path for name, path in inputs.items()}, out=out)
     return out
 
 
-def run_assign_random(outdir: Path, config: Path) -> Path:
+def run_assign_random(outdir: Path, config: Path, *options: str) -> Path:
     out = outdir / "random/manifest.json"
-    run(assign, config, "--random", shards=outdir / "shards/manifest.json", out=out)
+    run(assign, config, "--random", *options, shards=outdir / "shards/manifest.json", out=out)
     return out
 
 

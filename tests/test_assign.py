@@ -56,6 +56,13 @@ def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
     assert manifest["made_from"] == {name: artifact.identity(tmp_path / path) for name, path in paths.items()}
 
     made_corpus.run_assign_random(tmp_path, config)
+    made = {path: path.read_bytes() for folder in ("assignments", "random") for path in (tmp_path / folder).iterdir()}
+    for path in made:
+        path.unlink()
+    made_corpus.run_assign(tmp_path, config, "--threads", "3")
+    made_corpus.run_assign_random(tmp_path, config, "--threads", "3")
+    assert made == {path: path.read_bytes() for path in made}
+
     random = check_grouping(tmp_path, "random")
     assert random["made_from"] == {"shards": manifest["made_from"]["shards"]}
     assert random["load_over_mean"]["tokens"]["max"] < 1.02

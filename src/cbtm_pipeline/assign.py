@@ -4,7 +4,7 @@
         --clusterer results/cluster/clusterer.npz --out results/assignments/manifest.json
     python -m cbtm_pipeline.assign --config config.yaml --random --shards results/shards/manifest.json --out results/random/manifest.json
 
-One streaming argmin of squared distance plus price; memory holds one shard, whatever the corpus. The prices balance the documents that
+One streaming argmin of squared distance plus price; memory holds a few shards, whatever the corpus. The prices balance the documents that
 they were fitted on. Where the corpus holds more, passes over its vectors first mend what sampling left (`prices.refine`); the clusterer
 keeps its own. Random clusters are the control: equally heavy, and dealt without a look at the text.
 
@@ -14,17 +14,27 @@ Shapes: N documents of a shard, R documents of a chunk, D dimensions, K clusters
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbtm_pipeline import artifact, cli, config, corpus, embed, kmeans, prices, tokens
+from cbtm_pipeline import artifact, cli, config, corpus, embed, kmeans, parallel, prices, tokens
 
 CHUNK_ROWS = 1 << 14
+
+
+class Shard(NamedTuple):
+    """A shard's entry in the manifest, its documents and their names."""
+
+    entry: corpus.Entry
+    documents: tokens.Documents
+    doc_ids: list[str]
+
 
 Labels = tuple[np.ndarray, np.ndarray | None]
 Labeller = Callable[[corpus.Entry, tokens.Documents, list[str]], Labels]
@@ -116,20 +126,39 @@ def write_shard(
     tokens.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), groups)
 
 
-def write_all(shards: Path, train: list[corpus.Entry], out: Path, label: Labeller, k: int, made_from: dict[str, str]) -> dict[str, Any]:
-    """Assign and write shard by shard; return what the manifest says of them. Raises ValueError if a cluster ends up empty."""
+def write_all(
+    shards: Path, train: list[corpus.Entry], out: Path, label: Labeller, k: int, made_from: dict[str, str], n_threads: int
+) -> dict[str, Any]:
+    """Assign and write shard by shard; return what the manifest says of them. Raises ValueError if a cluster ends up empty.
+
+    Labels are made in the order of the shards; what costs time, reading, regrouping, hashing and writing, is done by the threads.
+    """
     n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
     progress = cli.Progress("assigned", sum(entry["n_documents"] for entry in train), "documents")
-    written = []
-    for entry in train:
-        documents = corpus.documents(shards.parent, entry)
+
+    def read(entry: corpus.Entry) -> Shard:
         doc_ids = corpus.attributes(shards.parent, entry, ["doc_id"])["doc_id"].to_pylist()
-        labels = label(entry, documents, doc_ids)
-        write_shard(out.parent, entry["name"], documents, doc_ids, labels, k, made_from)
-        n_documents_K += np.bincount(labels[0], minlength=k)
-        n_tokens_K += np.bincount(labels[0], documents.n_tokens, k).astype(np.int64)
-        written.append({"name": entry["name"], "identity_tokens": artifact.identity(out.with_name(f"{entry['name']}.arrow"))})
-        progress.add(entry["n_documents"])
+        return Shard(entry, corpus.documents(shards.parent, entry), doc_ids)
+
+    def labelled(read_shards: Iterable[Shard]) -> Iterator[tuple[Shard, Labels]]:
+        for shard in read_shards:
+            labels = label(*shard)
+            n_documents_K[:] += np.bincount(labels[0], minlength=k)
+            n_tokens_K[:] += np.bincount(labels[0], shard.documents.n_tokens, k).astype(np.int64)
+            yield shard, labels
+
+    def write(work: tuple[Shard, Labels]) -> dict[str, str]:
+        (entry, documents, doc_ids), labels = work
+        name = entry["name"]
+        write_shard(out.parent, name, documents, doc_ids, labels, k, made_from)
+        return {"name": name, "identity_tokens": artifact.identity(out.with_name(f"{name}.arrow"))}
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        work = labelled(parallel.in_order(pool, read, train, n_threads))
+        written = []
+        for entry, done in zip(train, parallel.in_order(pool, write, work, n_threads), strict=True):
+            written.append(done)
+            progress.add(entry["n_documents"])
     if not n_tokens_K.all():
         empty = np.flatnonzero(n_tokens_K == 0)
         raise ValueError(
@@ -150,6 +179,7 @@ def main() -> None:
     p.add_argument("--vectors", type=Path, help="embed/manifest.json")
     p.add_argument("--clusterer", type=Path, help="cluster/clusterer.npz")
     p.add_argument("--out", required=True, type=Path, help="assignments/manifest.json; the assigned shards go beside it")
+    p.add_argument("--threads", type=int, default=1, help="shards read and written at the same time")
     args = p.parse_args()
     _check_inputs(p, args)
     cli.start_logging("assign_random" if args.random else "assign", args.log)
@@ -160,7 +190,7 @@ def main() -> None:
         label, k, made_from, about = at_random(args.shards, train, **config.parameters(cfg, "assign_random"))
     else:
         label, k, made_from, about = by_clusterer(args.shards, train, args.vectors, args.clusterer)
-    content = write_all(args.shards, train, args.out, label, k, made_from)
+    content = write_all(args.shards, train, args.out, label, k, made_from, args.threads)
     artifact.write_json(args.out, artifact.make_meta("assignments", made_from, **content, **about))
 
 

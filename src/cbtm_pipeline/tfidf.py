@@ -114,8 +114,9 @@ def _components(rows_NU: sparse.csr_array, n: int, rng_seed: int) -> np.ndarray:
         )
 
     columns_UN = sparse.csr_array(rows_NU.T)
-    width = min(n + OVERSAMPLES, *rows_NU.shape)
-    B_UD = torch.randn(rows_NU.shape[1], width, generator=torch.Generator().manual_seed(rng_seed))
+    n_documents, n_terms = rows_NU.shape  # pyright: ignore[reportGeneralTypeIssues]
+    width = min(n + OVERSAMPLES, n_documents, n_terms)
+    B_UD = torch.randn(n_terms, width, generator=torch.Generator().manual_seed(rng_seed))
     for _ in range(1 + POWER_ITERATIONS):
         Q_UD = torch.linalg.qr(B_UD).Q
         B_UD = times(columns_UN, torch.linalg.qr(times(rows_NU, Q_UD)).Q)
@@ -151,8 +152,9 @@ def embed(documents: Documents, E_VD: np.ndarray) -> np.ndarray:
 def embed_prefixes(x_T: np.ndarray, E_VD: np.ndarray, chunk_rows: int = CHUNK_PREFIXES) -> Iterator[np.ndarray]:
     """Embeddings of every prefix of a document `[sep, x_0, ..., x_(n-1)]`, in chunks of float32 (R, D), n + 1 rows in all.
 
-    Row t is h(x_0 ... x_(t-1)), so row 0 is the zero vector and row n is `embed` of the document up to float32 rounding. Sums are float64
-    and taken from left to right: no later token, and no choice of `chunk_rows`, changes a bit of a row. Raises ValueError for an id outside the vocabulary.
+    Row t is h(x_0 ... x_(t-1)), so row 0 is the zero vector and row n is `embed` of the document up to float32 rounding. Sums are
+    float64 and taken from left to right: no later token, and no choice of `chunk_rows`, changes a bit of a row. Raises ValueError for an
+    id outside the vocabulary.
     """
     _check_ids(x_T, len(E_VD))
     sum_D = np.zeros(E_VD.shape[1])

@@ -54,13 +54,14 @@ rule assign:
     priority: 1
     conda:
         CONDA
+    threads: 2
     params:
         launch=launch("assign"),
         config=RUN_CONFIG,
         depends_on=parameters("assign"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.assign --config {params.config:q} --shards {input.shards:q} --vectors {input.vectors:q}"
-        " --clusterer {input.clusterer:q} --out {output:q} --log {log:q}"
+        " --clusterer {input.clusterer:q} --out {output:q} --threads {threads} --log {log:q}"
 
 
 rule assign_random:
@@ -72,10 +73,11 @@ rule assign_random:
         f"{OUT}/logs/assign_random.log",
     conda:
         CONDA
+    threads: 2
     params:
         launch=launch("assign_random"),
         config=RUN_CONFIG,
         depends_on=parameters("assign_random"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.assign --random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
-        " --log {log:q}"
+        " --threads {threads} --log {log:q}"
