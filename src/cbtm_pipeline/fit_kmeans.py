@@ -104,9 +104,9 @@ def main() -> None:
 
     how = config.parameters(config.read(args.config), "fit_kmeans")
     sample = read_sample(args.vectors, args.shards, how["fit_documents"], how["rng_seed"])
-    embedder = embed.read_embedder(args.vectors.with_name("embedder.npz"), args.shards)
+    idf_V = embed.term_weights(args.vectors.with_name("embedder.npz"), args.shards, sample.counts)
     tokenizer = corpus.tokenizer(args.tokenizer, args.shards)
-    strings = [tokenizer.decode([token]) for token in range(len(embedder.idf_V))]
+    strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
     clustering = fit(sample, how)
     certificate = {
         "n_documents": len(sample.x_ND),
@@ -123,7 +123,7 @@ def main() -> None:
 
     made_from = {"vectors": artifact.identity(args.vectors), "embedder": artifact.identity(args.vectors.with_name("embedder.npz"))}
     arrays = {"centres_KD": clustering.centres_KD, "prices_K": clustering.prices_K, "loads_K": clustering.loads_K}
-    terms = top_terms(sample.counts, embedder.idf_V, clustering.labels_N[sample.counted], how["k"], strings)
+    terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], how["k"], strings)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
     artifact.write_npz(args.out, artifact.make_meta("clusterer", made_from, certificate=certificate), **arrays)
