@@ -56,6 +56,8 @@ class Tokenizer(_Section):
 
 
 class Embed(_Section):
+    encoder: str | None
+    windows: Count
     n_components: Count
     idf_power: Annotated[Float, Field(ge=0)]
     max_df: Annotated[Float, Field(gt=0, le=1)]
@@ -96,6 +98,7 @@ class Train(_Section):
 
 
 class Route(_Section):
+    window_tokens: Count
     routers: Annotated[list[Literal["paper", "filter"]], BeforeValidator(_list), Field(min_length=1)]
     top_k: Annotated[list[Count], BeforeValidator(_list), Field(min_length=1)]
     temperature: Annotated[list[Positive], BeforeValidator(_list), Field(min_length=1)]
@@ -200,7 +203,10 @@ def parameters(config: Config, rule: str, expert: str | None = None) -> dict[str
         case "shard":
             return c.corpus.model_dump()
         case "embed":
-            return {**c.embed.model_dump(), "rng_seed": c.seed}
+            encoder = {"encoder", "windows"}
+            if c.embed.encoder:
+                return c.embed.model_dump(include=encoder)
+            return {**c.embed.model_dump(exclude=encoder), "rng_seed": c.seed}
         case "fit_kmeans":
             return {**c.cluster.model_dump(), "rng_seed": c.seed}
         case "assign":
@@ -216,9 +222,10 @@ def parameters(config: Config, rule: str, expert: str | None = None) -> dict[str
                 "context": c.train.seq_len,
             }
         case "route":
-            return c.eval.model_dump(include={"max_document_tokens"})
+            windows = c.route.model_dump(include={"window_tokens"}) if c.embed.encoder else {}
+            return {**c.eval.model_dump(include={"max_document_tokens"}), **windows}
         case "eval_ensemble":
-            return {**c.route.model_dump(), "bootstrap": c.eval.bootstrap, "rng_seed": c.seed}
+            return {**c.route.model_dump(exclude={"window_tokens"}), "bootstrap": c.eval.bootstrap, "rng_seed": c.seed}
         case "report":
             return {}
     raise AssertionError(rule)

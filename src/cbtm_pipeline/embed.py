@@ -1,17 +1,25 @@
-"""Embed the training documents: fit the linear tf-idf embedder on a sample, then write the vectors of every training shard.
+"""Embed the training documents: write the vectors of every training shard.
 
     python -m cbtm_pipeline.embed --config config.yaml --shards results/shards/manifest.json --out results/embed/manifest.json
 
-Writes embedder.npz, one .npy per training shard, and the manifest last. Memory holds one shard and the sample, whatever the corpus.
+The embedder is the linear tf-idf of `tfidf`, fitted on a sample, or the encoder that embed.encoder names. Writes embedder.npz, one .npy per
+training shard, and the manifest last. Memory holds one shard and the sample, whatever the corpus.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from scipy import sparse
 
-from cbtm_pipeline import artifact, cli, config, corpus, tfidf
+from cbtm_pipeline import artifact, cli, config, corpus, encoder, encoder_files, tfidf
+
+CHUNK_TEXTS = 512  # that an encoder sorts by length at once
+
+Embedder = tfidf.Embedder | encoder.Encoder
 
 
 def fit(folder: Path, manifest: dict[str, Any], train: list[corpus.Entry], how: dict[str, Any]) -> tuple[tfidf.Embedder, int]:
@@ -24,6 +32,28 @@ def fit(folder: Path, manifest: dict[str, Any], train: list[corpus.Entry], how: 
     fit_keys = ("n_components", "idf_power", "max_df", "min_df", "rng_seed")
     embedder = tfidf.fit(counts_NV, separator_id=manifest["separator_id"], **{key: how[key] for key in fit_keys})
     return embedder, len(counts_NV.indptr) - 1
+
+
+def texts(folder: Path, entry: corpus.Entry) -> Iterator[list[str]]:
+    """The texts of a shard, CHUNK_TEXTS at a time. Raises ValueError for a file that is damaged or another than the manifest's."""
+    path, n = folder / f"{entry['name']}.parquet", 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(CHUNK_TEXTS, columns=["text"]):
+                n += len(batch)
+                yield batch["text"].to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: unreadable ({error}). Expected the column text. Run shard again.") from error
+    if n != entry["n_documents"]:
+        raise ValueError(f"{path}: {n} rows. Expected {entry['n_documents']}, as in the manifest. Run shard again.")
+
+
+def vectors(folder: Path, entry: corpus.Entry, embedder: Embedder) -> Iterator[np.ndarray]:
+    """Embeddings of a shard's documents in chunks, float32 (rows, D), of length one or zero."""
+    if isinstance(embedder, tfidf.Embedder):
+        yield tfidf.embed(corpus.documents(folder, entry), embedder.E_VD)
+    else:
+        yield from (encoder.embed(embedder, chunk) for chunk in texts(folder, entry))
 
 
 def write_vectors(path: Path, h_ND: np.ndarray) -> None:
@@ -39,11 +69,37 @@ def read_vectors(folder: Path, entry: corpus.Entry) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def read_embedder(path: Path, shards: Path) -> tfidf.Embedder:
-    """Read embedder.npz. Raises ValueError unless it was fitted on the corpus of shards/manifest.json."""
+def _read(path: Path, shards: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """The arrays of embedder.npz, and what it says of the encoder if there is one."""
     arrays, meta = artifact.read_npz(path, "embedder")
     artifact.check_made_from(path, meta, "shards", artifact.identity(shards))
-    return tfidf.Embedder(**arrays)
+    return arrays, meta.get("encoder")
+
+
+def read_embedder(path: Path, shards: Path) -> Embedder:
+    """Read embedder.npz, and load the encoder that it names. Raises ValueError unless it was made for the corpus of shards/manifest.json,
+    and with the encoder that is there now."""
+    arrays, about = _read(path, shards)
+    if about is None:
+        return tfidf.Embedder(**arrays)
+    loaded = encoder_files.load(about["name"], about["n_windows"])
+    if loaded.identity != about["identity"]:
+        raise ValueError(
+            f"embed.encoder: {loaded.name}: its files have changed ({loaded.identity}). Expected those that the vectors were made with, "
+            f"{about['identity']}. Bring them back, or run embed again: snakemake --cores 2 --force {path}"
+        )
+    return loaded
+
+
+def term_weights(path: Path, shards: Path, counts_NV: sparse.csr_array) -> np.ndarray:
+    """Weight of each term, (V,): that of the embedder in embedder.npz. An encoder has none: idf in these counts, or zero for a term of one
+    document or of more than half of them."""
+    arrays, about = _read(path, shards)
+    if about is None:
+        return arrays["idf_V"]
+    n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
+    df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
+    return np.where((df_V > 1) & (df_V <= n / 2), np.log((1 + n) / (1 + df_V)) + 1, 0).astype(np.float32)
 
 
 def read_manifest(path: Path, shards: Path) -> dict[str, Any]:
@@ -63,21 +119,29 @@ def main() -> None:
     how = config.parameters(config.read(args.config), "embed")
     manifest, folder = artifact.read_json(args.shards, "shards"), args.shards.parent
     train = corpus.entries(args.shards, manifest, "train")
-    embedder, n_fitted = fit(folder, manifest, train, how)
     made_from = {"shards": artifact.identity(args.shards)}
     embedder_path = args.out.with_name("embedder.npz")
-    artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, n_fitted=n_fitted), **embedder._asdict())
-    n_terms, n_components = int(np.count_nonzero(embedder.idf_V)), embedder.E_VD.shape[1]
-    cli.log.info("fitted on %d documents: %d terms, %d components", n_fitted, n_terms, n_components)
+    if "encoder" in how:
+        embedder = encoder_files.load(how["encoder"], how["windows"])
+        n_components, about = embedder.n_components, {key: getattr(embedder, key) for key in ("name", "identity", "n_windows")}
+        artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, encoder=about))
+    else:
+        embedder, n_fitted = fit(folder, manifest, train, how)
+        n_terms, n_components = int(np.count_nonzero(embedder.idf_V)), embedder.E_VD.shape[1]
+        artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, n_fitted=n_fitted), **embedder._asdict())
+        cli.log.info("fitted on %d documents: %d terms, %d components", n_fitted, n_terms, n_components)
 
     made_from["embedder"] = artifact.identity(embedder_path)
     progress = cli.Progress("embedded", sum(entry["n_documents"] for entry in train), "documents")
     written = []
     for entry in train:
         path = args.out.with_name(f"{entry['name']}.npy")
-        write_vectors(path, tfidf.embed(corpus.documents(folder, entry), embedder.E_VD))
+        h = [np.empty((0, n_components), np.float32)]
+        for h_ND in vectors(folder, entry, embedder):
+            h.append(h_ND)
+            progress.add(len(h_ND))
+        write_vectors(path, np.concatenate(h))
         written.append({"name": entry["name"], "n_documents": entry["n_documents"], "identity": artifact.identity(path)})
-        progress.add(entry["n_documents"])
     artifact.write_json(args.out, artifact.make_meta("vectors", made_from, shards=written, n_components=n_components))
     cli.log.info("wrote the vectors of %d shards", len(written))
 

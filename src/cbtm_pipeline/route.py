@@ -3,23 +3,27 @@
     python -m cbtm_pipeline.route --config config.yaml --shards results/shards/manifest.json --embedder results/embed/embedder.npz \\
         --clusterer results/cluster/clusterer.npz --tokenizer results/tokenizer/tokenizer.json --out results/route/distances.npz
 
-Row t of a document is about predicting x_t, and depends on x_0 ... x_(t-1) alone. Prices play no part: they make clusters equal, which says
+Row t of a document is about predicting x_t, and depends on x_0 ... x_(t-1) alone: on all of them with the linear tf-idf, with an encoder on
+the text of those before the last multiple of route.window_tokens. Prices play no part: they make clusters equal, which says
 nothing about one text. Only `cluster`, the cluster of the whole document, is found as `assign` finds it.
 
 Shapes: T tokens of one document, N held-out tokens, R rows of one chunk, D dimensions, K clusters.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from cbtm_pipeline import artifact, cli, config, corpus, embed, heldout, kmeans, tfidf
+from cbtm_pipeline import artifact, cli, config, corpus, embed, encoder, heldout, kmeans, tfidf
 
 # A prefix without a usable term is the zero vector, whose distances to the centres would tell only how long these are: it counts as
 # equally far from all. Any constant gives equal weights; this one is the squared length of every other embedding.
 NO_EVIDENCE = 1.0
+CHUNK_TEXTS = 512  # prefixes that an encoder sorts by length at once
+TOKEN_RATIO = 4  # decoded for an encoder are so many of our tokens per token that it reads: ours may be shorter
 
 
 def prefix_distances(document: np.ndarray, E_VD: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
@@ -35,6 +39,43 @@ def prefix_distances(document: np.ndarray, E_VD: np.ndarray, centres_KD: np.ndar
     return np.concatenate(chunks)
 
 
+def text_distances(
+    documents: Iterable[np.ndarray],
+    centres_KD: np.ndarray,
+    window_tokens: int,
+    n_last: int,
+    embed_tokens: Callable[[list[np.ndarray]], np.ndarray],
+) -> Iterator[np.ndarray]:
+    """d2_TK (float32) of each document `[sep, x_0, ..., x_(T-1)]`: row t holds the squared distances of the prefix x_0 ... x_(b-1), of
+    which the last `n_last` tokens count, where b is the last multiple of `window_tokens` up to t.
+
+    `embed_tokens` gives the vectors (float32, rows of length one or zero) of a list of runs of tokens. NO_EVIDENCE where b is 0 or the
+    vector is zero.
+    """
+    for group in _groups(documents, window_tokens):
+        ends = [range(1 + window_tokens, len(document), window_tokens) for document in group]
+        runs = [document[max(1, end - n_last) : end] for document, of_one in zip(group, ends, strict=True) for end in of_one]
+        h_WD = embed_tokens(runs)
+        d2_WK = kmeans.squared_distances(h_WD, centres_KD)
+        d2_WK[~h_WD.any(axis=1)] = NO_EVIDENCE
+        first = np.full((1, len(centres_KD)), NO_EVIDENCE, np.float32)
+        for document, d2 in zip(group, np.split(d2_WK, np.cumsum([len(of_one) for of_one in ends])[:-1]), strict=True):
+            yield np.repeat(np.concatenate([first, d2]), window_tokens, axis=0)[: len(document) - 1]
+
+
+def _groups(documents: Iterable[np.ndarray], window_tokens: int) -> Iterator[list[np.ndarray]]:
+    """The same documents in runs of about CHUNK_TEXTS prefixes."""
+    group, n = [], 0
+    for document in documents:
+        group.append(document)
+        n += 1 + len(document) // window_tokens
+        if n >= CHUNK_TEXTS:
+            yield group
+            group, n = [], 0
+    if group:
+        yield group
+
+
 def read_clusterer(path: Path, embedder: Path) -> dict[str, np.ndarray]:
     """The clusterer's arrays. Raises ValueError unless it was fitted on vectors of this embedder."""
     arrays, meta = artifact.read_npz(path, "clusterer")
@@ -43,16 +84,29 @@ def read_clusterer(path: Path, embedder: Path) -> dict[str, np.ndarray]:
 
 
 def distances(
-    shards: Path, manifest: dict[str, Any], max_document_tokens: int | None, E_VD: np.ndarray, clusterer: dict[str, np.ndarray]
+    documents: Iterable[np.ndarray],
+    n_tokens: int,
+    embedder: embed.Embedder,
+    centres_KD: np.ndarray,
+    tokenizer: Tokenizer,
+    how: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d2_NK of all held-out tokens in the order of `heldout.documents`, and the documents' offsets (int64)."""
-    n_tokens = sum(entry["n_tokens"] for entry in manifest["shards"] if entry["split"] == "eval")
+    """d2_NK of all tokens of the documents, and the documents' offsets (int64). `how`: the parameters of rule route."""
+    if isinstance(embedder, tfidf.Embedder):
+        found = (prefix_distances(document, embedder.E_VD, centres_KD) for document in documents)
+    else:
+
+        def embed_tokens(runs: list[np.ndarray]) -> np.ndarray:
+            texts = tokenizer.decode_batch([run.tolist() for run in runs], skip_special_tokens=False)
+            return encoder.embed_ends(embedder, texts)
+
+        found = text_distances(documents, centres_KD, how["window_tokens"], TOKEN_RATIO * embedder.size, embed_tokens)
     progress = cli.Progress("routed", n_tokens, "tokens")
     d2, lengths = [], [0]
-    for _, document in heldout.documents(shards.parent, manifest, max_document_tokens):
-        d2.append(prefix_distances(document, E_VD, clusterer["centres_KD"]))
-        lengths.append(len(d2[-1]))
-        progress.add(len(d2[-1]))
+    for d2_TK in found:
+        d2.append(d2_TK)
+        lengths.append(len(d2_TK))
+        progress.add(len(d2_TK))
     return np.concatenate(d2), np.cumsum(lengths, dtype=np.int64)
 
 
@@ -60,7 +114,7 @@ def documents(
     shards: Path,
     manifest: dict[str, Any],
     max_document_tokens: int | None,
-    E_VD: np.ndarray,
+    embedder: embed.Embedder,
     clusterer: dict[str, np.ndarray],
     tokenizer: Tokenizer,
 ) -> dict[str, np.ndarray]:
@@ -72,7 +126,8 @@ def documents(
     for entry in corpus.entries(shards, manifest, "eval"):
         group = corpus.documents(shards.parent, entry)
         columns = corpus.attributes(shards.parent, entry, ["doc_id", "n_bytes"]).to_pydict()
-        labels_N, _ = kmeans.assign(tfidf.embed(group, E_VD), clusterer["centres_KD"], clusterer["prices_K"])
+        h_ND = np.concatenate(list(embed.vectors(shards.parent, entry, embedder)))
+        labels_N, _ = kmeans.assign(h_ND, clusterer["centres_KD"], clusterer["prices_K"])
         cut = group.n_tokens > (np.inf if max_document_tokens is None else max_document_tokens)
         for i in np.flatnonzero(cut):
             first = group.offsets[i] + 1
@@ -96,11 +151,13 @@ def main() -> None:
 
     how = config.parameters(config.read(args.config), "route")
     manifest = artifact.read_json(args.shards, "shards")
-    E_VD = embed.read_embedder(args.embedder, args.shards).E_VD
+    embedder = embed.read_embedder(args.embedder, args.shards)
     clusterer = read_clusterer(args.clusterer, args.embedder)
     tokenizer = corpus.tokenizer(args.tokenizer, args.shards)
-    about = documents(args.shards, manifest, how["max_document_tokens"], E_VD, clusterer, tokenizer)
-    d2_NK, offsets = distances(args.shards, manifest, how["max_document_tokens"], E_VD, clusterer)
+    about = documents(args.shards, manifest, how["max_document_tokens"], embedder, clusterer, tokenizer)
+    held_out = (document for _, document in heldout.documents(args.shards.parent, manifest, how["max_document_tokens"]))
+    n_tokens = sum(entry["n_tokens"] for entry in manifest["shards"] if entry["split"] == "eval")
+    d2_NK, offsets = distances(held_out, n_tokens, embedder, clusterer["centres_KD"], tokenizer, how)
     made_from = {name: artifact.identity(getattr(args, name)) for name in ("shards", "embedder", "clusterer")}
     artifact.write_npz(args.out, artifact.make_meta("distances", made_from, **how), d2_NK=d2_NK, offsets=offsets, **about)
     cli.log.info("routed %d documents, %d tokens", len(offsets) - 1, len(d2_NK))
