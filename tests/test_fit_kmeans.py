@@ -58,11 +58,11 @@ def test_top_terms_name_the_topics(made: Path, tmp_path: Path, n_counted: int, m
 
 def test_top_terms_prefer_readable_strings() -> None:
     strings = ["", " the", " River", "river", "\ufffd", "  ", "x", "==", "bank", " fish"]
-    counts = np.ones((4, 10), np.float32)
-    counts[:2, 2:8] += 5  # cluster 0
-    counts[2:, 8:] += 5
+    counts = np.zeros((4, 10), np.float32)
+    counts[:2, 2:8] = 5  # cluster 0
+    counts[2:, 8:] = 5
     terms = fit_kmeans.top_terms(sparse.csr_array(counts), np.ones(10), np.array([0, 0, 1, 1]), 2, strings)
-    assert terms == [["river", "=="], ["bank", "fish"]] or terms == [["river", "=="], ["bank", "fish", "the"]]
+    assert terms == [["river", "=="], ["bank", "fish"]]
 
 
 def test_sample_over_all_shards_is_deterministic(made: Path, tmp_path: Path) -> None:

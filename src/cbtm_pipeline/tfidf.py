@@ -3,9 +3,9 @@
     h(x) = s / |s|,   s = sum over the tokens x_i of E[x_i],   E = diag(idf^p) V
 
 idf_v = ln((1 + N) / (1 + df_v)) + 1, smoothed as if one more document held every term (scikit-learn's smooth_idf), and V the right
-singular vectors of the documents' tf-idf rows. Only while V is sought do the rows count a term's repetitions by 1 + ln(count) and have
-length one: long and repetitive documents would own the leading components otherwise. s stays linear in the counts. Terms in too many or
-too few documents, and the separator, have zero rows in E; text made only of these has the zero vector.
+singular vectors of the documents' tf-idf rows. Only while V is sought the rows have length one and do not count how often a term occurs:
+long and repetitive documents would own the leading components otherwise. s stays linear in the counts. Terms in too many or too few
+documents, and the separator, have zero rows in E; text made only of these has the zero vector. benchmarks/weighting.py compares weightings.
 
 Shapes: N documents, V terms (token ids), D components, T tokens of one document with its separator first, R rows of one chunk.
 """
@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
-from sklearn.preprocessing import normalize
 from torch.nn.functional import embedding_bag
 
 from cbtm_pipeline.tokens import Documents
@@ -65,8 +64,8 @@ def fit(
     """Weights and components from the counts of the fitted documents.
 
     A term is kept if at least `min_df` documents and at most the share `max_df` of them hold it. Where N is so small that the limits
-    exclude each other they give way: min_df counts as at most N, and terms in min_df documents are always kept. D is at most
-    `n_components`, and lower where documents or terms are too few for more. Raises ValueError if no term is kept.
+    exclude each other they give way: min_df counts as at most N, and terms in min_df documents are always kept. Raises ValueError if no
+    term is kept.
     """
     n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
     df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
@@ -80,22 +79,19 @@ def fit(
             f"embed.min_df, embed.max_df: {min_df} and {max_df:g} drop every term of {n} documents. "
             "Expected some to be left. Lower min_df or raise max_df."
         )
-    idf_V = np.where(kept_V, (np.log((1 + n) / (1 + df_V)) + 1) ** idf_power, 0)
+    return weighted(counts_NV, np.where(kept_V, (np.log((1 + n) / (1 + df_V)) + 1) ** idf_power, 0), n_components, rng_seed)
 
-    terms_U = np.flatnonzero(kept_V)
-    rows_NU = rows(counts_NV[:, terms_U], idf_V[terms_U])
-    n_possible = min(n_components, n, len(terms_U))
-    V_UD = _components(rows_NU, n_possible, rng_seed)
-    if V_UD.shape[1] < n_components:
-        log.info(
-            "%d documents with %d usable terms give %d components, fewer than embed.n_components (%d)",
-            n,
-            len(terms_U),
-            V_UD.shape[1],
-            n_components,
-        )
 
-    E_VD = np.zeros((vocab_size, V_UD.shape[1]), np.float32)
+def weighted(counts_NV: sparse.csr_array, idf_V: np.ndarray, n_components: int, rng_seed: int) -> Embedder:
+    """The embedder with these weights. D is at most `n_components`, and lower where documents or terms are too few for more."""
+    n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
+    terms_U = np.flatnonzero(idf_V)
+    V_UD = _components(rows(counts_NV[:, terms_U], idf_V[terms_U]), min(n_components, n, len(terms_U)), rng_seed)
+    n_found = V_UD.shape[1]
+    if n_found < n_components:
+        what = f"{n} documents with {len(terms_U)} usable terms give {n_found} components"
+        log.info("%s, fewer than embed.n_components (%d)", what, n_components)
+    E_VD = np.zeros((vocab_size, n_found), np.float32)
     E_VD[terms_U] = idf_V[terms_U, None] * V_UD
     return Embedder(E_VD, idf_V.astype(np.float32))
 
@@ -125,9 +121,11 @@ def _components(rows_NU: sparse.csr_array, n: int, rng_seed: int) -> np.ndarray:
 
 
 def rows(counts_NV: sparse.csr_array, idf_V: np.ndarray) -> sparse.csr_array:
-    """The documents' tf-idf rows (1 + ln count) idf_v, of length one (zero rows stay zero), as float32."""
+    """The documents' rows as sets of terms, idf_v where term v occurs, of length one (zero rows stay zero), as float32."""
+    from sklearn.preprocessing import normalize  # takes a second, and only fitting needs it
+
     rows_NV = counts_NV.copy()
-    rows_NV.data = ((1 + np.log(rows_NV.data)) * idf_V[rows_NV.indices]).astype(np.float32)
+    rows_NV.data = idf_V[rows_NV.indices].astype(np.float32)
     return sparse.csr_array(normalize(rows_NV, copy=False))
 
 
