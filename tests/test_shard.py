@@ -501,8 +501,8 @@ class Differs:
     def agrees(self, texts: list[bytes]) -> bool:
         return not any(self.wrong in text for text in texts)
 
-    def encode(self, text: bytes, fast: bool, dtype: Any) -> np.ndarray:
-        return np.full(3, 9, dtype) if fast and self.wrong in text else self.encoder.encode(text, fast, dtype)
+    def encode(self, text: bytes, fast: bool) -> np.ndarray:
+        return np.full(3, 9, np.uint32) if fast and self.wrong in text else self.encoder.encode(text, fast)
 
 
 def test_block_whose_sample_differs_is_encoded_by_the_reference(
@@ -519,13 +519,30 @@ def test_block_whose_sample_differs_is_encoded_by_the_reference(
     assert "tokenizers encoded 1 blocks: gigatoken encodes the sample differently" in caplog.text
 
 
-def test_sample_covers_the_block_and_its_longest_documents() -> None:
-    texts = [b"%06d" % i * (1 + (i == 777)) for i in range(10_000)] + [b"x" * 100_000]
+def test_sample_covers_the_block_and_what_is_not_ascii() -> None:
+    texts = [b"%06d" % i * 200 for i in range(10_000)]
     sample = shard_block._sample(texts)
-    assert len(sample) >= 64
-    assert texts[0] in sample and texts[777] in sample
-    assert b"x" * (1 << 14) in sample
-    gaps = np.diff([int(text) for text in sample if len(text) == 6])
-    assert gaps.max() < 400
+    assert {len(text) for text in sample} == {512}
+    assert len(sample) == 16
+    assert np.diff([int(text[6:12]) for text in sorted(sample)]).max() < 1000
+    texts[::5] = ["{}{:06d}é日😀".format("a" * 1000, i).encode() for i in range(0, 10_000, 5)]
+    special = sorted({text for text in shard_block._sample(texts) if not text.isascii()})
+    assert len(special) >= 16
+    numbers = [int(text.decode().strip("aé日😀")) for text in special]
+    assert np.diff(sorted(numbers)).max() < 1000
+    one = shard_block._sample([*[b"plain text"] * 1000, "some é".encode()])
+    assert "some é".encode() in one
     assert shard_block._sample([]) == []
     assert shard_block._sample([b"a", b"b"]) == [b"a", b"b"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(alphabet="a é日😀\n", min_size=1, max_size=1500).map(str.encode), max_size=8))
+def test_sample_is_bounded_and_of_whole_characters(texts: list[bytes]) -> None:
+    sample = shard_block._sample(texts)
+    assert sum(map(len, sample)) <= 32 * 512
+    for text in sample:
+        text.decode()
+        assert any(text in whole for whole in texts)
+    for whole in texts:
+        assert len(whole) > 512 or len(texts) > 1 or whole in sample

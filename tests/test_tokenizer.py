@@ -180,10 +180,28 @@ def test_where_gigatoken_cannot_follow_the_reference_it_is_not_used(tmp_path: Pa
 def test_cache_of_gigatoken_is_renewed_without_changing_ids(encoder: tokenizer.Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     text = made_texts.texts(1)[0].encode()
     expected, backend = encoder.encode(text, fast=True), encoder._fast
-    monkeypatch.setattr(tokenizer, "_RENEW_BYTES", 2 * len(text))
+    monkeypatch.setattr(tokenizer, "_LOOK_BYTES", 2 * len(text))
+    for _ in range(4):
+        assert np.array_equal(encoder.encode(text, fast=True), expected)
+    assert encoder._fast is backend, "memory has not grown"
+    monkeypatch.setattr(tokenizer, "_CACHE_BYTES", -(1 << 40))
     for _ in range(4):
         assert np.array_equal(encoder.encode(text, fast=True), expected)
     assert encoder._fast is not backend
+
+
+def test_cache_of_gigatoken_is_bounded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that never come again, the worst there is."""
+    text = random.Random(0).randbytes(16 << 20).translate(bytes(b"abcdefghijklmnop"[i % 16] for i in range(256)))
+    documents = [b" ".join(text[i + j : i + j + 8] for j in range(0, 1 << 14, 8)) for i in range(0, len(text), 1 << 14)]
+    encoder = tokenizer.Encoder(trained)
+    monkeypatch.setattr(tokenizer, "_CACHE_BYTES", 20 << 20)
+    monkeypatch.setattr(tokenizer, "_LOOK_BYTES", 1 << 18)
+    before = largest = tokenizer._memory()
+    for document in documents:
+        encoder.encode(document, fast=True)
+        largest = max(largest, tokenizer._memory())
+    assert largest - before < 60 << 20
 
 
 def test_damaged_tokenizer_file(tmp_path: Path) -> None:

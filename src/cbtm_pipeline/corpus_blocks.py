@@ -37,8 +37,8 @@ class Part(NamedTuple):
     file: int  # number of the file
     name: str  # its short name, which names documents without id
     first: int  # number of the first record in the file, from 1
-    kind: Literal["json", "text", "table", "break"]  # break: the one record says why the rest of the file could not be read
-    records: list[bytes] | pa.RecordBatch  # a table has the columns `text` and, if the file has one, `id`
+    kind: Literal["lines", "json", "text", "table", "break"]  # break: the one record says why the rest of the file could not be read
+    records: bytes | list[bytes] | pa.RecordBatch  # lines are in one piece; a table has the columns `text` and, if the file has one, `id`
     n_bytes: int  # memory of the records
     n_read: int  # bytes of the file that were read for them
 
@@ -79,9 +79,12 @@ def parts(
             first, n_read = 1, 0
             for records in cut(iter(stream), stream):
                 position = file.tell()
-                n_bytes = sum(map(len, records)) + _OVERHEAD * len(records)
-                yield Part(number, name, first, kind, records, n_bytes, position - n_read)
-                first, n_read = first + len(records), position
+                if isinstance(records, bytes):
+                    kind, n_records, n_bytes = "lines", records.count(b"\n") + 1, len(records)
+                else:
+                    n_records, n_bytes = len(records), sum(map(len, records))
+                yield Part(number, name, first, kind, records, n_bytes + _OVERHEAD * n_records, position - n_read)
+                first, n_read = first + n_records, position
             if stream.broken:
                 yield Part(number, name, first, "break", [stream.broken.encode()], _OVERHEAD, file.tell() - n_read)
 
@@ -142,22 +145,21 @@ def _decompressor(compression: str) -> Any:
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-def _lines(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[bytes]]:
-    """Lines without their newline, empty ones included."""
+def _lines(chunks: Iterator[bytes], stream: _Stream) -> Iterator[bytes]:
+    """Whole lines, many in one piece: the newline of the last is left out. To split them is left to the workers."""
     tail: list[bytes] = []
     for chunk in chunks:
-        *lines, rest = chunk.split(b"\n")
-        if lines:
-            lines[0] = b"".join([*tail, lines[0]])
+        end = chunk.rfind(b"\n")
+        if end >= 0:
+            yield b"".join([*tail, chunk[:end]])
             tail = []
-            yield lines
-        tail.append(rest)
+        tail.append(chunk[end + 1 :])
     last = b"".join(tail)
     if last and not stream.broken:
-        yield [last]
+        yield last
 
 
-def _json(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[bytes]]:
+def _json(chunks: Iterator[bytes], stream: _Stream) -> Iterator[bytes] | Iterator[list[bytes]]:
     """JSON lines, or the elements of one array."""
     head = b""
     while head.isspace() or not head:
@@ -220,7 +222,7 @@ def _text_blocks(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[byte
     block: list[bytes] = []
     for lines in _lines(chunks, stream):
         found = []
-        for line in lines:
+        for line in lines.split(b"\n"):
             if line and not line.isspace():
                 block.append(line)
             elif block:

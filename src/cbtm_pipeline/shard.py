@@ -9,23 +9,23 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import numpy as np
 
-from cbtm_pipeline import artifact, cli, config, corpus_blocks, corpus_files, duplicates, shard_block, tokenizer
+from cbtm_pipeline import artifact, cli, config, corpus_blocks, corpus_files, duplicates, parallel, shard_block, tokenizer
 from cbtm_pipeline.corpus_rows import BadRow
 from cbtm_pipeline.shard_block import Block, Entry, Made, Setup, Split
 
 _OWN = re.compile(r"\.?(train|eval)-\d{5,}\.(parquet|arrow)(\..+\.tmp)?|manifest\.json|quarantine\.jsonl")
-A = TypeVar("A")
-B = TypeVar("B")
+InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # like map
 
 
 class Quarantine:
@@ -67,10 +67,14 @@ def make(how: dict[str, Any], tokenizer_json: Path, out: Path, n_workers: int, d
     fields = how["text_field"], how["id_field"], how["eval_fraction"]
     setup = Setup(folder, tokenizer_json, identity, card["separator_id"], card["vocab_size"], *fields)
     try:
-        with artifact.publish(folder / "quarantine.jsonl") as tmp, tmp.open("w", encoding="utf-8") as file:
+        with (
+            artifact.publish(folder / "quarantine.jsonl") as tmp,
+            tmp.open("w", encoding="utf-8") as file,
+            _workers(n_workers) as in_order,
+        ):
             quarantine = Quarantine(file, [corpus_files.printable(f.path) for f in files])
-            shards, encoder = _make_shards(setup, how, files, len(held_out), n_workers, quarantine)
-            shards = _without_duplicates(setup, shards, n_workers, quarantine)
+            shards, encoder = _make_shards(setup, how, files, len(held_out), in_order, quarantine)
+            shards = _without_duplicates(setup, shards, in_order, quarantine)
     finally:
         shutil.rmtree(folder / shard_block.SPILL, ignore_errors=True)
     _check(shards, quarantine, folder / "quarantine.jsonl", how, len(files))
@@ -98,7 +102,7 @@ def _clear(folder: Path) -> None:
 
 
 def _make_shards(
-    setup: Setup, how: dict[str, Any], files: list[corpus_files.File], n_held_out: int, n_workers: int, quarantine: Quarantine
+    setup: Setup, how: dict[str, Any], files: list[corpus_files.File], n_held_out: int, in_order: InOrder, quarantine: Quarantine
 ) -> tuple[list[Entry], str]:
     """Make all blocks; return the shards, training shards first, and the encoder: gigatoken, if it encoded every block."""
     progress = cli.Progress("read", corpus_files.n_bytes(files) / 1e6, "MB")
@@ -107,7 +111,7 @@ def _make_shards(
     def run(split: Split, some: list[corpus_files.File]) -> None:
         parts = corpus_blocks.parts(some, how["shard_bytes"], how["text_field"], how["id_field"], how["txt_documents"])
         blocks = (Block(i, split, block) for i, block in enumerate(corpus_blocks.blocks(parts, how["shard_bytes"])))
-        for result in _in_order(partial(shard_block.make, setup), blocks, n_workers):
+        for result in in_order(partial(shard_block.make, setup), blocks):
             quarantine.add(result.bad)
             made.append(result._replace(bad=[]))
             progress.add(result.n_read / 1e6, f"{quarantine.n_rows} rows in quarantine")
@@ -119,29 +123,23 @@ def _make_shards(
 
     slow = Counter(block.why_slow for block in made if block.why_slow)
     n_sampled = sum(block.n_sampled for block in made)
-    cli.log.info("gigatoken encoded %d of %d blocks, its ids compared on %d documents", len(made) - slow.total(), len(made), n_sampled)
+    cli.log.info("gigatoken encoded %d of %d blocks, its ids compared on %d slices of text", len(made) - slow.total(), len(made), n_sampled)
     for why, n in slow.items():
         cli.log.warning("tokenizers encoded %d blocks: %s", n, why)
     shards = sorted((entry for block in made for entry in block.shards), key=lambda entry: entry["split"], reverse=True)
     return shards, "tokenizers" if slow else "gigatoken"
 
 
-def _in_order(function: Callable[[A], B], items: Iterable[A], n_workers: int) -> Iterator[B]:
-    """Yield `function(item)` of every item, in order, made by `n_workers` processes (1: this one) from a few items at a time."""
+@contextmanager
+def _workers(n_workers: int) -> Iterator[InOrder]:
+    """A map over processes that hold a few items at a time; with one worker, the map of this process."""
     if n_workers == 1:
-        yield from map(function, items)
+        yield map
         return
     # not fork: libraries that have started threads do not survive it
     with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
         try:
-            running: deque[Any] = deque()
-            for item in items:
-                running.append(pool.submit(function, item))
-                del item
-                if len(running) > n_workers:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+            yield lambda function, items: parallel.in_order(pool, function, items, n_workers)
         except BrokenProcessPool as error:
             raise ValueError(
                 "shard: a worker was killed. Expected it to return its shard. If memory ran out, lower corpus.shard_bytes or --workers."
@@ -154,21 +152,21 @@ def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
 
 
-def _without_duplicates(setup: Setup, shards: list[Entry], n_workers: int, quarantine: Quarantine) -> list[Entry]:
+def _without_duplicates(setup: Setup, shards: list[Entry], in_order: InOrder, quarantine: Quarantine) -> list[Entry]:
     """Keep the first document of each id: move the others to the quarantine, and write the shards that had them again."""
     paths = [shard_block.spilled(setup, entry["name"]) for entry in shards]
     found = list(duplicates.find(paths))
     if not found:
         return shards
     shard, again, first = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    in_order = np.lexsort((again["line"], again["file"], shard))
-    shard, again, first = shard[in_order], again[in_order], first[in_order]
+    by_place = np.lexsort((again["line"], again["file"], shard))
+    shard, again, first = shard[by_place], again[by_place], first[by_place]
     affected, starts = np.unique(shard, return_index=True)
     groups = list(zip(affected, np.split(again, starts[1:]), np.split(first, starts[1:]), strict=True))
     cli.log.info("writing %d shards again without their %d documents whose id came before", len(affected), len(again))
     kept: list[Entry | None] = list(shards)
     work = ((shards[i], duplicates.rows_of(paths[i], entries)) for i, entries, _ in groups)
-    for (i, entries, firsts), dropped in zip(groups, _in_order(partial(shard_block.drop, setup), work, n_workers), strict=True):
+    for (i, entries, firsts), dropped in zip(groups, in_order(partial(shard_block.drop, setup), work), strict=True):
         kept[i] = dropped.entry
         for entry, earlier, name in zip(entries, firsts, dropped.ids, strict=True):
             reason = f"duplicate id: {name} is also the id of {quarantine.sources[earlier['file']]}:{earlier['line']}"

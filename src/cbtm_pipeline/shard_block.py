@@ -1,8 +1,8 @@
 """One block of raw records made into shards: parsed, validated, split, tokenised, written. This is what the workers of rule `shard` do."""
 
 import functools
-import heapq
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,8 @@ from cbtm_pipeline.corpus_rows import BadRow, Document
 SPILL = ".spill"  # folder of what is needed only until the manifest is written
 HELD_OUT = "held-out.npy"  # in it: sorted hashes of the held-out texts, where corpus.eval gives them
 SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("n_tokens", pa.int32()), ("n_bytes", pa.int64())])
-_N_SPREAD, _N_LONGEST, _SAMPLED_BYTES = 64, 4, 1 << 14
+_N_SLICES, _SLICE_BYTES = 16, 512  # of each kind; the reference needs as long for them as gigatoken for a hundred times the text
+_NOT_ASCII = re.compile(rb"[\x80-\xff]")
 _ROW_GROUP_BYTES = 1 << 23
 
 Entry = dict[str, Any]  # what the manifest says about a shard
@@ -53,7 +54,7 @@ class Made(NamedTuple):
     bad: list[BadRow]
     held_out: np.ndarray  # hashes of the texts, for the blocks of corpus.eval
     n_read: int  # bytes of the corpus files
-    n_sampled: int  # documents on which gigatoken was compared with the reference
+    n_sampled: int  # slices of texts on which gigatoken was compared with the reference
     why_slow: str  # why the reference encoded the block; "" if gigatoken did
 
 
@@ -75,8 +76,7 @@ def make(setup: Setup, block: Block) -> Made:
     encoder = _encoder(setup.tokenizer_json, setup.identity)
     sample = _sample([document.text for document in documents])
     why_slow = encoder.why_slow or ("" if encoder.agrees(sample) else "gigatoken encodes the sample differently")
-    dtype = tokens.dtype_for(setup.vocab_size)
-    ids = [encoder.encode(document.text, not why_slow, dtype) for document in documents]
+    ids = [encoder.encode(document.text, not why_slow) for document in documents]
 
     rows: dict[str, list[int]] = {"train": [], "eval": []}
     for i, document in enumerate(documents):
@@ -93,8 +93,9 @@ def make(setup: Setup, block: Block) -> Made:
     for split, taken in rows.items():
         if taken:
             name = f"{split}-{block.number:05d}"
-            some = [documents[i] for i in taken]
-            shards.append(_write(setup, name, _tables(some, ids_of := [ids[i] for i in taken]), _joined(ids_of, setup.separator_id)))
+            some, ids_of = [documents[i] for i in taken], [ids[i] for i in taken]
+            joined = _joined(ids_of, setup.separator_id, tokens.dtype_for(setup.vocab_size))
+            shards.append(_write(setup, name, _tables(some, ids_of), joined))
             duplicates.write(spilled(setup, name), [d.id for d in some], [d.file for d in some], [d.line for d in some])
     held_out = np.array(hashes if block.split == "eval" else [], "S16")
     return Made(shards, sorted(bad), held_out, n_read, len(sample), why_slow)
@@ -120,17 +121,33 @@ def _encoder(tokenizer_json: Path, identity: str) -> tokenizer.Encoder:
 
 
 def _sample(texts: list[bytes]) -> list[bytes]:
-    """Texts spread over the block and its longest ones, each cut."""
-    spread = np.linspace(0, len(texts) - 1, _N_SPREAD).astype(int) if texts else []
-    longest = heapq.nlargest(_N_LONGEST, range(len(texts)), key=lambda i: len(texts[i]))
-    return [texts[i][:_SAMPLED_BYTES].decode("utf-8", "ignore").encode() for i in sorted({*map(int, spread), *longest})]
+    """Slices of the texts: some spread evenly over all bytes, and as many around the first character that is not ASCII of texts spread
+    evenly over those that have one, as this is where encoders differ."""
+    if not texts:
+        return []
+    ends = np.cumsum([len(text) for text in texts])
+    at = np.linspace(0, ends[-1], _N_SLICES, endpoint=False).astype(int)
+    chosen = np.searchsorted(ends, at, side="right")
+    places = [(texts[i], x - int(ends[i]) + len(texts[i])) for i, x in zip(chosen, at.tolist(), strict=True)]
+    others = [text for text in texts if not text.isascii()]
+    for i in range(0, len(others), -(-len(others) // _N_SLICES) or 1):
+        found = _NOT_ASCII.search(others[i])
+        assert found
+        places.append((others[i], found.start() - _SLICE_BYTES // 4))
+    return list(dict.fromkeys(_slice(text, place) for text, place in places))
 
 
-def _joined(ids: list[np.ndarray], separator_id: int) -> tokens.Documents:
+def _slice(text: bytes, start: int) -> bytes:
+    """Up to _SLICE_BYTES of whole characters, from about `start` on."""
+    start = max(0, min(start, len(text) - _SLICE_BYTES))
+    return text[start : start + _SLICE_BYTES].decode("utf-8", "ignore").encode()
+
+
+def _joined(ids: list[np.ndarray], separator_id: int, dtype: type[np.unsignedinteger]) -> tokens.Documents:
     """Documents as they are stored, each with the separator in front."""
-    separator = np.array([separator_id], ids[0].dtype)
+    separator = np.array([separator_id], dtype)
     offsets = np.cumsum([0, *(1 + len(x) for x in ids)])
-    return tokens.Documents(np.concatenate([part for x in ids for part in (separator, x)]), offsets)
+    return tokens.Documents(np.concatenate([part for x in ids for part in (separator, x)], dtype=dtype), offsets)
 
 
 def _tables(documents: list[Document], ids: list[np.ndarray]) -> Iterator[pa.Table]:
@@ -155,7 +172,7 @@ def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token
     n_bytes = 0
     with (
         artifact.publish(setup.folder / f"{name}.parquet") as tmp,
-        pq.ParquetWriter(tmp, schema, compression="zstd", use_dictionary=False) as writer,
+        pq.ParquetWriter(tmp, schema, compression="lz4", use_dictionary=False) as writer,
     ):
         for table in tables:
             writer.write_table(table.replace_schema_metadata(schema.metadata))

@@ -7,12 +7,14 @@ tokenizer's bos token, else its eos token; a trained tokenizer has `<|endoftext|
 import heapq
 import json
 import re
+import resource
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import tokenizers
 from gigatoken.gigatoken_rs import load_hf_json
 
@@ -23,7 +25,8 @@ PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces
 _WINDOW = 1 << 16
 _LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
 _SPACE = re.compile(rb"(?<=\S)(?= \S)")
-_RENEW_BYTES = 1 << 28  # gigatoken's cache of words grows without bound, so it is begun anew after so much text
+_CACHE_BYTES = 1 << 28  # gigatoken's cache of words grows without bound, so it is begun anew when memory has grown by so much
+_LOOK_BYTES = 1 << 22  # text between two looks at the memory; words that never come again make a cache of ten times their size
 _BLOCK_BYTES = 1 << 23
 # what an earlier run of the rule may have left beside tokenizer.json, and what would change the meaning of the new one
 _SIDE_FILES = (
@@ -77,11 +80,11 @@ class Encoder:
         self.slow.no_truncation()
         self.slow.no_padding()
         self.slow.encode_special_tokens = True
-        content = json.loads(text) | {"truncation": None, "padding": None}
+        content = orjson.loads(text) | {"truncation": None, "padding": None}
         added = content.get("added_tokens") or []
         content["added_tokens"] = [token for token in added if not token["special"]]
-        self._fast_json = json.dumps(content)
-        self._n_bytes = 0
+        self._fast_json = orjson.dumps(content)
+        self._n_bytes, self._memory = 0, _memory()
         self.why_slow = ""
         tokens = [token["content"] for token in added]
         probes = [*_PROBES, *(p for t in tokens for p in (t, f"a{t}b", f"a {t} b{t}{t} \n{t}"))]
@@ -92,25 +95,34 @@ class Encoder:
         except Exception as error:
             self.why_slow = str(error).partition("\n")[0] or type(error).__name__
 
-    def encode(self, text: bytes, fast: bool, dtype: type[np.unsignedinteger] = np.uint32) -> np.ndarray:
-        """Token ids of one document, by gigatoken (`fast`) or the reference."""
-        self._n_bytes += len(text)
-        if fast and self._n_bytes > _RENEW_BYTES:
-            self._fast, self._n_bytes = load_hf_json(self._fast_json), len(text)
+    def encode(self, text: bytes, fast: bool) -> np.ndarray:
+        """Token ids of one document (uint32), by gigatoken (`fast`) or the reference."""
         encode = self._encode_fast if fast else self._encode_slow
-        found = [encode(piece).astype(dtype) for piece in pieces(text)]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        if len(text) <= PIECE_BYTES:
+            return encode(text)
+        return np.concatenate([encode(piece) for piece in pieces(text)])
 
     def agrees(self, texts: Iterable[bytes]) -> bool:
         """Whether gigatoken gives the reference's ids."""
         return all(np.array_equal(self._encode_fast(text), self._encode_slow(text)) for text in texts)
 
     def _encode_fast(self, text: bytes) -> np.ndarray:
+        self._n_bytes += len(text)
+        if self._n_bytes > _LOOK_BYTES:
+            self._n_bytes = 0
+            if _memory() - self._memory > _CACHE_BYTES:
+                del self._fast
+                self._fast, self._memory = load_hf_json(self._fast_json), _memory()
         return self._fast.encode(text)
 
     def _encode_slow(self, text: bytes) -> np.ndarray:
         encoding = self.slow.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)[0]
         return np.array(encoding.ids, np.uint32)
+
+
+def _memory() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def read_card(tokenizer_json: Path) -> dict[str, Any]:
