@@ -131,6 +131,20 @@ def test_one_cluster_is_the_dense_model() -> None:
     assert dense == {key: value for key, value in plan.expert(c, "0").items() if key not in differ}
 
 
+def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
+    def parameters(**keys: Any) -> list[dict[str, Any]]:
+        c = config.validate(changed(**keys))
+        return [config.parameters(c, rule) for rule in ("embed", "route", "eval_ensemble")]
+
+    linear, encoded = parameters(), parameters(embed__encoder="me/tiny")
+    assert linear == parameters(embed__windows=1, route__window_tokens=8)
+    assert encoded == parameters(embed__encoder="me/tiny", embed__idf_power=0.5, embed__n_components=3, seed=5)[:2] + encoded[2:]
+    for key, rule in (("embed__windows", 0), ("route__window_tokens", 1)):
+        other = parameters(embed__encoder="me/tiny", **{key: 8})
+        assert [a == b for a, b in zip(encoded, other, strict=True)] == [i != rule for i in range(3)]
+    assert linear[2] == encoded[2]
+
+
 def test_seed_share() -> None:
     c = config.validate(changed(train__seed_share=0.75))
     seed = plan.expert(c, "seed")

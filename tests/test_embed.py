@@ -1,10 +1,13 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from scipy import sparse
 
 import made_corpus
-from cbtm_pipeline import artifact, corpus, embed, tfidf
+import made_encoder
+from cbtm_pipeline import artifact, corpus, embed, encoder, encoder_files, tfidf
 
 
 @pytest.fixture
@@ -18,6 +21,7 @@ def test_vectors_are_those_of_the_embedder_shard_by_shard(tmp_path: Path, config
     manifest = embed.read_manifest(path, shards)
     embedder = embed.read_embedder(path.with_name("embedder.npz"), shards)
     assert manifest["made_from"]["embedder"] == artifact.identity(path.with_name("embedder.npz"))
+    assert isinstance(embedder, tfidf.Embedder)
     assert embedder.E_VD.dtype == embedder.idf_V.dtype == np.float32
     entries = corpus.entries(shards, artifact.read_json(shards), "train")
     assert [s["name"] for s in manifest["shards"]] == [entry["name"] for entry in entries]
@@ -100,3 +104,70 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
         made_corpus.write(tmp_path, [500] * n_shards, n_topics=20)
         peaks.append(made_corpus.peak_bytes(lambda: made_corpus.run_embed(tmp_path, config)))
     assert peaks[2] < 1.2 * peaks[1], peaks
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> Path:
+    """A config with an encoder that stands in the folder `encoder` beside it."""
+    made_encoder.write(tmp_path / "encoder")
+    return made_corpus.write_config(tmp_path / "encoded.yaml", embed={"encoder": str(tmp_path / "encoder"), "windows": 2}, cluster={"k": 4})
+
+
+def test_vectors_are_those_of_the_encoder_row_by_row(tmp_path: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "CHUNK_TEXTS", 16)
+    shards = made_corpus.write(tmp_path, [40, 0, 25])
+    path = made_corpus.run_embed(tmp_path, encoded)
+    manifest, embedder = embed.read_manifest(path, shards), path.with_name("embedder.npz")
+    assert manifest["made_from"]["embedder"] == artifact.identity(embedder) and manifest["n_components"] == made_encoder.HIDDEN
+    found = encoder_files.load(str(tmp_path / "encoder"), 2)
+    arrays, meta = artifact.read_npz(embedder, "embedder")
+    assert not arrays and meta["encoder"] == {"name": found.name, "identity": found.identity, "n_windows": 2}
+    for entry in manifest["shards"]:
+        x_ND = embed.read_vectors(path.parent, entry)
+        texts = pq.read_table(shards.with_name(f"{entry['name']}.parquet"))["text"].to_pylist()
+        assert x_ND.dtype == np.float32 and x_ND.shape == (entry["n_documents"], made_encoder.HIDDEN)
+        expected = [encoder.embed(found, [text])[0] for text in texts]
+        np.testing.assert_allclose(x_ND, np.array(expected).reshape(x_ND.shape), atol=1e-5)
+    reread = embed.read_embedder(embedder, shards)
+    assert isinstance(reread, encoder.Encoder) and reread.identity == found.identity and reread.n_windows == 2
+
+
+def test_an_encoder_that_has_changed_is_refused(tmp_path: Path, encoded: Path) -> None:
+    shards = made_corpus.write(tmp_path, [40])
+    embedder = made_corpus.run_embed(tmp_path, encoded).with_name("embedder.npz")
+    made_encoder.bert(1).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=r"encoder: its files have changed .* Expected those that the vectors were made with"):
+        embed.read_embedder(embedder, shards)
+
+
+def test_texts_that_are_not_the_manifests(tmp_path: Path, encoded: Path) -> None:
+    shards = made_corpus.write(tmp_path, [40])
+    parquet = shards.with_name("train-00000.parquet")
+    pq.write_table(pq.read_table(parquet).slice(1), parquet)
+    with pytest.raises(ValueError, match=r"train-00000.parquet: 39 rows. Expected 40, as in the manifest"):
+        made_corpus.run_embed(tmp_path, encoded)
+    parquet.write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"train-00000.parquet: unreadable"):
+        made_corpus.run_embed(tmp_path, encoded)
+
+
+def test_an_encoder_has_clusters_with_terms(tmp_path: Path, encoded: Path) -> None:
+    made_corpus.write(tmp_path, [160])
+    made_corpus.run_embed(tmp_path, encoded)
+    clusterer = made_corpus.run_fit_kmeans(tmp_path, encoded)
+    terms = artifact.read_json(clusterer.with_name("top_terms.json"), "top_terms")["top_terms"]
+    assert len(terms) == 4 and all(len(of_one) == 12 for of_one in terms)
+    # each topic's words begin with a letter of their own, and no word that all topics share is among them
+    assert {of_one[0][0] for of_one in terms} == set("abcd")
+    assert all("common" not in term for of_one in terms for term in of_one)
+
+
+def test_term_weights(tmp_path: Path, config: Path, encoded: Path) -> None:
+    shards = made_corpus.write(tmp_path, [40])
+    counts_NV = sparse.csr_array(np.array([[0, 1, 1, 1, 5], [0, 0, 2, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 2]], np.float32))
+    embedder = made_corpus.run_embed(tmp_path, config).with_name("embedder.npz")
+    linear = embed.read_embedder(embedder, shards)
+    assert isinstance(linear, tfidf.Embedder)
+    assert np.array_equal(embed.term_weights(embedder, shards, counts_NV), linear.idf_V)
+    made_corpus.run_embed(tmp_path, encoded)
+    np.testing.assert_allclose(embed.term_weights(embedder, shards, counts_NV), [0, 0, np.log(5 / 3) + 1, 0, 0], rtol=1e-6)

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -7,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made_corpus
-from cbtm_pipeline import artifact, corpus, heldout, kmeans, route, tfidf, tokens
+import made_encoder
+from cbtm_pipeline import artifact, corpus, encoder, encoder_files, heldout, kmeans, route, tfidf, tokens
 
 VOCAB, K = 30, 3
 
@@ -118,3 +120,128 @@ def test_no_held_out_documents(tmp_path: Path) -> None:
     made_corpus.run_fit_kmeans(tmp_path, config)
     with pytest.raises(ValueError, match=r"no eval documents. Expected at least one"):
         made_corpus.run_route(tmp_path, config)
+
+
+def by_text(documents: list[list[int]], window_tokens: int, n_last: int = 1000) -> list[np.ndarray]:
+    """text_distances under an embedding that tells every two runs of tokens apart; a run of fives has none."""
+    centres_KD = some_model()[1]
+
+    def embed_tokens(runs: list[np.ndarray]) -> np.ndarray:
+        h = [np.random.default_rng([9, *run.tolist()]).normal(size=6) * any(run != 5) for run in runs]
+        return np.array(h, np.float32).reshape(-1, 6)
+
+    arrays = [np.array([0, *x]) for x in documents]
+    return list(route.text_distances(arrays, centres_KD, window_tokens, n_last, embed_tokens))
+
+
+TOKENS = st.lists(st.integers(1, VOCAB - 1), max_size=30)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(TOKENS, max_size=6), st.integers(1, 9), st.integers(1, 12))
+def test_windows_of_text_stand_for_the_tokens_after_them(documents: list[list[int]], window_tokens: int, n_last: int) -> None:
+    found = by_text(documents, window_tokens, n_last)
+    assert [d2_TK.shape for d2_TK in found] == [(len(x), K) for x in documents]
+    for x, d2_TK in zip(documents, found, strict=True):
+        assert d2_TK.dtype == np.float32
+        for t in range(len(x)):
+            seen = x[: t // window_tokens * window_tokens][-n_last:]
+            if not seen or set(seen) == {5}:
+                assert np.array_equal(d2_TK[t], np.full(K, route.NO_EVIDENCE))
+            else:
+                h = np.random.default_rng([9, *seen]).normal(size=(1, 6)).astype(np.float32)
+                np.testing.assert_allclose(d2_TK[t], kmeans.squared_distances(h, some_model()[1])[0], rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(TOKENS.filter(bool), TOKENS, st.integers(1, 9), st.data())
+def test_no_token_helps_to_choose_its_own_weights_with_windows(text: list[int], more: list[int], window_tokens: int, data: Any) -> None:
+    t = data.draw(st.integers(0, len(text) - 1))
+    (d2_TK,), (other_TK,) = by_text([text], window_tokens), by_text([text[:t] + more], window_tokens)
+    n = min(t + 1, len(other_TK))
+    assert d2_TK[:n].tobytes() == other_TK[:n].tobytes()
+
+
+def test_documents_are_embedded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [list(range(1, n)) for n in (1, 30, 2, 3, 12, 30, 1, 7)]
+    expected = by_text(documents, 4)
+    monkeypatch.setattr(route, "CHUNK_TEXTS", 5)
+    sizes: list[int] = []
+    for d2_TK, other in zip(by_text(documents, 4), expected, strict=True):
+        np.testing.assert_array_equal(d2_TK, other)
+    arrays = [np.array([0, *x]) for x in documents]
+    centres_KD = some_model()[1]
+    list(route.text_distances(arrays, centres_KD, 4, 99, lambda runs: sizes.append(len(runs)) or np.zeros((len(runs), 6), np.float32)))
+    assert len(sizes) > 3 and sum(sizes) == sum((len(x) - 1) // 4 for x in documents if x)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The made corpus with an encoder: outdir and config."""
+    outdir = tmp_path_factory.mktemp("encoded")
+    made_encoder.write(outdir / "encoder")
+    made_corpus.write(outdir, [120], [10, 0, 7])
+    config = made_corpus.write_config(
+        outdir / "config.yaml",
+        embed={"encoder": str(outdir / "encoder"), "windows": 2},
+        cluster={"k": 4, "n_init": 1},
+        route={"window_tokens": 8},
+        eval={"max_document_tokens": 50},
+    )
+    made_corpus.run_embed(outdir, config)
+    made_corpus.run_fit_kmeans(outdir, config)
+    return outdir, config
+
+
+def test_distances_with_an_encoder(encoded: tuple[Path, Path]) -> None:
+    outdir, config = encoded
+    arrays, meta = artifact.read_npz(made_corpus.run_route(outdir, config), "distances")
+    assert meta["window_tokens"] == 8 and meta["max_document_tokens"] == 50
+    centres_KD = artifact.read_npz(outdir / "cluster/clusterer.npz", "clusterer")[0]["centres_KD"]
+    prices_K = artifact.read_npz(outdir / "cluster/clusterer.npz", "clusterer")[0]["prices_K"]
+    found = encoder_files.load(str(outdir / "encoder"), 2)
+    words = made_corpus.words(4)
+    manifest = artifact.read_json(outdir / "shards/manifest.json")
+    held_out = [document for _, document in heldout.documents(outdir / "shards", manifest, 50)]
+    assert np.diff(arrays["offsets"]).tolist() == [len(document) - 1 for document in held_out]
+    assert arrays["d2_NK"].dtype == np.float32
+    for document, start in zip(held_out, arrays["offsets"], strict=False):
+        for t in (7, 8, 17, len(document) - 2):
+            seen = document[1 : 1 + t // 8 * 8]
+            h_1D = encoder.embed_ends(found, ["".join(words[i] for i in seen)])
+            expected = kmeans.squared_distances(h_1D, centres_KD)[0] if len(seen) else np.full(4, route.NO_EVIDENCE)
+            np.testing.assert_allclose(arrays["d2_NK"][start + t], expected, atol=1e-4)
+    tables = [pq.read_table(outdir / f"shards/eval-{i:05d}.parquet") for i in (0, 2)]
+    h_ND = encoder.embed(found, [text for table in tables for text in table["text"].to_pylist()])
+    labels = (kmeans.squared_distances(h_ND, centres_KD) + prices_K).argmin(axis=1)
+    assert np.array_equal(arrays["cluster"], labels) and len(set(labels)) > 1
+
+
+def test_with_an_encoder_what_follows_changes_nothing_but_rounding(encoded: tuple[Path, Path]) -> None:
+    outdir, _ = encoded
+    found = encoder_files.load(str(outdir / "encoder"), 2)
+    tokenizer = corpus.tokenizer(outdir / "tokenizer/tokenizer.json", outdir / "shards/manifest.json")
+    centres_KD = artifact.read_npz(outdir / "cluster/clusterer.npz", "clusterer")[0]["centres_KD"]
+    rng = np.random.default_rng(0)
+    text = rng.integers(1, 141, 60)
+    texts = [np.array([0, *text])]
+    for t in (0, 7, 8, 30, 59):
+        texts.append(np.array([0, *text[:t], *rng.integers(1, 141, 60 - t)]))
+    how = {"window_tokens": 8, "max_document_tokens": None}
+    alone = [route.distances([x], 60, found, centres_KD, tokenizer, how)[0] for x in texts]
+    for t, d2_TK in zip((0, 7, 8, 30, 59), alone[1:], strict=True):
+        np.testing.assert_allclose(d2_TK[: t + 1], alone[0][: t + 1], atol=1e-5)
+        changed = (t // 8 + 1) * 8
+        assert np.abs(d2_TK[changed:] - alone[0][changed:]).max(initial=0) > 1e-3 or changed >= 60
+
+
+def test_an_encoder_other_than_that_of_the_clusters_is_refused(encoded: tuple[Path, Path], tmp_path: Path) -> None:
+    outdir, config = encoded
+    weights = outdir / "encoder/model.safetensors"
+    content = weights.read_bytes()
+    made_encoder.bert(1).save_pretrained(outdir / "encoder")
+    try:
+        with pytest.raises(ValueError, match=r"its files have changed"):
+            made_corpus.run_route(outdir, config)
+    finally:
+        weights.write_bytes(content)

@@ -49,11 +49,13 @@ def texts(folder: Path, entry: corpus.Entry) -> Iterator[list[str]]:
 
 
 def vectors(folder: Path, entry: corpus.Entry, embedder: Embedder) -> Iterator[np.ndarray]:
-    """Embeddings of a shard's documents in chunks, float32 (rows, D), of length one or zero."""
+    """Embeddings of a shard's documents in one or more chunks, float32 (rows, D), of length one or zero."""
     if isinstance(embedder, tfidf.Embedder):
         yield tfidf.embed(corpus.documents(folder, entry), embedder.E_VD)
     else:
-        yield from (encoder.embed(embedder, chunk) for chunk in texts(folder, entry))
+        yield encoder.embed(embedder, [])
+        for chunk in texts(folder, entry):
+            yield encoder.embed(embedder, chunk)
 
 
 def write_vectors(path: Path, h_ND: np.ndarray) -> None:
@@ -136,7 +138,7 @@ def main() -> None:
     written = []
     for entry in train:
         path = args.out.with_name(f"{entry['name']}.npy")
-        h = [np.empty((0, n_components), np.float32)]
+        h = []
         for h_ND in vectors(folder, entry, embedder):
             h.append(h_ND)
             progress.add(len(h_ND))

@@ -94,15 +94,17 @@ def _mean(encoder: Encoder, windows: list[list[list[int]]]) -> np.ndarray:
 def encode(encoder: Encoder, windows: list[list[int]]) -> np.ndarray:
     """What the model makes of each window of token ids, float32 (W, D), in batches of windows of like lengths."""
     h_WD = np.empty((len(windows), encoder.n_components), np.float32)
-    for rows in _batches([len(window) for window in windows], len(encoder.before) + len(encoder.after)):
+    n_special = len(encoder.before) + len(encoder.after)
+    for rows in batches([len(window) + n_special for window in windows], BATCH_TOKENS):
         h_WD[rows] = forward(encoder, [windows[i] for i in rows]).cpu().numpy()
-    if not np.isfinite(h_WD).all():
-        raise ValueError(f"embed.encoder: {encoder.name}: infinite or no numbers. Expected finite vectors. Choose another encoder.")
     return h_WD
 
 
 def forward(encoder: Encoder, windows: list[list[int]]) -> torch.Tensor:
-    """Vectors of one batch, (B, D). Weights and pooling are float32, the layers bf16 on a GPU that has it."""
+    """Vectors of one batch, (B, D). Weights and pooling are float32, the layers bf16 on a GPU that has it.
+
+    Raises ValueError for what is no number.
+    """
     device = encoder.net.device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     ids = [torch.tensor([*encoder.before, *window, *encoder.after]) for window in windows]
@@ -115,15 +117,20 @@ def forward(encoder: Encoder, windows: list[list[int]]) -> torch.Tensor:
         h_BD = torch.cat([pool(hidden_BTH.float(), mask_BT, how) for how in encoder.pooling], dim=1)
         for head in encoder.heads:
             h_BD = head(h_BD)
+    if not h_BD.isfinite().all():
+        raise ValueError(f"embed.encoder: {encoder.name}: vectors without finite length. Expected numbers. Choose another encoder.")
     return h_BD
 
 
-def _batches(lengths: list[int], n_special: int) -> Iterator[list[int]]:
-    """Row numbers, the longest windows first: they need most memory, and a batch of like lengths needs little padding."""
+def batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in batches of at most `max_tokens` tokens with padding, or of one row.
+
+    The longest come first: they need most memory, and a batch of like lengths needs little padding.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
-        n = max(1, BATCH_TOKENS // (lengths[order[start]] + n_special))
+        n = max(1, max_tokens // lengths[order[start]])
         yield order[start : start + n]
         start += n
 

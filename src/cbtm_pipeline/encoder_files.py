@@ -108,16 +108,19 @@ def load(name: str, n_windows: int) -> encoder.Encoder:
         log.warning("%s: its default prompt, %s, is left out", name, prompt)
     limits = [MAX_TOKENS, about.get("max_seq_length"), tokenizer.model_max_length, *_n_positions(net)]
     try:
-        if not others and not _looks_ahead(net):
-            raise ValueError("it looks at one side of a token only, and no modules.json says how it is pooled")
+        embeddings: Any = net.get_input_embeddings()
+        if embeddings.weight.shape[0] < len(tokenizer):
+            raise ValueError(f"a vocabulary of {embeddings.weight.shape[0]}, while its tokenizer has {len(tokenizer)} tokens")
         before, after = _special(tokenizer)
         size = min(n for n in limits if isinstance(n, int) and n > 0) - len(before) - len(after)
         if size < 1:
             raise ValueError(f"{len(before) + len(after)} special tokens leave no room for text")
-        device = model.to_device(net)
         lower, identity = bool(about.get("do_lower_case")), _identity(folder, ["", first, *(path for _, path in others)])
         loaded = encoder.Encoder(name, identity, net, tokenizer, before, size, after, n_windows, lower, pooling, heads, 0)
+        device = model.to_device(net)
         h_BD = encoder.forward(loaded, encoder.tokenise(loaded, ["a"]))
+        if not others and not _looks_ahead(loaded):
+            raise ValueError("it looks at one side of a token only, and no modules.json says how it is pooled")
     except Exception as error:  # models have as many ways to fail as there are of them
         raise ValueError(f"{where}: does not run ({_sentence(error)}). Expected an encoder of text. Choose another one.") from error
     log.info("%s: windows of %d tokens, pooling %s, %d components, on %s", name, size, "+".join(pooling), h_BD.shape[1], device.type)
@@ -142,21 +145,15 @@ def _load(folder: Path, where: str) -> tuple["PreTrainedModel", "PreTrainedToken
     wrong = sorted([*(key for key in info["missing_keys"] if "pooler." not in key), *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise ValueError(f"{where}: no fitting weights for {', '.join(wrong[:3])}. Expected every weight. Check config.json.")
-    n_rows = net.get_input_embeddings().weight.shape[0]
-    if n_rows < len(tokenizer):
-        raise ValueError(f"{where}: {len(tokenizer)} tokens for a vocabulary of {n_rows}. Expected its own tokenizer. Get it again.")
     return net.eval(), tokenizer
 
 
-def _looks_ahead(net: "PreTrainedModel") -> bool:
-    """Whether what the model says of a token depends on later ones."""
-    embeddings: Any = net.get_input_embeddings()
-    ids_2T = torch.arange(8).repeat(2, 1) % embeddings.weight.shape[0]
-    ids_2T[1, -1] = 0
-    with torch.inference_mode():
-        a_TH, b_TH = net(input_ids=ids_2T, attention_mask=torch.ones_like(ids_2T)).last_hidden_state.float()
-    changed_T = (a_TH - b_TH).abs().amax(1)
-    return bool(changed_T[:-1].max() > 1e-4 * changed_T[-1])
+def _looks_ahead(loaded: encoder.Encoder) -> bool:
+    """Whether what the model says of a window's first token depends on its last one."""
+    first = loaded._replace(pooling=("cls",))
+    ids = list(range(min(8, loaded.size)))
+    changed, same = encoder.forward(first, [ids, [*ids[:-1], 0]])
+    return bool((changed - same).abs().max() > 1e-4 * same.abs().max())
 
 
 def _n_positions(net: "PreTrainedModel") -> list[int]:
