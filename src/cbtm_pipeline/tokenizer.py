@@ -26,7 +26,7 @@ _WINDOW = 1 << 16
 _LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
 _SPACE = re.compile(rb"(?<=\S)(?= \S)")
 _CACHE_BYTES = 1 << 28  # gigatoken's cache of words grows without bound, so it is begun anew when memory has grown by so much
-_LOOK_BYTES = 1 << 22  # text between two looks at the memory; words that never come again make a cache of ten times their size
+_LOOK_BYTES = 1 << 24  # text between two looks at the memory; words that never come again make a cache of ten times their size
 _BLOCK_BYTES = 1 << 23
 # what an earlier run of the rule may have left beside tokenizer.json, and what would change the meaning of the new one
 _SIDE_FILES = (
@@ -112,7 +112,7 @@ class Encoder:
             self._n_bytes = 0
             if _memory() - self._memory > _CACHE_BYTES:
                 del self._fast
-                self._fast, self._memory = load_hf_json(self._fast_json), _memory()
+                self._fast = load_hf_json(self._fast_json)
         return self._fast.encode(text)
 
     def _encode_slow(self, text: bytes) -> np.ndarray:
