@@ -116,9 +116,9 @@ def run(module: ModuleType, config: Path, *flags: str, **paths: Path) -> None:
         cli.log.propagate = True
 
 
-def run_embed(outdir: Path, config: Path) -> Path:
+def run_embed(outdir: Path, config: Path, *options: str) -> Path:
     out = outdir / "embed/manifest.json"
-    run(embed, config, shards=outdir / "shards/manifest.json", out=out)
+    run(embed, config, *options, shards=outdir / "shards/manifest.json", out=out)
     return out
 
 

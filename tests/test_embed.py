@@ -29,6 +29,11 @@ def test_vectors_are_those_of_the_embedder_shard_by_shard(tmp_path: Path, config
         x_ND = embed.read_vectors(path.parent, vectors_entry)
         assert x_ND.dtype == np.float32 and x_ND.shape == (entry["n_documents"], 8)
         assert np.array_equal(x_ND, tfidf.embed(corpus.documents(shards.parent, entry), embedder.E_VD))
+    made = {path: path.read_bytes() for path in path.parent.iterdir()}
+    for made_path in made:
+        made_path.unlink()
+    made_corpus.run_embed(tmp_path, config, "--threads", "3")
+    assert made == {path: path.read_bytes() for path in made}
 
 
 def test_the_same_twice_and_another_seed_changes_the_sample(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from io import TextIOWrapper
@@ -66,20 +67,22 @@ def _message(error: BaseException) -> str:
 
 
 class Progress:
-    """Progress lines at most every few seconds: `done/total unit  rate  ETA`."""
+    """Progress lines at most every few seconds: `done/total unit  rate  ETA`. Threads may share it."""
 
     def __init__(self, what: str, total: float | None, unit: str, every_s: float = 5.0):
         self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
         self.done, self.began = 0.0, time.monotonic()
         self.said = self.began
+        self.lock = threading.Lock()
 
     def add(self, n: float, more: str = "") -> None:
         """Count `n` more units; say so if the last line is old enough."""
-        self.done += n
-        now = time.monotonic()
-        if now - self.said < self.every_s:
-            return
-        self.said = now
+        with self.lock:
+            self.done += n
+            now = time.monotonic()
+            if now - self.said < self.every_s:
+                return
+            self.said = now
         rate = self.done / (now - self.began)
         share = f"{100 * self.done / self.total:.0f}%  ETA {(self.total - self.done) / rate:.0f} s  " if self.total and rate else ""
         log.info("%s  %.4g %s  %s%.4g %s/s  %s", self.what, self.done, self.unit, share, rate, self.unit, more)

@@ -3,19 +3,21 @@
     python -m cbtm_pipeline.embed --config config.yaml --shards results/shards/manifest.json --out results/embed/manifest.json
 
 The embedder is the linear tf-idf of `tfidf`, fitted on a sample, or the encoder that embed.encoder names. Writes embedder.npz, one .npy per
-training shard, and the manifest last. Memory holds one shard and the sample, whatever the corpus.
+training shard, and the manifest last. Memory holds a few shards and the sample, whatever the corpus.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from scipy import sparse
 
-from cbtm_pipeline import artifact, cli, config, corpus, encoder, encoder_files, tfidf
+from cbtm_pipeline import artifact, cli, config, corpus, encoder, encoder_files, parallel, tfidf
 
 CHUNK_TEXTS = 512  # that an encoder sorts by length at once
 
@@ -62,6 +64,26 @@ def write_vectors(path: Path, h_ND: np.ndarray) -> None:
     """Write vectors as .npy, whole or not at all."""
     with artifact.publish(path) as tmp, tmp.open("wb") as file:
         np.save(file, h_ND, allow_pickle=False)
+
+
+def write_all(
+    folder: Path, train: list[corpus.Entry], out: Path, embedder: Embedder, n_components: int, n_threads: int
+) -> list[dict[str, Any]]:
+    """Write the vectors of every shard; return what the manifest says of them. An encoder takes one shard after the other."""
+    progress = cli.Progress("embedded", sum(entry["n_documents"] for entry in train), "documents")
+
+    def write(entry: corpus.Entry) -> dict[str, Any]:
+        path, h = out.with_name(f"{entry['name']}.npy"), [np.empty((0, n_components), np.float32)]
+        for h_ND in vectors(folder, entry, embedder):
+            h.append(h_ND)
+            progress.add(len(h_ND))
+        write_vectors(path, np.concatenate(h))
+        return {"name": entry["name"], "n_documents": entry["n_documents"], "identity": artifact.identity(path)}
+
+    if isinstance(embedder, encoder.Encoder):
+        return [write(entry) for entry in train]
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # the shards are the parallelism
+        return list(parallel.in_order(pool, write, train, n_threads))
 
 
 def read_vectors(folder: Path, entry: corpus.Entry) -> np.ndarray:
@@ -115,6 +137,7 @@ def main() -> None:
     p = cli.parser(__doc__)
     p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
     p.add_argument("--out", required=True, type=Path, help="embed/manifest.json; the vectors and embedder.npz go beside it")
+    p.add_argument("--threads", type=int, default=1, help="shards embedded at the same time")
     args = p.parse_args()
     cli.start_logging("embed", args.log)
 
@@ -134,16 +157,7 @@ def main() -> None:
         cli.log.info("fitted on %d documents: %d terms, %d components", n_fitted, n_terms, n_components)
 
     made_from["embedder"] = artifact.identity(embedder_path)
-    progress = cli.Progress("embedded", sum(entry["n_documents"] for entry in train), "documents")
-    written = []
-    for entry in train:
-        path = args.out.with_name(f"{entry['name']}.npy")
-        h = []
-        for h_ND in vectors(folder, entry, embedder):
-            h.append(h_ND)
-            progress.add(len(h_ND))
-        write_vectors(path, np.concatenate(h))
-        written.append({"name": entry["name"], "n_documents": entry["n_documents"], "identity": artifact.identity(path)})
+    written = write_all(folder, train, args.out, embedder, n_components, args.threads)
     artifact.write_json(args.out, artifact.make_meta("vectors", made_from, shards=written, n_components=n_components))
     cli.log.info("wrote the vectors of %d shards", len(written))
 

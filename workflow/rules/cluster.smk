@@ -16,7 +16,8 @@ rule embed:
         config=RUN_CONFIG,
         depends_on=parameters("embed"),
     shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.embed --config {params.config:q} --shards {input.shards:q} --out {output.manifest:q} --log {log:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.embed --config {params.config:q} --shards {input.shards:q} --out {output.manifest:q}"
+        " --threads {threads} --log {log:q}"
 
 
 rule fit_kmeans:
