@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from cbtm_pipeline import plan
+import made_encoder
+from cbtm_pipeline import artifact, plan
 from made_project import ROOT, make_project, snakemake, snakemake_command
 
 pytestmark = pytest.mark.slow
@@ -91,6 +93,22 @@ def test_change_reruns_what_depends_on_it_and_nothing_else(finished: Path, chang
     (tmp_path / "change.yaml").write_text(yaml.safe_dump(yaml.safe_load(change)))
     printed = snakemake(finished, "-n", configfiles=["small.yaml", str(tmp_path / "change.yaml")])
     assert jobs(printed) == CHANGES[change]
+
+
+def test_an_encoder_instead_of_the_linear_embedder(finished: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    made_encoder.write(project / "encoder")
+    (project / "encoder.yaml").write_text("embed: {encoder: encoder}\nroute: {window_tokens: 8}\n")
+    distances = "results/route/distances.npz"
+    printed = snakemake(project, "--cores", "2", distances, configfiles=["small.yaml", "encoder.yaml"])
+    assert jobs(printed) == {"embed", "fit_kmeans", "route"}
+    before, after = (artifact.read_npz(folder / distances, "distances")[0] for folder in (finished, project))
+    assert {name: array.shape for name, array in before.items()} == {name: array.shape for name, array in after.items()}
+    assert np.array_equal(before["offsets"], after["offsets"]) and np.array_equal(before["doc_id"], after["doc_id"])
+    rows = np.flatnonzero((np.diff(after["d2_NK"], axis=0) != 0).any(axis=1)) + 1
+    starts = after["offsets"][np.searchsorted(after["offsets"], rows, side="right") - 1]
+    assert {0} < set(rows - starts) <= set(range(0, 1000, 8)), "weights change where documents and windows begin"
 
 
 def test_new_data_reruns_everything(finished: Path, tmp_path: Path) -> None:
