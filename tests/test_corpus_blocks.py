@@ -17,8 +17,7 @@ PLAIN = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write
 
 
 def parts(path: Path, block_bytes: int = 1 << 20, txt_documents: Any = "file", fields: tuple[str, str] = ("text", "id")) -> list[Any]:
-    found = corpus_blocks.parts(corpus_files.name([path]), block_bytes, *fields, txt_documents)
-    return [part._replace(records=part.records.split(b"\n")) if isinstance(part.records, bytes) else part for part in found]
+    return list(corpus_blocks.parts(corpus_files.name([path]), block_bytes, *fields, txt_documents))
 
 
 def records(path: Path, **options: Any) -> list[bytes]:

@@ -21,7 +21,7 @@ from cbtm_pipeline.corpus_files import File, format_of
 
 _BOM = b"\xef\xbb\xbf"
 _READ = 1 << 12  # bytes of a compressed file that are decompressed at a time: what damage takes with it, and a bound on what they swell to
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18  # stays in the cache of a core
 _OVERHEAD = 64  # bytes that a record costs beyond its own
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 _MAGIC_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # zstd frames without data, which parallel compressors put first
@@ -37,8 +37,8 @@ class Part(NamedTuple):
     file: int  # number of the file
     name: str  # its short name, which names documents without id
     first: int  # number of the first record in the file, from 1
-    kind: Literal["lines", "json", "text", "table", "break"]  # break: the one record says why the rest of the file could not be read
-    records: bytes | list[bytes] | pa.RecordBatch  # lines are in one piece; a table has the columns `text` and, if the file has one, `id`
+    kind: Literal["json", "text", "table", "break"]  # break: the one record says why the rest of the file could not be read
+    records: list[bytes] | pa.RecordBatch  # a table has the columns `text` and, if the file has one, `id`
     n_bytes: int  # memory of the records
     n_read: int  # bytes of the file that were read for them
 
@@ -79,12 +79,9 @@ def parts(
             first, n_read = 1, 0
             for records in cut(iter(stream), stream):
                 position = file.tell()
-                if isinstance(records, bytes):
-                    kind, n_records, n_bytes = "lines", records.count(b"\n") + 1, len(records)
-                else:
-                    n_records, n_bytes = len(records), sum(map(len, records))
-                yield Part(number, name, first, kind, records, n_bytes + _OVERHEAD * n_records, position - n_read)
-                first, n_read = first + n_records, position
+                n_bytes = sum(map(len, records)) + _OVERHEAD * len(records)
+                yield Part(number, name, first, kind, records, n_bytes, position - n_read)
+                first, n_read = first + len(records), position
             if stream.broken:
                 yield Part(number, name, first, "break", [stream.broken.encode()], _OVERHEAD, file.tell() - n_read)
 
@@ -145,21 +142,22 @@ def _decompressor(compression: str) -> Any:
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-def _lines(chunks: Iterator[bytes], stream: _Stream) -> Iterator[bytes]:
-    """Whole lines, many in one piece: the newline of the last is left out. To split them is left to the workers."""
+def _lines(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[bytes]]:
+    """Lines without their newline, empty ones included."""
     tail: list[bytes] = []
     for chunk in chunks:
-        end = chunk.rfind(b"\n")
-        if end >= 0:
-            yield b"".join([*tail, chunk[:end]])
+        *lines, rest = chunk.split(b"\n")
+        if lines:
+            lines[0] = b"".join([*tail, lines[0]])
             tail = []
-        tail.append(chunk[end + 1 :])
+            yield lines
+        tail.append(rest)
     last = b"".join(tail)
     if last and not stream.broken:
-        yield last
+        yield [last]
 
 
-def _json(chunks: Iterator[bytes], stream: _Stream) -> Iterator[bytes] | Iterator[list[bytes]]:
+def _json(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[bytes]]:
     """JSON lines, or the elements of one array."""
     head = b""
     while head.isspace() or not head:
@@ -222,7 +220,7 @@ def _text_blocks(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[byte
     block: list[bytes] = []
     for lines in _lines(chunks, stream):
         found = []
-        for line in lines.split(b"\n"):
+        for line in lines:
             if line and not line.isspace():
                 block.append(line)
             elif block:

@@ -40,13 +40,13 @@ class _Defect(Exception):
 def read(part: Part, text_field: str, id_field: str) -> Iterator[Document | BadRow]:
     """Parse the records of a part, in order. Empty lines are no rows."""
     if part.kind == "break":
-        yield BadRow(part.file, part.first, part.records[0].decode())  # pyright: ignore[reportAttributeAccessIssue]
+        yield BadRow(part.file, part.first, part.records[0].decode())
         return
     for line, record in enumerate(_records(part), part.first):
-        if part.kind in ("lines", "json") and (not record or record.isspace()):
+        if part.kind == "json" and (not record or record.isspace()):
             continue
         try:
-            if part.kind in ("lines", "json"):
+            if part.kind == "json":
                 text, found_id = _text_and_id(record, text_field, id_field)
             elif part.kind == "text":
                 text, found_id = record.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), None
@@ -165,13 +165,11 @@ def _type_name(value: Any) -> str:
 
 def _records(part: Part) -> Iterable[Any]:
     """The raw records; of a table (text, id) of its rows."""
-    records: Any = part.records
-    if part.kind == "lines":
-        return records.split(b"\n")
     if part.kind != "table":
-        return records
-    texts = _values(records.column("text"))
-    ids = _values(records.column("id")) if "id" in records.schema.names else [None] * len(texts)
+        return part.records
+    table: Any = part.records
+    texts = _values(table.column("text"))
+    ids = _values(table.column("id")) if "id" in table.schema.names else [None] * len(texts)
     return zip(texts, ids, strict=True)
 
 
