@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,16 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_a_hub_that_keeps_silent_is_not_waited_for(hub_cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_files, "HUB_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ValueError, match=r"embed.encoder: me/tiny: not found \(.*timed out"):
+            encoder_files.fetch("me/tiny")
+        snapshot = put(hub_cache, folder)
+        assert encoder_files.fetch("me/tiny") == snapshot
 
 
 def put(cache: Path, folder: Path) -> Path:

@@ -38,17 +38,20 @@ def fetch(name: str) -> Path:
     """
     folder = reach.cached(name)
     if not Path(name).is_dir() and (folder is None or lacks(folder) or not (folder / "modules.json").exists()):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
 
         log.info("%s is not all downloaded, asking the hub", name)
         patterns = [pattern for file in FILES for pattern in (file, f"*/{file}")]
         try:
+            HfApi().model_info(name, timeout=HUB_S)  # the download would wait for ever for a hub that keeps silent
             folder = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_S))
         except Exception as error:  # of the name, the network, the hub
-            raise ValueError(
-                f"embed.encoder: {name}: not found ({_sentence(error)}). Expected a folder, or an encoder of the hub. "
-                f"Check the name; if it is right, run hf download {name} where there is a network."
-            ) from error
+            if folder is None:
+                raise ValueError(
+                    f"embed.encoder: {name}: not found ({_sentence(error)}). Expected a folder, or an encoder of the hub. "
+                    f"Check the name; if it is right, run hf download {name} where there is a network."
+                ) from error
+            log.warning("%s: no answer (%s), so what is downloaded has to do", name, _sentence(error))
     assert folder is not None
     if missing := lacks(folder):
         raise ValueError(
