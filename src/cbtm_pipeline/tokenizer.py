@@ -112,6 +112,7 @@ class Encoder:
             self._n_bytes = 0
             if _memory() - self._memory > _CACHE_BYTES:
                 del self._fast
+                self._memory = _memory()
                 self._fast = load_hf_json(self._fast_json)
         return self._fast.encode(text)
 
