@@ -226,6 +226,15 @@ def test_a_decoder_needs_its_sentence_transformers_files(tmp_path: Path) -> None
     np.testing.assert_allclose(encoder.embed(found, TEXTS[:3]), expected, atol=1e-5)
 
 
+def test_weights_that_nothing_uses_may_be_missing(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    expected = encoder.embed(encoder_files.load(str(folder), 1), TEXTS)
+    kept = {key: value for key, value in weights.items() if not key.startswith("pooler.")}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    assert np.array_equal(encoder.embed(encoder_files.load(str(folder), 1), TEXTS), expected)
+
+
 def test_identity_is_that_of_the_files_that_matter(plain: Path, folder: Path) -> None:
     identity = encoder_files.load(str(plain), 1).identity
     (folder / "README.md").write_text("words")
