@@ -470,6 +470,25 @@ def test_killed_run_starts_again(tmp_path: Path, tokenizer_json: Path) -> None:
     assert again.manifest == fresh.manifest
 
 
+def test_workers_end_with_a_killed_run(tmp_path: Path, tokenizer_json: Path) -> None:
+    import psutil
+
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(4000))
+    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096})
+    run = made_texts.start("shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json", "--workers", 2)
+    while not list((tmp_path / "s").glob("train-0000*.arrow")):
+        assert run.poll() is None
+        time.sleep(0.005)
+    workers = psutil.Process(run.pid).children()
+    assert len(workers) >= 2
+    run.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    run.communicate()
+    assert not alive
+
+
 def test_killed_worker_is_one_line(tmp_path: Path, tokenizer_json: Path) -> None:
     import psutil
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -150,6 +151,15 @@ def _workers(n_workers: int) -> Iterator[InOrder]:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed run must leave no worker that waits for ever, or writes among the shards of the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _without_duplicates(setup: Setup, shards: list[Entry], in_order: InOrder, quarantine: Quarantine) -> list[Entry]:
