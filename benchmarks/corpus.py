@@ -19,13 +19,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import recipe
 import tokenizers
-import yaml
-from memory import MB, ROOT, Peak, measure
+from growth import MB, ROOT, configured, rules
 
 from cbtm_pipeline import corpus_blocks, corpus_files, corpus_rows, tokens
 
@@ -46,27 +44,6 @@ def plain_copies(patterns: list[str], folder: Path, n_files: int, demo: Path) ->
     for file in files:
         file.close()
     return paths, total
-
-
-def ours(folder: Path, content: dict[str, Any], n_workers: int) -> dict[str, Peak]:
-    """Run our rules; seconds and memory of each."""
-    config = folder / "config.json"
-    config.write_text(json.dumps(content))
-    tokenizer, shards = folder / "tokenizer/tokenizer.json", folder / "shards/manifest.json"
-    vectors, clusterer = folder / "embed/manifest.json", folder / "cluster/clusterer.npz"
-    both = ("--shards", shards, "--vectors", vectors)
-    rules = {
-        "tokenizer": ("--out", tokenizer),
-        "shard": ("--tokenizer", tokenizer, "--workers", n_workers, "--out", shards),
-        "embed": ("--shards", shards, "--out", vectors),
-        "fit_kmeans": (*both, "--tokenizer", tokenizer, "--out", clusterer),
-        "assign": (*both, "--clusterer", clusterer, "--threads", n_workers, "--out", folder / "assignments/manifest.json"),
-    }
-    peaks = {}
-    for rule, arguments in rules.items():
-        log = folder / f"{rule}.log"
-        peaks[rule] = measure(rule, "--config", config, "--log", log, *arguments)
-    return peaks
 
 
 def fitting_seconds(log: Path) -> float:
@@ -125,10 +102,7 @@ def main() -> None:
     p.add_argument("--no-recipe", action="store_true", help="ours alone")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.workers)
-    content = yaml.safe_load((ROOT / "config.yaml").read_text("utf-8"))
-    content["cluster"] |= {"k": args.k}
-    content["tokenizer"] |= {"pretrained": args.tokenizer and str(Path(args.tokenizer).absolute()), "vocab_size": 16384}
-    content["corpus"] |= {"eval_fraction": 0.02}
+    content = configured(args.k, args.tokenizer)
     if args.fit_documents:
         content["embed"] |= {"fit_documents": args.fit_documents}
 
@@ -141,7 +115,7 @@ def main() -> None:
         def say(who: str, what: str, seconds: float, note: str = "") -> None:
             print(f"{who:>7} {what:<28} {seconds:8.2f} s {n_bytes / MB / seconds:8.1f} MB/s  {note}", flush=True)
 
-        peaks = ours(folder, content, args.workers)
+        peaks = dict(rules(folder, content, args.workers))
         fitting = fitting_seconds(folder / "embed.log")
         for rule in ("shard", "embed", "fit_kmeans", "assign"):
             note = f"peak {peaks[rule].total / MB:.0f} MB" + (f", of which fitting about {fitting:.0f} s" if rule == "embed" else "")

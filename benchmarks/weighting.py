@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import recipe
-from memory import ROOT
+from growth import ROOT
 from scipy import sparse
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
