@@ -92,7 +92,8 @@ def test_any_number_of_documents_and_clusters(tmp_path: Path, k: int) -> None:
             made_corpus.run_route(tmp_path, config)
         except ValueError as error:
             assert "\n" not in str(error) and str(error).count(". ") >= 2, error
-            assert "cluster.k" in str(error) and n < k, error
+            # the terms that two documents share say only whether they occur, which tells the two not apart
+            assert "cluster.k" in str(error) and (n < k or n == 2), error
         else:
             assert n >= k
             manifest = check_grouping(tmp_path, "assignments")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy import sparse
 
 from cbtm_pipeline import artifact, cli, config, corpus, embed, kmeans, tfidf
@@ -87,6 +88,7 @@ def fit(sample: Sample, how: dict[str, Any]) -> kmeans.Clustering:
         rng_seed=how["rng_seed"],
         n_init=how["n_init"],
         max_iterations=how["max_iterations"],
+        device="cuda" if torch.cuda.is_available() else "cpu",
         progress=lambda run, iteration, inertia, balance: progress.add(
             1, f"run {run}, iteration {iteration}: inertia {inertia:.4f}, largest load over mean {balance:.3f}"
         ),

@@ -10,14 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
+import torch
 
-from cbtm_pipeline import transport
+from cbtm_pipeline import distances, prices, transport
+from cbtm_pipeline.distances import squared_distances
 
-CACHED_ROWS = 2048  # rows whose distances stay in the processor's cache
+CHUNK_ROWS = 16384  # of a pass in float64
+PASS_ROWS = 1 << 18  # of a pass in float32
+DISTANCES = 1 << 23  # that are held at once
+EXACT_ROWS = 8192  # with more, the clusters are exactly even only in the end
 LARGEST = 1e15  # squares of larger components come close to the end of float32
 SMALLEST, SAME = 1e-30, 1e-13  # squared distances below the one, or below the other times the squared norm, are rounding
-SAMPLE_ROWS, SAMPLE_PER_CLUSTER = 16384, 128  # whichever is more documents is enough to find good seeds
+SAMPLE_ROWS, SAMPLE_PER_CLUSTER = 8192, 128  # whichever is more documents is enough to find good seeds
 TOLERANCE = 1e-4  # relative gain in inertia below which one more iteration is not worth its time
 
 
@@ -51,15 +55,17 @@ def fit(
     rng_seed: int,
     n_init: int,
     max_iterations: int,
+    device: str = "cpu",
     progress: Callable[[int, int, float, float], None] | None = None,
 ) -> Clustering:
     """The best of `n_init` runs of Lloyd's k-means from k-means++ seeds; equal loads if `balanced`, else the nearest centre.
 
     `weights_N` (positive; None: ones) weigh the documents in the loads, the centres and the inertia. A document, or a set of
     identical ones, heavier than a fair share counts as one fair share while fitting: it fills a cluster, the rest is shared evenly.
-    Many documents are clustered first in a sample, whose centres are the seeds; `n_iterations` counts the passes over all, and
-    `progress(run, iteration, inertia, balance)` is called after each of them. The best run is the one with the least inertia among
-    those about as even as the evenest. No cluster is empty.
+    Many documents are clustered first in a sample; the best run goes on in samples four times as large each, and at last in all. The best
+    run is the one with the least inertia among those about as even as the evenest. `n_iterations` counts the last passes, those over all,
+    and `progress(run, iteration, inertia, balance)` is called after each. Vectors too many for their distances to be held (DISTANCES) are
+    copied to `device`, a name as torch knows it. No cluster is empty.
     Raises ValueError if k is not in 1 ... number of distinct vectors, for vectors that are not finite and for weights that are not
     positive.
     """
@@ -67,30 +73,37 @@ def fit(
     x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
     weights_N = np.ones(len(x_ND)) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
     _check(x_ND, k, weights_N)
-    # Prices cannot separate identical vectors, so these are one heavier document. Adding 0 makes -0 the same as 0.
-    bytes_N = (x_ND + np.float32(0)).view(np.dtype((np.void, x_ND.itemsize * x_ND.shape[1]))).ravel()
-    _, first_U, copy_N = np.unique(bytes_N, return_index=True, return_inverse=True)
-    x_UD, mass_U = x_ND[first_U], _at_most_a_share(np.bincount(copy_N, weights_N), k)
-    stride = max(1, len(x_UD) // max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * k))
-    sample_SD, mass_S = x_UD[::stride], _at_most_a_share(mass_U[::stride], k)
+    first_U, copy_N = _distinct(x_ND)
+    mass_U = _at_most_a_share(np.bincount(copy_N, weights_N), k)
+    levels = [1]  # every so manieth document is a sample
+    while len(first_U) > 4 * levels[0] * max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * k):
+        levels.insert(0, 4 * levels[0])
 
-    runs = []
-    for run in range(n_init):
+    def run(number: int, level: int, centres_KD: np.ndarray, prices_K: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        x_SD, mass_S = x_ND[first_U[::level]], _at_most_a_share(mass_U[::level], k)
 
-        def report(iteration: int, inertia: float, balance: float, run: int = run) -> None:
+        def report(iteration: int, inertia: float, balance: float) -> None:
             if progress is not None:
-                progress(run, iteration, inertia, balance)
+                progress(number, iteration, inertia, balance)
 
-        centres_KD, prices_K = _plus_plus(sample_SD, mass_S, k, np.random.default_rng([rng_seed, run])), np.zeros(k)
-        if stride > 1:
-            centres_KD, prices_K, _ = _lloyd(sample_SD, mass_S, centres_KD, prices_K, balanced, max_iterations)
-        centres_KD, prices_K, n_iterations = _lloyd(x_UD, mass_U, centres_KD, prices_K, balanced, max_iterations, report)
-        runs.append(_certify(x_ND, weights_N, centres_KD, prices_K, n_iterations))
-    even_enough = 1.01 * min(run.balance for run in runs) if balanced else np.inf
-    return min((run for run in runs if run.balance <= even_enough), key=lambda run: run.inertia)
+        if not balanced or x_SD.shape[0] * k <= DISTANCES:
+            return _lloyd(x_SD, mass_S, centres_KD, prices_K, balanced, max_iterations, report)
+        return _lloyd_in_passes(torch.from_numpy(x_SD).to(device), mass_S, centres_KD, prices_K, max_iterations, report)
+
+    x_SD, mass_S = x_ND[first_U[:: levels[0]]], _at_most_a_share(mass_U[:: levels[0]], k)
+    runs = []
+    for number in range(n_init):
+        seeds_KD = _plus_plus(x_SD, mass_S, k, np.random.default_rng([rng_seed, number]))
+        found = run(number, levels[0], seeds_KD, np.zeros(k))
+        runs.append((number, found, _certify(x_SD, mass_S, *found)))
+    even_enough = 1.01 * min(certified.balance for *_, certified in runs) if balanced else np.inf
+    number, found, _ = min((r for r in runs if r[-1].balance <= even_enough), key=lambda r: r[-1].inertia)
+    for level in levels[1:]:
+        found = run(number, level, *found[:2])
+    return _certify(x_ND, weights_N, *found)
 
 
-def assign(x_ND: np.ndarray, centres_KD: np.ndarray, prices_K: np.ndarray, chunk_rows: int = 16384) -> tuple[np.ndarray, np.ndarray]:
+def assign(x_ND: np.ndarray, centres_KD: np.ndarray, prices_K: np.ndarray, chunk_rows: int = CHUNK_ROWS) -> tuple[np.ndarray, np.ndarray]:
     """Cluster (int32) and squared distance to its centre (float32) of each document: argmin_j d2_ij + p_j, lowest j on ties.
 
     Needs memory for `chunk_rows` x K numbers. Raises ValueError for vectors that are not finite.
@@ -106,31 +119,14 @@ def assign(x_ND: np.ndarray, centres_KD: np.ndarray, prices_K: np.ndarray, chunk
     return labels_N, d2_N
 
 
-def squared_distances(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances d2_NK, float32, never negative.
-
-    Sums are float64, so that the rounded result hardly ever depends on chunk sizes and the number of threads.
-    """
-    centres_KD = centres_KD.astype(np.float64)
-    norms_K = np.einsum("kd,kd->k", centres_KD, centres_KD)
-    d2_NK = np.empty((len(x_ND), len(centres_KD)), dtype=np.float32)
-    for start in range(0, len(x_ND), CACHED_ROWS):
-        rows = slice(start, start + CACHED_ROWS)
-        x_RD = x_ND[rows].astype(np.float64)
-        d2_RK = x_RD @ (-2 * centres_KD.T)
-        d2_RK += norms_K
-        d2_RK += np.einsum("rd,rd->r", x_RD, x_RD)[:, None]
-        d2_NK[rows] = np.maximum(d2_RK, 0, out=d2_RK)
-    return d2_NK
-
-
 def _check(x_ND: np.ndarray, k: int, weights_N: np.ndarray) -> None:
     assert x_ND.ndim == 2 and weights_N.shape == x_ND.shape[:1]
     if k < 1:
         raise ValueError(f"cluster.k: {k}. Expected at least 1. Raise cluster.k.")
     if k > len(x_ND):
         raise ValueError(f"cluster.k: {k}. Expected at most {len(x_ND)}, the number of documents. Lower cluster.k or add documents.")
-    _check_vectors(x_ND, 0)
+    for start in range(0, len(x_ND), CHUNK_ROWS):
+        _check_vectors(x_ND[start : start + CHUNK_ROWS], start)
     good_N = (weights_N > 0) & (weights_N < np.inf)
     if not good_N.all():
         row = good_N.argmin()
@@ -142,6 +138,21 @@ def _check_vectors(x_ND: np.ndarray, start: int) -> None:
     if not good_N.all():
         row = start + good_N.argmin()
         raise ValueError(f"vectors: row {row} is not finite, or beyond {LARGEST:g}. Expected numbers. Embed the documents again.")
+
+
+def _distinct(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One row of each distinct vector, and for each row the number of its vector. Prices cannot separate identical vectors.
+
+    They are known by a hash of 64 bits, whose order is as good as random, and the same for any order of the rows. Where two different
+    vectors had the same hash, one of them would only lend its weight to the other while fitting.
+    """
+    factors_2D = np.random.default_rng(0).integers(1 << 63, size=(2, x_ND.shape[1]), dtype=np.uint64) * 2 + 1
+    hash_N = np.empty(len(x_ND), np.uint64)
+    for start in range(0, len(x_ND), CHUNK_ROWS):
+        words_RD = (x_ND[start : start + CHUNK_ROWS] + np.float32(0)).view(np.uint32) * factors_2D[0]  # adding 0 makes -0 the same as 0
+        hash_N[start : start + CHUNK_ROWS] = ((words_RD ^ words_RD >> np.uint64(29)) * factors_2D[1]).sum(axis=1)
+    _, first_U, copy_N = np.unique(hash_N, return_index=True, return_inverse=True)
+    return first_U, copy_N
 
 
 def _at_most_a_share(mass_N: np.ndarray, k: int) -> np.ndarray:
@@ -170,32 +181,63 @@ def _plus_plus(x_ND: np.ndarray, mass_N: np.ndarray, k: int, rng: np.random.Gene
     return x_ND[chosen]
 
 
-def _lloyd(x_ND, mass_N, centres_KD, prices_K, balanced, max_iterations, report=None):
+def _lloyd(x_ND, mass_N, centres_KD, prices_K, balanced, max_iterations, report):
     """Centres, prices and the number of iterations. The last assignment is made with the returned centres, which are not moved again."""
     k = len(centres_KD)
     previous = np.inf
     for iteration in range(1, max_iterations + 1):
         if balanced:
             d2_NK = squared_distances(x_ND, centres_KD)
-            labels_N, prices_K = transport.balance(d2_NK, mass_N, prices_K)
+            labels_N, prices_K = transport.balance(d2_NK, mass_N, prices_K, exact=len(x_ND) <= EXACT_ROWS)
             d2_N = d2_NK[np.arange(len(x_ND)), labels_N]
         else:
             centres_KD, prices_K, labels_N, d2_N = _occupy(x_ND, mass_N, centres_KD, prices_K)
         inertia = float(mass_N @ d2_N / mass_N.sum())
         loads_K = np.bincount(labels_N, mass_N, k)
-        if report is not None:
-            report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
+        report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
         if previous - inertia <= TOLERANCE * inertia or iteration == max_iterations:
             break
         previous = inertia
-        sums_KD = np.zeros(centres_KD.shape)
-        for start in range(0, len(x_ND), CACHED_ROWS):
-            rows = slice(start, start + CACHED_ROWS)
-            n = len(x_ND[rows])
-            sums_KD += sparse.csr_array((mass_N[rows], (labels_N[rows], np.arange(n))), shape=(k, n)) @ x_ND[rows]
-        centres_KD = (sums_KD / loads_K[:, None]).astype(np.float32)
+        centres_KD = _means(distances.sums(torch.from_numpy(x_ND), mass_N, labels_N, k), loads_K, centres_KD)
+    if balanced and len(x_ND) > EXACT_ROWS:
+        _, prices_K = transport.balance(d2_NK, mass_N, prices_K)
     centres_KD, prices_K, _, _ = _occupy(x_ND, mass_N, centres_KD, prices_K)
     return centres_KD, prices_K, iteration
+
+
+def _lloyd_in_passes(x_ND, mass_N, centres_KD, prices_K, max_iterations, report):
+    """The same for documents whose distances memory does not hold: prices of a sample while the centres move, of all in the end.
+
+    An iteration is one pass. It ends where moves of the centres gain next to nothing, which is exact for the clusters as they are; the
+    inertia itself also follows their loads, which differ by what is left to chance in the sample.
+    """
+    k = len(centres_KD)
+    every = -(-len(x_ND) * k // DISTANCES)
+    sample_SD, mass_S = x_ND[::every].cpu().numpy().copy(), _at_most_a_share(mass_N[::every], k)
+    for iteration in range(1, max_iterations + 1):
+        _, prices_K = transport.balance(squared_distances(sample_SD, centres_KD), mass_S, prices_K, exact=False)
+        first_N, _, _, d2_N = distances.two_nearest(x_ND, centres_KD, prices_K)
+        inertia, loads_K = float(mass_N @ d2_N / mass_N.sum()), np.bincount(first_N, mass_N, k)
+        report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
+        moved_KD = _means(distances.sums(x_ND, mass_N, first_N, k), loads_K, centres_KD)
+        gain = loads_K @ np.square(moved_KD.astype(np.float64) - centres_KD).sum(axis=1) / loads_K.sum()
+        if gain <= TOLERANCE * inertia or iteration == max_iterations:
+            break
+        centres_KD = moved_KD
+
+    def chunks():
+        for start in range(0, len(x_ND), PASS_ROWS):
+            yield x_ND[start : start + PASS_ROWS], mass_N[start : start + PASS_ROWS]
+
+    prices_K, _ = prices.refine(chunks, centres_KD, prices_K)
+    centres_KD, prices_K, _, _ = _occupy(x_ND.cpu().numpy(), mass_N, centres_KD, prices_K)
+    return centres_KD, prices_K, iteration
+
+
+def _means(sums_KD: np.ndarray, loads_K: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
+    """The clusters' new centres (float32); an empty one stays where it was."""
+    means_KD = sums_KD / np.where(loads_K > 0, loads_K, 1)[:, None]
+    return np.where(loads_K[:, None] > 0, means_KD, centres_KD).astype(np.float32)
 
 
 def _occupy(x_ND, mass_N, centres_KD, prices_K):

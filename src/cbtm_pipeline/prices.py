@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from cbtm_pipeline import kmeans, transport
+from cbtm_pipeline import distances, transport
 
 GOAL = 1.01  # largest load over mean that needs no more steps
 MAX_PASSES = 16
@@ -20,7 +21,7 @@ REACH = 4.0  # border widths that a price may move in the first step: what lies 
 NEAR = 0.05  # least share of the documents, those nearest to a border, that say how fast loads follow prices
 SETTLED_DISTANCES = 1 << 21  # held at once where Newton steps get stuck
 
-Chunk = tuple[np.ndarray, np.ndarray]
+Chunk = tuple[np.ndarray | torch.Tensor, np.ndarray]  # vectors (float32) and weights
 
 
 class Survey(NamedTuple):
@@ -68,8 +69,9 @@ def _settled_on_sample(read_chunks: Callable[[], Iterable[Chunk]], centres_KD: n
     """Prices that balance every n-th document exactly: where documents lie in clumps, loads jump, and no derivative says by how much."""
     n_documents = sum(len(weights_R) for _, weights_R in read_chunks())
     every = -(-n_documents * len(prices_K) // SETTLED_DISTANCES)
-    x_RD, weights_R = (np.concatenate(part) for part in zip(*((x[::every], w[::every]) for x, w in read_chunks()), strict=True))
-    return transport.balance(kmeans.squared_distances(x_RD, centres_KD), weights_R.astype(np.float64), prices_K)[1]
+    some = [(_tensor(x_RD[::every]).cpu().numpy(), weights_R[::every]) for x_RD, weights_R in read_chunks()]
+    x_RD, weights_R = (np.concatenate(part) for part in zip(*some, strict=True))
+    return transport.balance(distances.squared_distances(x_RD, centres_KD), weights_R.astype(np.float64), prices_K)[1]
 
 
 def _newton_step(at: Survey, longest: float) -> np.ndarray:
@@ -87,18 +89,17 @@ def survey(chunks: Iterable[Chunk], centres_KD: np.ndarray, prices_K: np.ndarray
     k = len(prices_K)
     loads_K, border_KK, dual, width = np.zeros(k), np.zeros((k, k)), 0.0, None
     for x_RD, weights_R in chunks:
-        cost_RK = kmeans.squared_distances(x_RD, centres_KD) + (prices_K - prices_K.mean())
-        every = np.arange(len(cost_RK))
-        first_R = cost_RK.argmin(axis=1)
-        lowest_R = cost_RK[every, first_R]
+        first_R, second_R, margin_R, d2_R = distances.two_nearest(_tensor(x_RD), centres_KD, prices_K)
         loads_K += np.bincount(first_R, weights_R, k)
-        dual += float(weights_R @ lowest_R)
+        dual += float(weights_R @ (d2_R + (prices_K - prices_K.mean())[first_R]))
         if k > 1:
-            cost_RK[every, first_R] = np.inf
-            second_R = cost_RK.argmin(axis=1)
-            margin_R = cost_RK[every, second_R] - lowest_R
             width = max(float(np.quantile(margin_R, near)), 1e-12) if width is None else width
             near_R = margin_R <= width
-            pairs = first_R[near_R] * k + second_R[near_R]
+            pairs = first_R[near_R].astype(np.int64) * k + second_R[near_R]
             border_KK += np.bincount(pairs, weights_R[near_R], k * k).reshape(k, k) / (2 * width)
     return Survey(loads_K, border_KK + border_KK.T, width or 0.0, dual)
+
+
+def _tensor(x_RD: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Vectors where they are; those of a mapped file, which may not be written, are copied."""
+    return x_RD if isinstance(x_RD, torch.Tensor) else torch.from_numpy(x_RD.copy())

@@ -19,16 +19,19 @@ NEWTON_GOAL = 2e-3  # share of the mass in the wrong cluster that is left to the
 NEWTON_STUCK = 2e-2  # above this share, prices found for a quarter of the documents are a better start
 
 
-def balance(d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def balance(d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray, exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Labels and prices (mean zero) of the balanced assignment; `prices_K` is a first guess.
 
-    With equal masses the loads differ by at most one document. No cluster is empty if no mass is above the mean load.
+    With equal masses the loads differ by at most one document; unless `exact`, up to NEWTON_GOAL of the mass may be in the wrong
+    cluster, and up to NEWTON_STUCK where documents lie in clumps. No cluster is empty if `exact` and no mass is above the mean load.
     The labels are argmin_j d2_ij + p_j, except where documents tie exactly: then the prices cannot tell them apart.
     """
     labels_N, prices_K, wrong = _newton(d2_NK, mass_N, prices_K)
     if wrong > NEWTON_STUCK and len(d2_NK) > 32 * len(prices_K):
         _, prices_K = balance(np.ascontiguousarray(d2_NK[::4]), mass_N[::4], prices_K)
-        labels_N, prices_K, _ = _newton(d2_NK, mass_N, prices_K)
+        labels_N, prices_K, wrong = _newton(d2_NK, mass_N, prices_K)
+    if not exact and wrong <= NEWTON_STUCK:
+        return labels_N, prices_K - prices_K.mean()
     return _even_out(d2_NK, mass_N, labels_N, prices_K)
 
 
