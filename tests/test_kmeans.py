@@ -279,7 +279,7 @@ def test_an_even_run_is_better_than_a_tight_one():
 
     found = kmeans.fit(x_ND, 4, weights_N=weights_N, rng_seed=0, n_init=5, max_iterations=30, progress=tell)
     assert found.balance == pytest.approx(min(balance for _, balance in last_of_run.values()))
-    assert found.inertia > 1.01 * min(inertia for inertia, _ in last_of_run.values())
+    assert found.inertia > 1.001 * min(inertia for inertia, _ in last_of_run.values())
 
 
 def test_iterations_are_limited():
@@ -332,5 +332,5 @@ def test_empty_clusters_are_moved_to_documents(prices_K):
 def test_centres_that_coincide_end_in_two_clusters():
     """All documents tie between these two clusters at first, so no prices can separate them."""
     x_ND = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=np.float32)
-    centres_KD, prices_K, _ = kmeans._lloyd(x_ND, np.ones(4), np.zeros((2, 2), np.float32), np.zeros(2), True, 9)
+    centres_KD, prices_K, _ = kmeans._lloyd(x_ND, np.ones(4), np.zeros((2, 2), np.float32), np.zeros(2), True, 9, lambda *_: None)
     assert np.bincount(kmeans.assign(x_ND, centres_KD, prices_K)[0], minlength=2).all()
