@@ -23,6 +23,7 @@ LARGEST = 1e15  # squares of larger components come close to the end of float32
 SMALLEST, SAME = 1e-30, 1e-13  # squared distances below the one, or below the other times the squared norm, are rounding
 SAMPLE_ROWS, SAMPLE_PER_CLUSTER = 8192, 128  # whichever is more documents is enough to find good seeds
 TOLERANCE = 1e-4  # relative gain in inertia below which one more iteration is not worth its time
+ROUGH = 1e-3  # the same for a sample: chance in it is larger, and more documents are to come
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def fit(
     first_U, copy_N = _distinct(x_ND)
     mass_U = _at_most_a_share(np.bincount(copy_N, weights_N), k)
     levels = [1]  # every so manieth document is a sample
-    while len(first_U) > 4 * levels[0] * max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * k):
+    while len(first_U) > 2 * levels[0] * max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * k):
         levels.insert(0, 4 * levels[0])
 
     def run(number: int, level: int, centres_KD: np.ndarray, prices_K: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -87,7 +88,7 @@ def fit(
                 progress(number, iteration, inertia, balance)
 
         if not balanced or x_SD.shape[0] * k <= DISTANCES:
-            return _lloyd(x_SD, mass_S, centres_KD, prices_K, balanced, max_iterations, report)
+            return _lloyd(x_SD, mass_S, centres_KD, prices_K, balanced, max_iterations, report, TOLERANCE if level == 1 else ROUGH)
         return _lloyd_in_passes(torch.from_numpy(x_SD).to(device), mass_S, centres_KD, prices_K, max_iterations, report)
 
     x_SD, mass_S = x_ND[first_U[:: levels[0]]], _at_most_a_share(mass_U[:: levels[0]], k)
@@ -181,7 +182,7 @@ def _plus_plus(x_ND: np.ndarray, mass_N: np.ndarray, k: int, rng: np.random.Gene
     return x_ND[chosen]
 
 
-def _lloyd(x_ND, mass_N, centres_KD, prices_K, balanced, max_iterations, report):
+def _lloyd(x_ND, mass_N, centres_KD, prices_K, balanced, max_iterations, report, tolerance=TOLERANCE):
     """Centres, prices and the number of iterations. The last assignment is made with the returned centres, which are not moved again."""
     k = len(centres_KD)
     previous = np.inf
@@ -195,7 +196,7 @@ def _lloyd(x_ND, mass_N, centres_KD, prices_K, balanced, max_iterations, report)
         inertia = float(mass_N @ d2_N / mass_N.sum())
         loads_K = np.bincount(labels_N, mass_N, k)
         report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
-        if previous - inertia <= TOLERANCE * inertia or iteration == max_iterations:
+        if previous - inertia <= tolerance * inertia or iteration == max_iterations:
             break
         previous = inertia
         centres_KD = _means(distances.sums(torch.from_numpy(x_ND), mass_N, labels_N, k), loads_K, centres_KD)

@@ -1,0 +1,173 @@
+"""Balanced k-means: ours, the published C-BTM algorithm, exact min-cost flow and faiss, on the same vectors in one run.
+
+    pip install -e '.[bench]'
+    python benchmarks/kmeans.py                      # the comparison, then growth with N and k
+    python benchmarks/kmeans.py --vectors x.npy --sizes 8000x16
+
+* published: the algorithm of github.com/kernelmachine/balanced-kmeans, written anew: 20 Lloyd iterations from random documents, each with
+  an assignment of equal size by an auction in which clusters bid for documents; its distances are a product of matrices here, which saves
+  it an array of N k D numbers. Afterwards the corpus goes greedily to the nearest centre.
+* exact: k-means-constrained, min-cost flow, as many restarts as ours (4; `ours once` has one, like `published`).
+* faiss: not balanced; a floor for the time.
+
+Vectors: unit length, 200 topics of sizes 1, 1/2, 1/3 ... with a spectrum that falls like that of tf-idf + SVD. Each row is a process of its
+own; `fresh` is the largest load over the mean for as many other documents of the same kind, assigned as rule assign does it: ours mends the
+prices on them, the others go to the nearest centre.
+
+Cost model: one pass over the vectors is 2 N k D operations in float32 and reads 4 N D bytes; ours holds the vectors twice and at most
+2^23 distances.
+"""
+
+import argparse
+import importlib
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+N_INIT = 4
+SIZES = ("8000x16", "40000x64")
+GROWTH = ("62500x128", "250000x128", "1000000x128", "250000x32", "250000x512")
+D = 100
+
+
+def mixture(n: int, rng_seed: int) -> np.ndarray:
+    """n vectors of length one; the topics are always the same, the seed draws the documents."""
+    spectrum = (np.arange(1, D + 1) ** -0.4).astype(np.float32)
+    topics = np.random.default_rng(0).standard_normal((200, D), dtype=np.float32) * spectrum
+    topics /= np.linalg.norm(topics, axis=1, keepdims=True)
+    share = 1 / np.arange(1, len(topics) + 1)
+    rng = np.random.default_rng([1, rng_seed])
+    x = np.empty((n, D), np.float32)
+    for start in range(0, n, 1 << 16):
+        m = min(1 << 16, n - start)
+        noise = rng.standard_normal((m, D), dtype=np.float32) * spectrum
+        noise *= (0.6 * rng.lognormal(0, 0.3, m).astype(np.float32) / np.linalg.norm(spectrum))[:, None]
+        rows = topics[rng.choice(len(topics), m, p=share / share.sum())] + noise
+        x[start : start + m] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return x
+
+
+def auction(score_NK: np.ndarray, eps: float) -> np.ndarray:
+    """Labels of equal clusters: each cluster bids for the N / k documents that are worth most to it, each what it gains over the next best
+    one and eps more; the highest bid wins and becomes the document's price. It ends when every document has a bidder."""
+    import torch
+
+    worth_KN = torch.from_numpy(np.ascontiguousarray(score_NK.T))
+    k, n = worth_KN.shape
+    price_N, value_KN, won = torch.zeros(n), worth_KN.clone(), None
+    for n_rounds in range(1_000_000):
+        top, which = value_KN.topk(n // k + 1, dim=1)
+        bids_KN = torch.zeros(k, n).scatter_(1, which[:, :-1], top[:, :-1] - top[:, -1:] + eps)
+        if won is not None and n_rounds < 100:
+            bids_KN.view(-1)[won] = eps  # who won keeps the document unless somebody else wants it
+        if n_rounds > 1000:
+            bids_KN[:, (bids_KN == 0).all(dim=0)] = eps
+        highest_N, bidder_N = bids_KN.max(dim=0)
+        bid_for = (highest_N > 0).nonzero()[:, 0]
+        if len(bid_for) == n:
+            return bidder_N.numpy()
+        price_N[bid_for] += highest_N[bid_for]
+        value_KN = worth_KN - price_N
+        won = bidder_N[bid_for] * n + bid_for
+        value_KN.view(-1)[won] = worth_KN.view(-1)[won]
+    raise AssertionError("the auction does not end")
+
+
+def published(x_ND: np.ndarray, k: int, rng_seed: int) -> tuple[float, float, np.ndarray]:
+    """Inertia and largest load of its last assignment, and the centres."""
+    n = len(x_ND) // k * k  # it takes no others
+    x_ND = x_ND[:n]
+    centres_KD = x_ND[np.random.default_rng(rng_seed).choice(n, k, replace=False)].copy()
+    labels_N = np.zeros(n, int)
+    for _ in range(20):
+        d2_NK = squared(x_ND, centres_KD)
+        labels_N = auction(-d2_NK, max(float(d2_NK.max() - d2_NK.min()) / 50, 1e-4))
+        before = centres_KD.copy()
+        for j in range(k):
+            centres_KD[j] = x_ND[labels_N == j].mean(axis=0)
+        if np.sqrt(np.square(centres_KD - before).sum(axis=1)).sum() ** 2 < 1e-3:
+            break
+    inertia = float(np.square(x_ND - centres_KD[labels_N]).sum(axis=1).mean())
+    return inertia, float(np.bincount(labels_N, minlength=k).max() * k / n), centres_KD
+
+
+def squared(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
+    """Squared distances, float32."""
+    return np.square(x_ND).sum(axis=1)[:, None] - 2 * x_ND @ centres_KD.T + np.square(centres_KD).sum(axis=1)
+
+
+def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int) -> str:
+    """Fit and say how it went."""
+    n = len(x_ND)
+    fit_in = {
+        "ours": "cbtm_pipeline.prices",
+        "ours once": "cbtm_pipeline.prices",
+        "published": "torch",
+        "exact": "k_means_constrained",
+        "faiss": "faiss",
+    }
+    importlib.import_module(fit_in[who])
+    began = time.perf_counter()
+    chunks = list(np.array_split(fresh_ND, 64))
+    prices_K = np.zeros(k)
+    if who.startswith("ours"):
+        from cbtm_pipeline import kmeans, prices
+
+        found = kmeans.fit(x_ND, k, rng_seed=0, n_init=1 if who == "ours once" else N_INIT, max_iterations=50)
+        inertia, load, centres_KD, prices_K = found.inertia, found.balance, found.centres_KD, found.prices_K
+    elif who == "published":
+        inertia, load, centres_KD = published(x_ND, k, 0)
+    elif who == "exact":
+        from k_means_constrained import KMeansConstrained
+
+        exact = KMeansConstrained(k, size_min=n // k, size_max=-(-n // k), n_init=N_INIT, max_iter=50, random_state=0).fit(x_ND)
+        centres_KD, labels_N = np.array(exact.cluster_centers_), np.array(exact.labels_)
+        inertia, load = float(np.square(x_ND - centres_KD[labels_N]).sum(axis=1).mean()), float(np.bincount(labels_N).max() * k / n)
+    else:
+        import faiss
+
+        faiss_kmeans = faiss.Kmeans(D, k, niter=20, nredo=N_INIT, seed=0, max_points_per_centroid=n)
+        faiss_kmeans.train(x_ND)
+        centres_KD = np.array(faiss_kmeans.centroids, np.float32)
+        d2_NK = squared(x_ND, centres_KD)
+        inertia, load = float(d2_NK.min(axis=1).mean()), float(np.bincount(d2_NK.argmin(axis=1)).max() * k / n)
+    seconds = time.perf_counter() - began
+    if who.startswith("ours"):
+        prices_K, _ = prices.refine(lambda: [(rows, np.ones(len(rows))) for rows in chunks], centres_KD, prices_K)
+    labels_N = np.concatenate([(squared(rows, centres_KD) + prices_K).argmin(axis=1) for rows in chunks])
+    fresh = float(np.bincount(labels_N, minlength=k).max() * k / len(fresh_ND))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    how = f"inertia {inertia:.5f}   largest load {load:.3f}   fresh {fresh:.3f}   peak {peak:.2f} GB"
+    return f"{n:8d} x {k:<4d} {who:<10} {seconds:8.2f} s   {how}"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--vectors", type=Path, help=".npy to use instead of the mixture; its second half is the fresh documents")
+    p.add_argument("--sizes", nargs="*", default=SIZES, help="NxK of the comparison")
+    p.add_argument("--growth", nargs="*", default=GROWTH, help="NxK that ours alone is measured on")
+    p.add_argument("--one", nargs=2, metavar=("WHO", "NxK"), help="measure one row in this process")
+    args = p.parse_args()
+    if args.one:
+        who, (n, k) = args.one[0], map(int, args.one[1].split("x"))
+        given = np.load(args.vectors, allow_pickle=False) if args.vectors else None
+        fitted, fresh = (mixture(n, 0), mixture(n, 1)) if given is None else (given[:n].copy(), given[-n:].copy())
+        print(measure(who, fitted, fresh, k), flush=True)
+        return
+    vectors = ("--vectors", str(args.vectors)) if args.vectors else ()
+    rows = [
+        (who, size)
+        for size in args.sizes
+        for who in ("ours", "published", "exact", "faiss")
+        if who != "exact" or int(size.split("x")[0]) < 20_000
+    ]
+    for who, size in [*rows, *(("ours", size) for size in args.growth)]:
+        subprocess.run([sys.executable, "-W", "ignore", __file__, *vectors, "--one", who, size], check=True)
+
+
+if __name__ == "__main__":
+    main()
