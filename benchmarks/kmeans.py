@@ -103,13 +103,7 @@ def squared(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
 def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int) -> str:
     """Fit and say how it went."""
     n = len(x_ND)
-    fit_in = {
-        "ours": "cbtm_pipeline.prices",
-        "ours once": "cbtm_pipeline.prices",
-        "published": "torch",
-        "exact": "k_means_constrained",
-        "faiss": "faiss",
-    }
+    load = {"published": "torch", "exact": "k_means_constrained", "faiss": "faiss"}.get(who, "cbtm_pipeline.prices")
     importlib.import_module(load)  # which is not timed
     began = time.perf_counter()
     chunks = list(np.array_split(fresh_ND, 64))
