@@ -19,7 +19,7 @@ GOAL = 1.01  # largest load over mean that needs no more steps
 MAX_PASSES = 16
 REACH = 4.0  # border widths that a price may move in the first step: what lies beyond the border has not been looked at
 NEAR = 0.05  # least share of the documents, those nearest to a border, that say how fast loads follow prices
-SETTLED_DISTANCES = 1 << 21  # held at once where Newton steps get stuck
+SETTLED_DISTANCES = 1 << 23  # held at once where Newton steps get stuck
 
 Chunk = tuple[np.ndarray | torch.Tensor, np.ndarray]  # vectors (float32) and weights
 
