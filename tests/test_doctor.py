@@ -185,7 +185,7 @@ def test_what_would_be_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (train.sbatch["time"], train.sbatch["gpus_per_node"]) == (60, "a100:1")
     assert not jobs["score_expert"].resumable
     groups = [{job.rule for job in group} for group in planned.alike(list(jobs.values()))]
-    assert {"assign", "assign_random", "eval_ensemble", "report"} in groups and {"embed", "fit_kmeans"} in groups
+    assert {"assign", "assign_random", "tokenizer"} in groups and {"embed", "fit_kmeans"} in groups
     with pytest.raises(ValueError, match=r"(?s)^profile: mine: snakemake says: .*no-such-option.* Mend the profile\.$"):
         Path("mine/config.yaml").write_text(yaml.safe_dump({**content, "no-such-option": 1}))
         planned.dry_run("mine", ["small.yaml"])
