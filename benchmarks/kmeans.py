@@ -104,7 +104,7 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int) -> str:
     """Fit and say how it went."""
     n = len(x_ND)
     load = {"published": "torch", "exact": "k_means_constrained", "faiss": "faiss"}.get(who, "cbtm_pipeline.prices")
-    importlib.import_module(load)  # which is not timed
+    module = importlib.import_module(load)  # which is not timed
     began = time.perf_counter()
     chunks = list(np.array_split(fresh_ND, 64))
     prices_K = np.zeros(k)
@@ -116,15 +116,11 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int) -> str:
     elif who == "published":
         inertia, load, centres_KD = published(x_ND, k, 0)
     elif who == "exact":
-        from k_means_constrained import KMeansConstrained
-
-        exact = KMeansConstrained(k, size_min=n // k, size_max=-(-n // k), n_init=N_INIT, max_iter=50, random_state=0).fit(x_ND)
+        exact = module.KMeansConstrained(k, size_min=n // k, size_max=-(-n // k), n_init=N_INIT, max_iter=50, random_state=0).fit(x_ND)
         centres_KD, labels_N = np.array(exact.cluster_centers_), np.array(exact.labels_)
         inertia, load = float(np.square(x_ND - centres_KD[labels_N]).sum(axis=1).mean()), float(np.bincount(labels_N).max() * k / n)
     else:
-        import faiss
-
-        faiss_kmeans = faiss.Kmeans(D, k, niter=20, nredo=N_INIT, seed=0, max_points_per_centroid=n)
+        faiss_kmeans = module.Kmeans(D, k, niter=20, nredo=N_INIT, seed=0, max_points_per_centroid=n)
         faiss_kmeans.train(x_ND)
         centres_KD = np.array(faiss_kmeans.centroids, np.float32)
         d2_NK = squared(x_ND, centres_KD)
