@@ -33,7 +33,7 @@ def make_config(
     """The default config for a tiny model: 10 steps of 4 sequences for each expert."""
     content = config.read(CONFIG).model_dump()
     content["cluster"]["k"] = k
-    content["model"] = {"pretrained": pretrained, "scratch": scratch}
+    content["model"] = {"pretrained": pretrained, "preset": None, "scratch": scratch}
     content["train"] |= {
         "seq_len": SEQ_LEN,
         "batch_size": 4 * k,
@@ -41,6 +41,7 @@ def make_config(
         "seed_batch_size": 4,
         "micro_batch_size": 4,
         "seed_share": 0.2,
+        "validations": 0,
     }
     content["train"] |= {"precision": "float32", "lr": 0.01, "final_lr_ratio": 0.1} | train
     content["eval"] |= {"stride": 16, "max_document_tokens": None}
@@ -97,6 +98,7 @@ def write_assignments(folder: Path, shards: dict[str, tokens.Documents], k: int,
         n_documents += [len(group) for group in groups]
         n_tokens += [group.n_tokens.sum() for group in groups]
     content = {"shards": [{"name": name} for name in shards], "k": k, "n_documents": n_documents.tolist(), "n_tokens": n_tokens.tolist()}
+    content["identity_validation"] = None
     artifact.write_json(folder / "manifest.json", artifact.make_meta("assignments", made_from, **content))
 
 

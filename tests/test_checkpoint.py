@@ -50,7 +50,7 @@ def test_what_is_saved_is_restored_and_goes_on_the_same(tmp_path):
     assert same(state.tensors, checkpoint.capture(*make(3)))
     assert sum(name.startswith("model.") for name in state.tensors) == 3  # the shared matrix once, bias, buffer
     model, optimizer = make(0, rng_seed=1)
-    checkpoint.restore(state.tensors, model, optimizer)
+    checkpoint.restore(state.tensors.items(), model, optimizer)
     for _ in range(2):
         model.b(model.a(torch.ones(3))).square().sum().backward()
         optimizer.step()
@@ -63,7 +63,7 @@ def test_a_state_before_the_first_step_has_no_optimizer_tensors(tmp_path):
     save(tmp_path, 0)
     state = checkpoint.load(tmp_path, PRINT)
     assert state is not None
-    checkpoint.restore(state.tensors, *make(0))
+    checkpoint.restore(state.tensors.items(), *make(0))
     assert not any(name.startswith("optimizer") for name in state.tensors)
 
 

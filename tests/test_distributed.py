@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import made_training as made
-from cbtm_pipeline import checkpoint, config, distributed, expert, train_expert, training_log
+from cbtm_pipeline import checkpoint, config, distributed, expert, model, train_expert, training_log
 from made_driver import Driver
 from made_training import NEVER, NOW, place
 
@@ -51,6 +53,13 @@ def outdir(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def sharded(outdir) -> Path:
+    """The config of a training whose model is spread over its processes."""
+    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NOW | {"sharded": True}), outdir / "sharded.json")
+    return outdir / "sharded.json"
+
+
 def command_line(outdir: Path, where: train_expert.Files, **change: Path) -> list[str]:
     paths: dict[str, Any] = {"data": where.data, "tokenizer": where.tokenizer, "seed-model": where.seed_model, "out": where.out}
     options = {"config": outdir / "config.json", "expert": 0, **paths, "work": where.work, "log": where.work / "log", **change}
@@ -71,6 +80,14 @@ def together(outdir, driver) -> train_expert.Files:
 
 def saved_step(where: train_expert.Files) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in checkpoint.candidates(where.work / "state")), default=0)
+
+
+def await_state(where: train_expert.Files, step: int) -> None:
+    """Until the state of this step or a later one is saved."""
+    deadline = time.monotonic() + 60
+    while saved_step(where) < step:
+        assert time.monotonic() < deadline and not where.out.exists()
+        time.sleep(0.001)
 
 
 def losses(where: train_expert.Files) -> list[float]:
@@ -101,8 +118,7 @@ def stopped(outdir, driver) -> train_expert.Files:
     """The same, with a SIGTERM to one process, not the first, in the middle."""
     where = place(outdir, "stopped")
     pids = driver.start("train", outdir / "stopped.log", command_line(outdir, where))
-    while saved_step(where) < 5 and not where.out.exists():
-        time.sleep(0.001)
+    await_state(where, 5)
     os.kill(pids[2], signal.SIGTERM)
     assert driver.answer()["status"] == [train_expert.SAVED] * 3
     assert 5 <= saved_step(where) < N_STEPS
@@ -129,15 +145,51 @@ def test_another_number_of_processes_can_go_on(outdir, driver, together, stopped
     made.check_published(where, N_STEPS)
 
 
+def test_a_sharded_model_trains_as_a_whole_one_does(outdir, driver, together, sharded):
+    where = place(outdir, "sharded")
+    assert driver.run("train", outdir / "sharded.log", command_line(outdir, where, config=sharded), world_size=2) == [0, 0]
+    assert "2 processes, 1 sequences at once, sharded" in said(outdir / "sharded.log", 0)
+    made.check_published(where, N_STEPS)
+    assert losses(where) == pytest.approx(losses(together), abs=1e-5)
+    a, b = (load_file(found.out) for found in (where, together))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-3), name
+    model.load(where.out.parent)
+
+
+def test_a_sharded_training_goes_on_in_the_same_bits_and_on_one_process(outdir, driver, together, sharded):
+    where = place(outdir, "sharded-stopped")
+    arguments = command_line(outdir, where, config=sharded)
+    pids = driver.start("train", outdir / "sharded-stopped.log", arguments, world_size=2)
+    await_state(where, 5)
+    os.kill(pids[1], signal.SIGTERM)
+    assert driver.answer()["status"] == [train_expert.SAVED] * 2
+    alone = place(outdir, "sharded-then-alone")
+    shutil.copytree(where.work / "state", alone.work / "state")
+    assert driver.run("train", outdir / "sharded-stopped.log", arguments, world_size=2) == [0, 0]
+    assert "going on after step" in said(outdir / "sharded-stopped.log", 0)
+    assert where.out.read_bytes() == place(outdir, "sharded").out.read_bytes()
+    assert losses(where) == losses(place(outdir, "sharded"))
+    made.train(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NEVER), alone, "0")
+    assert losses(alone) == pytest.approx(losses(together), abs=1e-5)
+
+
+def test_a_sharded_model_wants_equal_parts(outdir, driver, sharded):
+    where = place(outdir, "sharded-three")
+    assert driver.run("train", outdir / "sharded-three.log", command_line(outdir, where, config=sharded)) == [1, 1, 1]
+    assert "train.batch_size: 4 sequences on 3 processes. Expected a multiple" in said(outdir / "sharded-three.log", 0)
+
+
 # --- what the processes exchange --------------------------------------------------------------------------------------
 
 
 def test_sums(tmp_path, driver):
     assert driver.run("gradients", tmp_path / "log") == [0, 0, 0]
     for rank in range(3):
-        gradients, loss, told = json.loads(said(tmp_path / "log", rank))
+        gradients, sums = json.loads(said(tmp_path / "log", rank))
         assert gradients == [[6, 6], [1], None, [30, 30], None]  # all, one, none, all of them; not trained
-        assert (loss, told) == (3, True)
+        assert sums == [3, 1, 1.5]
 
 
 def test_what_process_0_has_and_does(tmp_path, driver):
@@ -149,7 +201,7 @@ def test_what_process_0_has_and_does(tmp_path, driver):
         "d": ["torch.float32", []],
     }
     for rank in range(3):
-        assert json.loads(said(tmp_path / "log", rank)) == [7, tensors, True, rank == 0]
+        assert json.loads(said(tmp_path / "log", rank)) == [7, 0, tensors, True, rank == 0]
 
 
 # --- mistakes and accidents -------------------------------------------------------------------------------------------
@@ -173,8 +225,7 @@ def test_if_one_fails_all_end(outdir, driver, which):
 def test_if_one_is_killed_all_end(outdir, driver):
     where, log = place(outdir, "killed"), outdir / "killed.log"
     pids = driver.start("train", log, command_line(outdir, where))
-    while not saved_step(where) and not where.out.exists():
-        time.sleep(0.001)
+    await_state(where, 1)
     os.kill(pids[1], signal.SIGKILL)
     assert driver.answer()["status"] == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import made_training as made
-from cbtm_pipeline import artifact, batches, checkpoint, expert, lock, model, optimize, train_expert, training_log
+from cbtm_pipeline import artifact, batches, checkpoint, config, expert, lock, loss, model, optimize, train_expert, training_log
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,10 @@ def outdir(tmp_path_factory) -> Path:
     made.write_corpus(out)
     made.train(made.make_config(), made.files(out, "seed"), "seed")
     return out
+
+
+def plan(name: str) -> dict:
+    return config.parameters(made.make_config(), "train_expert", name)
 
 
 # --- a training as it should be ---------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ def test_tensorboard_reads_the_events(outdir):
     events = [event for event in EventFileLoader(str(path)).Load() if event.summary.value]
     rows = training_log.read(outdir / "experts/seed/metrics.jsonl")
     assert [event.step for event in events] == [row["step"] for row in rows]
-    assert {value.tag for value in events[0].summary.value} == {"loss", "lr", "grad_norm", "tokens_per_s"}
+    assert {value.tag for value in events[0].summary.value} == {"loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes", "data_wait_s"}
 
 
 def test_with_one_cluster_the_expert_is_the_dense_model(outdir):
@@ -123,12 +127,12 @@ def test_a_text_shorter_than_a_block_trains_and_its_repeats_are_told(tmp_path):
     cfg = made.make_config(k=1, steps=3)
     made.train(cfg, made.files(tmp_path, "seed"), "seed")
     where = made.files(tmp_path, "0", data="one")
-    assert train_expert.read_data(where.data, "clusters", 0).stream.n_tokens < made.SEQ_LEN
+    assert train_expert.read_data(where.data, plan("0")).stream.n_tokens < made.SEQ_LEN
     with made.log_lines() as lines:
         assert made.train(cfg, where, "0")
     assert any("reads its text" in line and "more than 4 times" in line for line in lines)
     with pytest.raises(ValueError, match=r"no tokens\. .*Lower cluster\.k"):
-        train_expert.read_data(made.write_empty_cluster(tmp_path), "clusters", 1)
+        train_expert.read_data(made.write_empty_cluster(tmp_path), plan("1"))
 
 
 def test_full_disk_while_publishing_leaves_no_weights(outdir):
@@ -168,14 +172,14 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
     def gradient(micro_batch_size: int) -> tuple[float, torch.Tensor]:
         net.zero_grad()
-        loss = optimize.accumulate(net, tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False)
-        return loss.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        total = optimize.accumulate(loss.NextToken(net), tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False)
+        return total.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
-    loss, whole = gradient(16)
-    assert loss == pytest.approx(net(input_ids=tokens_BT, labels=tokens_BT).loss.item(), abs=1e-5)
+    mean, whole = gradient(16)
+    assert mean == pytest.approx(net(input_ids=tokens_BT, labels=tokens_BT).loss.item(), abs=1e-5)
     for micro_batch_size in (8, 5):
         other_loss, other = gradient(micro_batch_size)
-        assert other_loss == pytest.approx(loss, abs=1e-5)
+        assert other_loss == pytest.approx(mean, abs=1e-5)
         assert torch.allclose(other, whole, rtol=1e-4, atol=1e-7)
 
 
@@ -231,13 +235,13 @@ def test_who_was_taken_over_writes_nothing_more(outdir, monkeypatch, run, n_save
 
 def test_mfu(monkeypatch):
     monkeypatch.setattr(training_log, "_peak_flops", lambda: 1e12)
-    progress = training_log.Progress(10, 0, flops_per_token=6_000_000, every_s=1e9, n_devices=2)
+    progress = training_log.Progress(10, 0, n_tokens=1000, flops_per_token=6_000_000, every_s=1e9, n_devices=2)
     assert progress.mfu(1e5) == pytest.approx(0.3)
     with made.log_lines() as lines:
-        assert progress.add(1000, {"step": 10, "loss": 1.0, "lr": 0.1})
+        assert progress.say({"step": 10, "loss": 1.0, "lr": 0.1})
     assert "  MFU " in lines[0]
     monkeypatch.setattr(training_log, "_peak_flops", lambda: None)
-    assert training_log.Progress(10, 0, 6_000_000, 1e9, 2).mfu(1e5) is None
+    assert training_log.Progress(10, 0, 1000, 6_000_000, 1e9, 2).mfu(1e5) is None
 
 
 # --- what does not belong together ------------------------------------------------------------------------------------
@@ -245,18 +249,18 @@ def test_mfu(monkeypatch):
 
 def test_data_of_another_kind_is_refused(outdir):
     with pytest.raises(ValueError, match=r"shards/manifest\.json: shards\. Expected assignments"):
-        train_expert.read_data(outdir / "shards/manifest.json", "clusters", 0)
+        train_expert.read_data(outdir / "shards/manifest.json", plan("0"))
     with pytest.raises(ValueError, match=r"random/manifest\.json: other clusters\. Expected clusters"):
-        train_expert.read_data(outdir / "random/manifest.json", "clusters", 0)
+        train_expert.read_data(outdir / "random/manifest.json", plan("0"))
     with pytest.raises(ValueError, match=r"assignments/manifest\.json: other clusters\. Expected random"):
-        train_expert.read_data(outdir / "assignments/manifest.json", "random", 0)
+        train_expert.read_data(outdir / "assignments/manifest.json", plan("random-0"))
 
 
 def test_shards_of_another_run_are_refused(outdir, tmp_path):
     shutil.copytree(outdir / "assignments", tmp_path / "assignments")
     shutil.copy(outdir / "one/train-00001.arrow", tmp_path / "assignments")
     with pytest.raises(ValueError, match=r"train-00001\.arrow: made from something else than its manifest"):
-        train_expert.read_data(tmp_path / "assignments/manifest.json", "clusters", 0)
+        train_expert.read_data(tmp_path / "assignments/manifest.json", plan("0"))
 
 
 def test_missing_tokens_are_noticed(outdir, tmp_path):
@@ -267,7 +271,7 @@ def test_missing_tokens_are_noticed(outdir, tmp_path):
     manifest["shards"][1]["split"] = "train"
     (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"\d+ tokens in its files\. Expected \d+"):
-        train_expert.read_data(tmp_path / "shards/manifest.json", "corpus", 0)
+        train_expert.read_data(tmp_path / "shards/manifest.json", plan("dense"))
 
 
 @pytest.mark.parametrize(

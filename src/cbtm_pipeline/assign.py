@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbtm_pipeline import artifact, cli, config, corpus, embed, kmeans, parallel, prices, tokens
+from cbtm_pipeline import artifact, cli, config, corpus, embed, encoder, kmeans, parallel, prices, tfidf, tokens, validation
 
 CHUNK_ROWS = 1 << 14
 
@@ -108,6 +108,33 @@ def at_random(shards: Path, train: list[corpus.Entry], k: int, rng_seed: int) ->
     return label, k, {"shards": artifact.identity(shards)}, {"balance": "random"}
 
 
+def label_validation(
+    shards: Path, vectors: Path, clusterer: Path, prices_K: list[float], chosen: list[tuple[corpus.Entry, np.ndarray]]
+) -> list[np.ndarray]:
+    """Clusters of held-out documents, shard by shard, found as those of the training documents are."""
+    embedder = embed.read_embedder(vectors.with_name("embedder.npz"), shards)
+    centres_KD = artifact.read_npz(clusterer, "clusterer")[0]["centres_KD"]
+    labels = []
+    for entry, rows in chosen:
+        if isinstance(embedder, tfidf.Embedder):
+            h_ND = tfidf.embed(corpus.documents(shards.parent, entry).take(rows), embedder.E_VD)
+        else:
+            texts = corpus.attributes(shards.parent, entry, ["text"])["text"].take(pa.array(rows)).to_pylist()
+            h_ND = encoder.embed(embedder, texts)
+        labels.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
+    return labels
+
+
+def deal_validation(shards: Path, k: int, rng_seed: int, chosen: list[tuple[corpus.Entry, np.ndarray]]) -> list[np.ndarray]:
+    """The same for random clusters."""
+    n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
+    labels = []
+    for entry, rows in chosen:
+        columns = corpus.attributes(shards.parent, entry, ["doc_id", "n_tokens"]).take(pa.array(rows))
+        labels.append(deal(columns["doc_id"].to_pylist(), columns["n_tokens"].to_numpy(), n_documents_K, n_tokens_K, rng_seed))
+    return labels
+
+
 def write_shard(
     folder: Path, name: str, documents: tokens.Documents, doc_ids: list[str], labels: Labels, k: int, made_from: dict[str, str]
 ) -> None:
@@ -185,12 +212,20 @@ def main() -> None:
     cli.start_logging("assign_random" if args.random else "assign", args.log)
 
     cfg = config.read(args.config)
-    train = corpus.entries(args.shards, artifact.read_json(args.shards, "shards"), "train")
+    how = config.parameters(cfg, "assign_random" if args.random else "assign")
+    manifest = artifact.read_json(args.shards, "shards")
+    train = corpus.entries(args.shards, manifest, "train")
+    chosen = validation.rows(args.shards, manifest, how["validation_share"], how["rng_seed"])
     if args.random:
-        label, k, made_from, about = at_random(args.shards, train, **config.parameters(cfg, "assign_random"))
+        label, k, made_from, about = at_random(args.shards, train, how["k"], how["rng_seed"])
+        labels = deal_validation(args.shards, k, how["rng_seed"], chosen)
     else:
         label, k, made_from, about = by_clusterer(args.shards, train, args.vectors, args.clusterer)
+        labels = label_validation(args.shards, args.vectors, args.clusterer, about["prices_K"], chosen)
     content = write_all(args.shards, train, args.out, label, k, made_from, args.threads)
+    if chosen:
+        validation.write(args.out, validation.documents(args.shards, chosen), labels, k, made_from)
+    about["identity_validation"] = artifact.identity(args.out.with_name(validation.NAME)) if chosen else None
     artifact.write_json(args.out, artifact.make_meta("assignments", made_from, **content, **about))
 
 

@@ -45,12 +45,15 @@ class Stream:
         return -(-self.n_tokens // seq_len)
 
 
-def batch(stream: Stream, rng_seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """Tokens of step 0, 1, ... (int64, (B, T + 1)): inputs are all but the last column, targets all but the first."""
+ALL = slice(None)
+
+
+def batch(stream: Stream, rng_seed: int, step: int, batch_size: int, seq_len: int, part: slice = ALL) -> np.ndarray:
+    """Tokens of step 0, 1, ... (int64, (B, T + 1)): inputs are all but the last column, targets all but the first. `part`: of its rows."""
     n_blocks = stream.n_blocks(seq_len)
     epoch_B, place_B = np.divmod(step * batch_size + np.arange(batch_size), n_blocks)
     blocks_B = permute(place_B, n_blocks, rng_seed, epoch_B)
-    return np.stack([stream.read(block * seq_len, seq_len + 1) for block in blocks_B.tolist()])
+    return np.stack([stream.read(block * seq_len, seq_len + 1) for block in blocks_B[part].tolist()])
 
 
 def permute(place_B: np.ndarray, n: int, rng_seed: int, epoch_B: np.ndarray) -> np.ndarray:

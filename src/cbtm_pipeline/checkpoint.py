@@ -8,15 +8,16 @@ damaged one costs some steps and no more. What is saved only ever shortens a tra
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cbtm_pipeline import artifact
+from cbtm_pipeline import artifact, sharding
 from cbtm_pipeline.cli import log
 
 KEPT = 2
@@ -30,30 +31,70 @@ class State(NamedTuple):
     tensors: Tensors
 
 
-def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Weights, buffers and optimiser tensors by name; weights that layers share appear once."""
+def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, keep: bool = True) -> Tensors:
+    """A copy in the host's memory of weights, buffers and optimiser tensors by name; weights that layers share appear once.
+
+    Of a sharded model all processes have to ask; those that do not `keep` it get nothing, and hold one whole tensor at a time.
+    """
     tensors = {f"model.{name}": p for name, p in [*model.named_parameters(), *model.named_buffers()]}
-    for index, values in optimizer.state_dict()["state"].items():
+    for index, values in (optimizer.state_dict()["state"] if optimizer else {}).items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    copies = ((name, sharding.whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in copies if keep}
 
 
-def restore(tensors: Tensors, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put captured tensors back into a model and an optimiser of the same make."""
-    with torch.no_grad():
-        for name, p in [*model.named_parameters(), *model.named_buffers()]:
-            p.copy_(tensors[f"model.{name}"])
+def restore(tensors: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put captured tensors back into a model and an optimiser of the same make, one after the other."""
+    places = dict([*model.named_parameters(), *model.named_buffers()])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Tensors] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensor
+    for key, tensor in tensors:
+        owner, _, name = key.partition(".")
+        if owner == "model":
+            with torch.no_grad():
+                places[name].copy_(sharding.like(tensor, places[name]))
+        else:
+            index, _, name = name.partition(".")
+            p = parameters[int(index)]
+            state.setdefault(int(index), {})[name] = sharding.like(tensor, p) if tensor.shape == p.shape else tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+class Saver:
+    """Saves states while the training goes on, one at a time: the host's copy is made at once, hashing and writing are a thread's work."""
+
+    def __init__(self) -> None:
+        self._pool, self._running = ThreadPoolExecutor(1), None
+
+    def save(self, folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
+        """Begin to save what `capture` gave, after the save before this one has ended. Raises what that one raised."""
+        self.wait()
+        self._running = self._pool.submit(save, folder, step, fingerprint, tensors)
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk. Raises what saving raised."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            self.wait()
+        except Exception:
+            if kind is None:  # else there is something worse to tell
+                raise
+        finally:
+            self._pool.shutdown()
+
+
 def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
-    """Write the state after `step` steps, then remove all but the newest two."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    """Write the state after `step` steps and read it back; then remove all but the newest two.
+
+    Raises OSError when what is read is not what was written; the states before are kept then.
+    """
     about = {"format": artifact.FORMAT, "kind": "state", "step": step, "fingerprint": fingerprint}
     meta = json.dumps({**about, "hash": _hash(about, tensors)}, sort_keys=True)
     with artifact.publish(folder / f"step-{step:08d}.safetensors") as tmp:
@@ -61,6 +102,11 @@ def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
             save_file(tensors, tmp, {"cbtm": meta})
         except SafetensorError as error:  # a full disk
             raise OSError(None, str(error)) from error
+    path = folder / f"step-{step:08d}.safetensors"
+    try:
+        _read(path)
+    except ValueError as error:
+        raise OSError(None, f"damaged as soon as it was written ({error}); the states before are kept", str(path)) from error
     for old in candidates(folder)[KEPT:]:
         old.unlink()
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cbtm_pipeline import artifact, plan
+from cbtm_pipeline import artifact, plan, presets
 
 DEMO = "builtin:demo"
 
@@ -75,6 +75,7 @@ class Cluster(_Section):
 
 class Model(_Section):
     pretrained: str | None
+    preset: Literal[presets.NAMES] | None  # pyright: ignore[reportInvalidTypeForm]
     scratch: dict[str, Any]
 
 
@@ -93,8 +94,14 @@ class Train(_Section):
     betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[Float, Field(ge=0)]
     clip_norm: Positive
-    micro_batch_size: Count
+    max_loss_ratio: Annotated[Float, Field(gt=1)]
+    validation_share: Share
+    validations: Annotated[int, Field(ge=0)]
+    patience: Count | None
+    micro_batch_size: Count | None
+    recompute: bool | None
     precision: Literal["auto", "float32", "bf16"]
+    compile: bool | None
 
 
 class Route(_Section):
@@ -116,6 +123,7 @@ class Eval(_Section):
 class Run(_Section):
     checkpoint_seconds: Annotated[Float, Field(gt=0, le=600)]  # nobody loses more than ten minutes
     log_seconds: Positive
+    sharded: bool | None
 
 
 class Config(_Section):
@@ -153,6 +161,11 @@ def validate(content: Any) -> Config:
         raise ValueError(
             f"eval.stride: {config.eval.stride}. Expected at most train.seq_len, {config.train.seq_len}. "
             "Lower eval.stride, or tokens between two windows would never be scored."
+        )
+    if config.train.validation_share > config.route.calibration_share:
+        raise ValueError(
+            f"train.validation_share: {config.train.validation_share}. Expected at most route.calibration_share, "
+            f"{config.route.calibration_share}. Lower it, or documents that a training has looked at would be reported on."
         )
     return config
 
@@ -210,9 +223,9 @@ def parameters(config: Config, rule: str, expert: str | None = None) -> dict[str
         case "fit_kmeans":
             return {**c.cluster.model_dump(), "rng_seed": c.seed}
         case "assign":
-            return {}
+            return {"validation_share": c.train.validation_share, "rng_seed": c.seed}
         case "assign_random":
-            return {"k": c.cluster.k, "rng_seed": c.seed}
+            return {"k": c.cluster.k, "validation_share": c.train.validation_share, "rng_seed": c.seed}
         case "train_expert":
             assert expert is not None
             return plan.expert(c, expert)

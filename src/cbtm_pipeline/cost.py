@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cbtm_pipeline import corpus_files, plan
+from cbtm_pipeline import corpus_files, plan, presets
 from cbtm_pipeline.config import DEMO, Config
 
 MFU = 0.4  # share of a GPU's peak that a training is assumed to use
@@ -140,10 +140,11 @@ def size(config: Config, folder: Path | None) -> Size:
     from cbtm_pipeline import model
 
     seq_len, vocab_size = config.train.seq_len, config.tokenizer.vocab_size
+    scratch = presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
     with torch.device("meta"):
         if folder is None:
             try:
-                model.scratch(config.model.scratch, vocab_size, 0, seq_len, 0)
+                model.scratch(scratch, vocab_size, 0, seq_len, 0)
             except ValueError as error:
                 if not isinstance(error.__cause__, RuntimeError) or "meta tensor" not in str(error.__cause__):
                     raise  # else: all but its last check, which looks at numbers, and there are none here
@@ -151,7 +152,7 @@ def size(config: Config, folder: Path | None) -> Size:
 
         try:
             if folder is None:
-                keys = {"vocab_size": vocab_size, "max_position_embeddings": seq_len, **config.model.scratch}
+                keys = {"vocab_size": vocab_size, "max_position_embeddings": seq_len, **scratch}
                 config_class = CONFIG_MAPPING[keys.pop("model_type")]
                 about = config_class(**{config_class.attribute_map.get(key, key): value for key, value in keys.items()})
             else:

@@ -14,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cbtm_pipeline import checkpoint
+from cbtm_pipeline import checkpoint, sharding
 from cbtm_pipeline.cli import log
 
 JOIN_S = 600.0  # the nodes of a job do not start in the same moment
@@ -30,6 +30,8 @@ POLL_S = 0.5
 GRACE_S = 30.0  # for a process to end by itself after another one has ended or failed
 LINGER_S = 5.0  # for process 0 to keep the store after a failure: the others still have to read of it there
 BUCKET = 1 << 24  # gradients (64 MB) that are summed at a time
+
+A = TypeVar("A")
 
 
 class Group:
@@ -41,19 +43,19 @@ class Group:
         self.store: Any = None  # small values by name, kept by process 0 or torchrun
         self.known_failure: str | None = None
 
-    def first_does(self, name: str, act: Callable[[], bool]) -> bool:
-        """Let process 0 `act`; return its answer in all of them, however long that takes. Each name once."""
+    def first_does(self, name: str, act: Callable[[], A]) -> A:
+        """Let process 0 `act`; return its answer (plain data) in all of them, however long that takes. Each name once."""
         if self.world_size == 1:
             return act()
         if self.rank == 0:
             answer = act()
-            self.store.set(name, str(int(answer)))
+            self.store.set(name, json.dumps(answer))
             return answer
         while not self.store.check([name]):
             if self.failure():
                 raise RuntimeError("no answer from process 0")
             time.sleep(0.1)
-        return self.store.get(name) == b"1"
+        return json.loads(self.store.get(name))
 
     def failure(self) -> str | None:
         """Which process failed and why, as far as known."""
@@ -73,30 +75,43 @@ class Group:
             while self.rank == 0 and not self.store.check(left) and time.monotonic() < deadline:
                 time.sleep(0.01)
 
-    def share(self, state: checkpoint.State | None) -> checkpoint.State:
-        """Process 0's state in all of them; `state` is None in the others."""
-        about = json.dumps([state.step, [[name, str(t.dtype), t.shape] for name, t in state.tensors.items()]]).encode() if state else b""
+    def share(self, state: checkpoint.State | None) -> tuple[int, Iterable[tuple[str, torch.Tensor]]]:
+        """Process 0's state in all of them: its step, and its tensors one after the other. `state` is None in the others, and where there
+        is none, which is told as step 0."""
+        if self.world_size == 1:
+            return (state.step, state.tensors.items()) if state else (0, [])
+        entries = [[name, str(t.dtype), t.shape] for name, t in state.tensors.items()] if state else []
+        about = json.dumps([state.step if state else 0, entries]).encode()
         size = torch.tensor([len(about)], device=self.device)
         dist.broadcast(size, 0)
-        text = torch.tensor(list(about) if state else [0] * int(size), dtype=torch.uint8, device=self.device)
+        text = torch.tensor(list(about) if self.rank == 0 else [0] * int(size), dtype=torch.uint8, device=self.device)
         dist.broadcast(text, 0)
         step, entries = json.loads(bytes(text.tolist()))
-        tensors = {}
-        for name, dtype, shape in entries:
-            empty = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
-            tensors[name] = empty.copy_(state.tensors[name]) if state else empty
-            dist.broadcast(tensors[name], 0)
-        return checkpoint.State(step, tensors)
 
-    def part(self, batch: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a batch; numbers of rows differ by one at most."""
-        return batch[self.rank :: self.world_size]
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, dtype, shape in entries:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
+                if state:
+                    tensor.copy_(state.tensors[name])
+                dist.broadcast(tensor, 0)
+                yield name, tensor
+
+        return step, tensors()
+
+    def same_weights(self, net: torch.nn.Module) -> None:
+        """Give all processes process 0's weights and buffers; not for a sharded model."""
+        if self.world_size > 1:
+            for tensor in [*net.parameters(), *net.buffers()]:
+                dist.broadcast(tensor.data, 0)
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes; a parameter without a gradient in all of them stays without."""
+        """Replace every gradient by its sum over the processes; a parameter without a gradient in all of them stays without.
+
+        The parameters of a sharded model are left alone: its gradients have been summed already.
+        """
         if self.world_size == 1:
             return
-        for bucket in _buckets(parameters):
+        for bucket in _buckets(p for p in parameters if not sharding.is_sharded(p)):
             without = [i for i, p in enumerate(bucket) if p.grad is None]
             n_with = torch.ones(len(bucket), device=self.device)
             if without:
@@ -110,14 +125,13 @@ class Group:
                 elif n_with[i] > 0:  # rarely asked, as it makes the host wait for the device
                     p.grad = total.view_as(p).clone()
 
-    def add_up(self, loss: torch.Tensor, stop: Callable[[], Any]) -> tuple[torch.Tensor, Callable[[], Any]]:
-        """The sum of the losses, and `stop` for all processes: true if it was true in one of them."""
-        if self.world_size == 1:
-            return loss, stop
-        both = torch.stack([loss, torch.full_like(loss, bool(stop()))])
-        dist.all_reduce(both)
-        told = bool(both[1])
-        return both[0], lambda: told
+    def add_up(self, *values: torch.Tensor | float) -> torch.Tensor:
+        """The sum over the processes of each of a few numbers, float32; no process waits for the answer before it looks at it."""
+        first = next(v for v in values if isinstance(v, torch.Tensor))
+        sums = torch.stack([v if isinstance(v, torch.Tensor) else torch.full_like(first, v) for v in values])
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        return sums
 
 
 ALONE = Group()

@@ -167,6 +167,12 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
         raise ValueError(f"{where}: its predictions depend on later tokens. Expected a causal language model. Choose another one.")
 
 
+def layers(model: "PreTrainedModel") -> torch.nn.ModuleList:
+    """The model's layers, from the first to the last."""
+    n = model.config.get_text_config().num_hidden_layers
+    return next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+
+
 def to_device(model: "PreTrainedModel") -> torch.device:
     """Move the model to the GPU where there is one; return where it is now."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

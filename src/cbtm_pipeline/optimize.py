@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cbtm_pipeline import sharding
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from cbtm_pipeline.loss import NextToken
 
 
 def learning_rate(step: int, n_steps: int, lr: float, schedule: str, final_lr_ratio: float, warmup_ratio: float) -> float:
@@ -41,17 +43,38 @@ def make_optimizer(net: torch.nn.Module, how: dict[str, Any]) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=how["lr"], betas=tuple(how["betas"]), fused=True)
 
 
-def accumulate(net: "PreTrainedModel", tokens_BT: torch.Tensor, n_targets: int, micro_batch_size: int, bf16: bool) -> torch.Tensor:
+def accumulate(loss_of: "NextToken", tokens_BT: torch.Tensor, n_targets: int, micro_batch_size: int, bf16: bool) -> torch.Tensor:
     """Add to the parameters what sequences (int64, (B, T + 1)) contribute to the gradient of the mean loss of n_targets tokens.
 
     Returns their share of that loss (nats per token, float32). With n_targets of a whole batch, loss and gradient of its parts add up to
-    those of the batch.
+    those of the batch. Sharded models exchange their gradients with the last micro-batch.
     """
     total = torch.zeros((), device=tokens_BT.device)
-    for micro_BT in tokens_BT.split(micro_batch_size):
+    micro_batches = tokens_BT.split(micro_batch_size)
+    for i, micro_BT in enumerate(micro_batches, 1):
+        sharding.send_gradients(loss_of, i == len(micro_batches))
         with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=bf16):
-            logits_BTV = net(input_ids=micro_BT[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), micro_BT[:, 1:].flatten(), reduction="sum") / n_targets
+            loss = loss_of(micro_BT) / n_targets
         loss.backward()
         total += loss.detach()
     return total
+
+
+def update(
+    optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float, clip_norm: float, limit: float, bad: torch.Tensor
+) -> torch.Tensor:
+    """One step of the optimiser with gradients clipped to the norm `clip_norm`; returns their norm before that. The host waits for nothing.
+
+    `bad` (bool, one number on the device) becomes and stays true where the loss exceeds `limit`, or it or the norm is no finite number;
+    from then on nothing is changed any more. The fused kernel does both: it divides by grad_scale, and does nothing where found_inf is 1.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = sharding.whole(torch.nn.utils.get_total_norm(gradients))
+    bad |= ~(torch.isfinite(norm) & (loss <= limit))
+    scaled: Any = optimizer
+    scaled.grad_scale, scaled.found_inf = (norm / clip_norm).clamp(min=1.0), bad.float()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -12,6 +12,8 @@ batch is rounded and the number of steps makes up for it. The seed model spends 
 
 from typing import TYPE_CHECKING, Any
 
+from cbtm_pipeline import presets
+
 if TYPE_CHECKING:
     from cbtm_pipeline.config import Config
 
@@ -61,7 +63,8 @@ def expert(config: "Config", expert_id: str) -> dict[str, Any]:
     if expert_id == "seed":
         sequences = t.seed_share / (1 - t.seed_share) * total if config.model.pretrained is None else 0
         n_steps, batch_size = round(sequences / t.seed_batch_size), t.seed_batch_size
-        plan |= config.model.model_dump()
+        scratch = presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
+        plan |= {"pretrained": config.model.pretrained, "scratch": scratch}
     elif expert_id == "dense-batch" or (expert_id == "dense" and t.dense == "batch"):
         n_steps, batch_size = t.steps, t.batch_size
     else:

@@ -8,7 +8,7 @@ training stream, and every token of a document, the first included, has a contex
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,13 @@ class Documents(NamedTuple):
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
         return Documents(self.values[index], offsets)
+
+
+def join(parts: Sequence[Documents]) -> Documents:
+    """The documents of all parts, one after the other."""
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    return Documents(np.concatenate([part.values for part in parts]), np.concatenate([*offsets, starts[-1:]]))
 
 
 def dtype_for(vocab_size: int) -> type[np.unsignedinteger]:

@@ -13,19 +13,33 @@ that other numbers of processes have saved is taken up, and the sums of its furt
 """
 
 import logging
-import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cbtm_pipeline import artifact, batches, checkpoint, cli, config, distributed, expert, lock, model, optimize, plan, tokens, training_log
+from cbtm_pipeline import (
+    artifact,
+    batches,
+    checkpoint,
+    cli,
+    config,
+    distributed,
+    expert,
+    lock,
+    loop,
+    model,
+    optimize,
+    placement,
+    plan,
+    tokens,
+    training_log,
+    validation,
+)
 from cbtm_pipeline.cli import log
 
 if TYPE_CHECKING:
@@ -39,13 +53,15 @@ class Data(NamedTuple):
     """The tokens that an expert reads, and where they are from: `made_from` for its card, `corpus` the identity of shards/manifest.json."""
 
     stream: batches.Stream
+    validation: batches.Stream | None
     manifest: dict[str, Any]
     made_from: dict[str, str]
     corpus: str
 
 
-def read_data(path: Path, data: str, group: int) -> Data:
-    """Map the tokens of an expert; `data` and `group` are its plan's. Raises ValueError when a file is not what the manifest says."""
+def read_data(path: Path, how: dict[str, Any]) -> Data:
+    """Map the tokens that an expert reads by its plan `how`. Raises ValueError when a file is not what the manifest says."""
+    data, group = how["data"], how["group"]
     manifest = artifact.read_json(path, "shards" if data == "corpus" else "assignments")
     if data != "corpus" and ("clusterer" in manifest["made_from"]) != (data == "clusters"):
         raise ValueError(f"{path}: other clusters. Expected {data}. Give assignments/manifest.json or random/manifest.json.")
@@ -66,89 +82,13 @@ def read_data(path: Path, data: str, group: int) -> Data:
         raise ValueError(f"{path}: {stream.n_tokens} tokens in its files. Expected {expected}. Make {path} again.")
     identity = artifact.identity(path)
     name = {"corpus": "shards", "clusters": "assignments", "random": "random"}[data]
-    return Data(stream, manifest, {name: identity}, identity if data == "corpus" else manifest["made_from"]["shards"])
-
-
-def resume(
-    net: "PreTrainedModel", optimizer: torch.optim.Optimizer, state: Path, fingerprint: str, group: distributed.Group = distributed.ALONE
-) -> int:
-    """Put what folder `state` holds into the model and the optimiser; return how many steps that was, 0 where there is nothing.
-
-    In all processes of `group` it is what process 0 has: the others read no state, and have no weights of their own making.
-    """
-    saved = checkpoint.load(state, fingerprint) if group.rank == 0 else None
-    if group.world_size > 1:
-        start = checkpoint.State(0, checkpoint.capture(net, optimizer))
-        saved = group.share((saved or start) if group.rank == 0 else None)
-    if not saved:
-        return 0
-    checkpoint.restore(saved.tensors, net, optimizer)
-    if saved.step:
-        log.info("going on after step %d", saved.step)
-    return saved.step
-
-
-def train(
-    net: "PreTrainedModel",
-    stream: batches.Stream,
-    how: dict[str, Any],
-    run: config.Run,
-    state: Path,
-    fingerprint: str,
-    stop: Callable[[], Any],
-    group: distributed.Group = distributed.ALONE,
-) -> bool:
-    """Train `net` by the plan `how`, from the state saved in folder `state` if there is one. False: `stop()` came true, state is saved.
-
-    All processes of `group` end with the same weights. Raises ValueError before a step whose loss or gradient is no finite number.
-    """
-    n_steps, n_tokens, bf16 = how["n_steps"], how["batch_size"] * how["seq_len"], optimize.use_bf16(how["precision"])
-    schedule = {key: how[key] for key in ("n_steps", "lr", "schedule", "final_lr_ratio", "warmup_ratio")}
-    order = 2 * how["rng_seed"] + (how["expert"] != "seed")  # experts do not read again, in the same order, what the seed has read
-    device = model.to_device(net.train())
-    optimizer = optimize.make_optimizer(net, how)
-    first = resume(net, optimizer, state, fingerprint, group)
-    progress = training_log.Progress(n_steps, first, model.flops_per_token(net, how["seq_len"]), run.log_seconds, group.world_size)
-    saved_at = time.monotonic()
-
-    with training_log.Metrics(state / "metrics.jsonl", first) if group.rank == 0 else nullcontext() as metrics:
-        for step in range(first, n_steps):
-            began = time.monotonic()
-            draw = ((how["rng_seed"] << 32) + step) * group.world_size + group.rank
-            torch.manual_seed(draw % 2**63)  # dropout, where a pretrained model has it
-            tokens_BT = torch.from_numpy(batches.batch(stream, order, step, how["batch_size"], how["seq_len"]))
-            loss = optimize.accumulate(net, group.part(tokens_BT).to(device), n_tokens, how["micro_batch_size"], bf16)
-            group.add_gradients(net.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), how["clip_norm"])
-            loss, told = group.add_up(loss, stop)
-            row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": optimize.learning_rate(step, **schedule)}
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise ValueError(
-                    f"expert {how['expert']}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}. Expected finite "
-                    f"numbers. Lower train.lr or train.clip_norm; the last good state is kept in {state}."
-                )
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = row["lr"]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            now = time.monotonic()
-            stopping = told() and step + 1 < n_steps
-            if metrics:
-                rate = n_tokens / (now - began)
-                more = {"n_tokens": (step + 1) * n_tokens, "tokens_per_s": rate, "mfu": progress.mfu(rate), "time": time.time()}
-                metrics.add({**row, **more})
-                if progress.add(n_tokens, row):
-                    metrics.sync(durable=False)
-                if stopping or now - saved_at >= run.checkpoint_seconds:
-                    lock.check()
-                    metrics.sync()
-                    checkpoint.save(state, step + 1, fingerprint, checkpoint.capture(net, optimizer))
-                    saved_at = time.monotonic()
-            if stopping:
-                log.info("told to stop: state saved after step %d of %d, start again to go on", step + 1, n_steps)
-                return False
-    return True
+    return Data(
+        stream,
+        validation.stream(path, manifest, how),
+        manifest,
+        {name: identity},
+        identity if data == "corpus" else manifest["made_from"]["shards"],
+    )
 
 
 class Files(NamedTuple):
@@ -189,12 +129,11 @@ def train_and_publish(
 
     `waited`: another process was here before, and may have published the very same already.
     """
-    data = read_data(files.data, how["data"], how["group"])
+    data = read_data(files.data, how)
     net, seed = start_from(files, how, data)
     made_from = {**data.made_from, **seed}
-    n_train_tokens = how["n_steps"] * how["batch_size"] * how["seq_len"]
     precision = "bf16 autocast" if optimize.use_bf16(how["precision"]) else "float32"
-    _announce(net, how, data.stream.n_tokens, n_train_tokens, precision)
+    _announce(net, how, data.stream.n_tokens, precision)
 
     state = files.work / "state"
     if group.first_does("look", lambda: waited and expert.is_published(files.out, how, made_from)):
@@ -202,11 +141,15 @@ def train_and_publish(
             checkpoint.discard(state)
             log.info("%s was published meanwhile", files.out)
         return True
-    if not train(net, data.stream, how, run, state, artifact.fingerprint({"plan": how, "made_from": made_from}), stop, group):
+    fingerprint = artifact.fingerprint({"plan": how, "made_from": made_from})
+    n_steps = loop.train(net, data.stream, how, run, state, fingerprint, stop, group, data.validation)
+    if n_steps is None:
         return False
-    if group.rank:
+    net = placement.gathered(net, group.rank == 0)
+    if net is None:
         return True
-    losses = [row["loss"] for row in training_log.read(state / "metrics.jsonl")[-10:]]
+    n_train_tokens = n_steps * how["batch_size"] * how["seq_len"]
+    losses, looks = training_log.history(state / "metrics.jsonl", 10)
     flops_per_token = model.flops_per_token(net, how["seq_len"])
     card = artifact.make_meta(
         "expert",
@@ -216,11 +159,13 @@ def train_and_publish(
         corpus=data.corpus,
         tokenizer=artifact.identity(files.tokenizer),
         n_parameters=model.n_parameters(net),
+        n_steps=n_steps,
         n_train_tokens=n_train_tokens,
         flops_per_token=flops_per_token,
         train_flops=flops_per_token * n_train_tokens,
         precision=precision,
         final_loss=sum(losses) / len(losses) if losses else None,
+        validation_loss=looks[-1] if looks else None,
     )
     lock.check()
     card = expert.publish(files.out, net, files.tokenizer, state / "metrics.jsonl", card)
@@ -229,7 +174,8 @@ def train_and_publish(
     return True
 
 
-def _announce(net: "PreTrainedModel", how: dict[str, Any], n_tokens: int, n_train_tokens: int, precision: str) -> None:
+def _announce(net: "PreTrainedModel", how: dict[str, Any], n_tokens: int, precision: str) -> None:
+    n_train_tokens = how["n_steps"] * how["batch_size"] * how["seq_len"]
     size = f"{type(net).__name__} with {model.n_parameters(net):,} parameters"
     steps = f"{how['n_steps']} steps of {how['batch_size']} sequences"
     log.info("%s, %s, %s training tokens from a text of %s, %s", size, steps, f"{n_train_tokens:,}", f"{n_tokens:,}", precision)

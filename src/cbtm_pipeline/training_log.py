@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from cbtm_pipeline import artifact
 from cbtm_pipeline.cli import log
 
 Row = dict[str, Any]
+
+_PLOTTED = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s")
 
 # Dense bf16 operations per second of the tensor cores, from the vendor's data sheets; the first name that fits counts.
 PEAK_FLOPS = {
@@ -79,12 +82,19 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-class Progress:
-    """A log line every few seconds: step, loss, rate, tokens/s, share of the GPU's peak, time to go."""
+def history(path: Path, n: int) -> tuple[list[float], list[float]]:
+    """The losses of the last n steps, and all validation losses, in order."""
+    rows = read(path)
+    return [row["loss"] for row in rows[-n:]], [row["valid_loss"] for row in rows if "valid_loss" in row]
 
-    def __init__(self, n_steps: int, step: int, flops_per_token: int, every_s: float, n_devices: int = 1):
-        self.n_steps, self.step, self.flops_per_token, self.every_s = n_steps, step, flops_per_token, every_s
-        self.n_tokens, self.said = 0, time.monotonic()
+
+class Progress:
+    """What a step's row says besides the model's numbers, and a log line every few seconds."""
+
+    def __init__(self, n_steps: int, step: int, n_tokens: int, flops_per_token: int, every_s: float, n_devices: int = 1):
+        self.n_steps, self.step, self.n_tokens, self.flops_per_token, self.every_s = n_steps, step, n_tokens, flops_per_token, every_s
+        self.said = self.completed = time.monotonic()
+        self.waited_s = 0.0  # since the last line
         peak_flops = _peak_flops()
         self.peak_flops = peak_flops and n_devices * peak_flops
 
@@ -92,21 +102,49 @@ class Progress:
         """The share of the devices' bf16 peak that this rate uses (Chowdhery et al. 2022, appendix B); None where the peak is not known."""
         return tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
-    def add(self, n_tokens: int, row: Row) -> bool:
-        """Count a step; say so if the last line is old enough or this step is the last. True when a line was written."""
-        self.n_tokens += n_tokens
+    def complete(self, row: Row) -> Row:
+        """The row of a step that has just ended, with tokens, speed, memory (the most so far) and time."""
+        now = time.monotonic()
+        rate = self.n_tokens / max(now - self.completed, 1e-9)
+        self.completed = now
+        self.waited_s += row["data_wait_s"]
+        more = {"n_tokens": row["step"] * self.n_tokens, "tokens_per_s": rate, "mfu": self.mfu(rate), "memory_bytes": _memory_bytes()}
+        return {**row, **more, "time": time.time()}
+
+    def say(self, row: Row) -> bool:
+        """Say how far it is if the last line is old enough, or this step the last, or validated. True when a line was written."""
         now, step = time.monotonic(), row["step"]
         seconds = now - self.said
-        if seconds < self.every_s and step < self.n_steps:
+        if seconds < self.every_s and step < self.n_steps and "valid_loss" not in row:
             return False
-        rate = self.n_tokens / max(seconds, 1e-9)
-        mfu = f"  MFU {100 * share:.1f} %" if (share := self.mfu(rate)) else ""
-        to_go = (self.n_steps - step) * seconds / (step - self.step)
-        log.info(
-            "step %d/%d  loss %.4f  lr %.2e  %.4g tokens/s%s  ETA %s", step, self.n_steps, row["loss"], row["lr"], rate, mfu, _clock(to_go)
-        )
-        self.n_tokens, self.said, self.step = 0, now, step
+        n = step - self.step
+        rate = n * self.n_tokens / max(seconds, 1e-9)
+        parts = [f"step {step}/{self.n_steps}", f"loss {row['loss']:.4f}"]
+        parts += [f"validation {row['valid_loss']:.4f}"] if "valid_loss" in row else []
+        parts += [f"lr {row['lr']:.2e}", f"{rate:.4g} tokens/s"]
+        parts += [f"MFU {100 * share:.1f} %"] if (share := self.mfu(rate)) else []
+        parts += [f"{_memory_bytes() / 1e9:.1f} GB", f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %"]
+        parts += [f"{watts:.0f} W"] if (watts := _power()) else []
+        log.info("  ".join([*parts, f"ETA {_clock((self.n_steps - step) * seconds / n)}"]))
+        self.said, self.step, self.waited_s = now, step, 0.0
         return True
+
+
+def _memory_bytes() -> int:
+    """The most that was in use: of the GPU's memory by tensors, without a GPU by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _power() -> float | None:
+    """Watts that the GPU draws, where its driver tells."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return torch.cuda.power_draw() / 1000
+    except Exception:  # the bindings are optional, and their errors have no common type
+        return None
 
 
 def _clock(seconds: float) -> str:
@@ -123,7 +161,7 @@ def _peak_flops() -> float | None:
 
 
 def write_events(path: Path, rows: Sequence[Row]) -> None:
-    """Write loss, lr, grad_norm and tokens_per_s as one TensorBoard event file, a function of the rows."""
+    """Write the numbers of the rows as one TensorBoard event file."""
     from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (made at import)
     from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -132,7 +170,7 @@ def write_events(path: Path, rows: Sequence[Row]) -> None:
         writer = RecordWriter(file)
         writer.write(Event(wall_time=rows[0]["time"] if rows else 0.0, file_version="brain.Event:2").SerializeToString())
         for row in rows:
-            values = [Summary.Value(tag=name, simple_value=row[name]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")]
+            values = [Summary.Value(tag=name, simple_value=row[name]) for name in _PLOTTED if row.get(name) is not None]
             event = Event(wall_time=row["time"], step=row["step"], summary=Summary(value=values))
             writer.write(event.SerializeToString())
         writer.flush()

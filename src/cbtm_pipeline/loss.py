@@ -1,0 +1,116 @@
+"""The loss of a causal language model without its logits: the output layer and the cross-entropy together, some tokens at a time.
+
+With a vocabulary of V tokens the logits of one token are V numbers, its hidden state only D. Chunk by chunk the logits are made, give the
+loss and both gradients, and are dropped, so that memory holds R x V of them and never N x V, and no product is computed twice. The cost is
+that of the output layer, 6 N D V operations; what is saved is reading and writing N x V numbers about eight times.
+
+Shapes: B sequences, T tokens, N = B T of them, D hidden size, V tokens in the vocabulary, R tokens of a chunk.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}  # what a processor's cache holds; what keeps a GPU busy (0.5 GB in bf16)
+
+
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """Tokens whose logits are held at once."""
+    return max(64, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cuda"]) // vocab_size)
+
+
+def _chunk(
+    hidden_RD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, target_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed loss, and its gradients with respect to the hidden states and to the logits, in the dtype of the weights."""
+    logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float()
+    highest_R1 = logits_RV.amax(1, keepdim=True)
+    loss = -logits_RV.gather(1, target_R[:, None]).sum() + highest_R1.sum()
+    p_RV = logits_RV.sub_(highest_R1).exp_()
+    total_R1 = p_RV.sum(1, keepdim=True)
+    loss += total_R1.log().sum()
+    p_RV.div_(total_R1)
+    p_RV[torch.arange(len(target_R), device=target_R.device), target_R] -= 1
+    gradient_RV = p_RV.to(weight_VD.dtype)
+    return loss, gradient_RV @ weight_VD, gradient_RV
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND, weight_VD, bias_V, target_N, n_rows: int, chunk: Callable) -> torch.Tensor:
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        with torch.autocast(device, enabled=False):
+            low_VD, low_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            d_hidden_ND, d_weight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD)
+            d_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
+            total = hidden_ND.new_zeros((), dtype=torch.float32)
+            for start in range(0, len(hidden_ND), n_rows):
+                rows = slice(start, start + n_rows)
+                hidden_RD = hidden_ND[rows].to(dtype)
+                loss, d_hidden_ND[rows], gradient_RV = chunk(hidden_RD, low_VD, low_V, target_N[rows])
+                total += loss
+                d_weight_VD += gradient_RV.T @ hidden_RD
+                if d_bias_V is not None:
+                    d_bias_V += gradient_RV.float().sum(0)
+        ctx.save_for_backward(d_hidden_ND, d_weight_VD, d_bias_V)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
+        return *(None if d is None else d * grad_outputs[0] for d in ctx.saved_tensors), None, None, None
+
+
+def cross_entropy(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_N: torch.Tensor,
+    n_rows: int,
+    chunk: Callable = _chunk,
+) -> torch.Tensor:
+    """Sum over N tokens of -log softmax(h W^T + b)[target], float32, in chunks of n_rows; matrices are multiplied in autocast's dtype.
+
+    Differentiable once, with respect to h, W and b. `chunk` is `_chunk` or what a compiler has made of it.
+    """
+    return _Chunked.apply(hidden_ND, weight_VD, bias_V, target_N, n_rows, chunk)
+
+
+class NextToken(torch.nn.Module):
+    """What a training calls: a causal language model with this loss as its output. The parameters are the model's own."""
+
+    def __init__(self, net: "PreTrainedModel"):
+        super().__init__()
+        self.net: PreTrainedModel = net
+        self.chunk: Callable = _chunk
+        self.in_chunks = _has_plain_head(net)
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Sum over B (T - 1) tokens of -log p(token | those before it in its sequence), in nats, float32."""
+        ids_BT, target_N = tokens_BT[:, :-1], tokens_BT[:, 1:].flatten()
+        if not self.in_chunks:
+            logits_NV = self.net(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
+            return torch.nn.functional.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+        hidden_ND = self.net.base_model(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
+        head: Any = self.net.get_output_embeddings()
+        n_rows = chunk_rows(head.weight.shape[0], hidden_ND.device.type)
+        return cross_entropy(hidden_ND, head.weight, head.bias, target_N, n_rows, self.chunk)
+
+
+def _has_plain_head(net: "PreTrainedModel") -> bool:
+    """Whether the logits are the output layer of the base model's output and nothing more (some models scale or cap them): tried out."""
+    head = net.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or net.base_model is net:
+        return False
+    was_training = net.training
+    try:
+        with torch.inference_mode():
+            ids = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
+            hidden = net.eval().base_model(input_ids=ids, use_cache=False)[0]
+            return torch.equal(head(hidden), net(input_ids=ids, use_cache=False).logits)
+    finally:
+        net.train(was_training)

@@ -1,0 +1,91 @@
+"""A model made ready to train: on its device or spread over several, in micro-batches that fit, compiled where that pays."""
+
+import math
+import shutil
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from cbtm_pipeline import checkpoint, config, distributed, memory, model, optimize, sharding
+from cbtm_pipeline.cli import log
+from cbtm_pipeline.loss import NextToken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARDED_ABOVE = 0.6  # of a GPU's memory for weights and optimiser: less is faster whole
+
+
+class Placed(NamedTuple):
+    """A model ready to train: what gives its loss, how many sequences it takes at once, and its layers on the device."""
+
+    loss_of: NextToken
+    micro_batch_size: int
+    bf16: bool
+    device: torch.device
+
+
+def place(net: "PreTrainedModel", how: dict[str, Any], run: config.Run, group: distributed.Group = distributed.ALONE) -> Placed:
+    """Put the model on its device, or its shards on all; choose the micro-batch; compile. Raises ValueError if memory is too small."""
+    bf16 = optimize.use_bf16(how["precision"])
+    device = model.to_device(net.train())
+    group.same_weights(net)
+    loss_of, layers = NextToken(net), model.layers(net)
+    total_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    n = model.n_parameters(net)
+    sharded = group.world_size > 1 and (run.sharded if run.sharded is not None else memory.PER_PARAMETER * n > SHARDED_ABOVE * total_bytes)
+    if sharded and how["batch_size"] % group.world_size:
+        raise ValueError(
+            f"train.batch_size: {how['batch_size']} sequences on {group.world_size} processes. Expected a multiple, as the model is "
+            "sharded. Change it, or the number of GPUs."
+        )
+    chosen = _micro_batch(loss_of, how, bf16, -(-how["batch_size"] // group.world_size), total_bytes, group.world_size if sharded else 1)
+    if chosen.recompute:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    if sharded:
+        sharding.shard(loss_of, layers, bf16)
+    # without a GPU compiling takes longer than it saves in a small training, so that there people have to ask for it
+    if how["compile"] or (how["compile"] is None and device.type == "cuda" and (shutil.which("cc") or shutil.which("gcc"))):
+        for layer in layers:
+            layer.compile(dynamic=False)
+        loss_of.chunk = torch.compile(loss_of.chunk, dynamic=False)
+    notes = [f"{group.world_size} processes"] if group.world_size > 1 else []
+    notes += [f"{chosen.micro_batch_size} sequences at once", *["activations computed anew"] * chosen.recompute, *["sharded"] * sharded]
+    log.info("%s, %s", device, ", ".join(notes))
+    return Placed(loss_of, chosen.micro_batch_size, bf16, device)
+
+
+def _micro_batch(loss_of: NextToken, how: dict[str, Any], bf16: bool, batch_size: int, total_bytes: float, n_shards: int) -> memory.Plan:
+    """What the config says, or as much as there is memory for."""
+    recompute = bool(how["recompute"])
+    if how["micro_batch_size"] is not None:
+        return memory.Plan(min(how["micro_batch_size"], batch_size), recompute)
+    device = next(loss_of.parameters()).device
+    if device.type == "cpu":
+        return memory.Plan(memory.even(batch_size, max(1, memory.CPU_TOKENS // how["seq_len"])), recompute)
+    sequence_T, net = torch.zeros(how["seq_len"] + 1, dtype=torch.int64, device=device), loss_of.net
+    kept = memory.sequence_bytes(loss_of, sequence_T, bf16)
+    net.gradient_checkpointing_enable({"use_reentrant": False})
+    kept_recomputing = memory.sequence_bytes(loss_of, sequence_T, bf16) + kept // max(1, len(model.layers(net)))
+    net.gradient_checkpointing_disable()
+    vocab_size = net.config.get_text_config().vocab_size
+    n = model.n_parameters(net)
+    if how["recompute"] is not None:  # only the one that is asked for
+        kept, kept_recomputing = (kept_recomputing,) * 2 if recompute else (kept,) * 2
+    chosen = memory.choose(batch_size, n, vocab_size, kept, kept_recomputing, total_bytes, n_shards)
+    return chosen if how["recompute"] is None else memory.Plan(chosen.micro_batch_size, recompute)
+
+
+def gathered(net: "PreTrainedModel", keep: bool) -> "PreTrainedModel | None":
+    """The whole model: `net` itself or, of a sharded one, a copy on the host; None in processes that do not `keep` it. All have to ask."""
+    if not any(sharding.is_sharded(p) for p in net.parameters()):
+        return net if keep else None
+    tensors = checkpoint.capture(net, keep=keep)
+    if not keep:
+        return None
+    copy = type(net)(net.config)
+    copy.generation_config = net.generation_config
+    with torch.no_grad():
+        for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+            tensor.copy_(tensors[f"model.{name}"])
+    return copy
