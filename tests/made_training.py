@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cbtm_pipeline import artifact, config, expert, plan, tokens, train_expert, training_log
+from cbtm_pipeline import artifact, config, expert, plan, tokens, train_expert, training_log, validation
 from cbtm_pipeline.config import Config
 
 VOCAB_SIZE, SEQ_LEN = 300, 32
@@ -100,6 +102,19 @@ def write_assignments(folder: Path, shards: dict[str, tokens.Documents], k: int,
     content = {"shards": [{"name": name} for name in shards], "k": k, "n_documents": n_documents.tolist(), "n_tokens": n_tokens.tolist()}
     content["identity_validation"] = None
     artifact.write_json(folder / "manifest.json", artifact.make_meta("assignments", made_from, **content))
+
+
+def write_validation(outdir: Path) -> None:
+    """Add validation documents to assignments/, and names of the held-out documents to shards/."""
+    shards = outdir / "shards/manifest.json"
+    names = pa.table({"doc_id": [f"d{i}" for i in range(12)]})
+    pq.write_table(names, shards.with_name("eval-00000.parquet"))
+    manifest = artifact.read_json(outdir / "assignments/manifest.json", "assignments")
+    chosen = validation.rows(shards, artifact.read_json(shards, "shards"), 1.0, 0)
+    some = validation.documents(shards, chosen)
+    validation.write(outdir / "assignments/manifest.json", some, [np.arange(len(d)) % 2 for d in some], 2, manifest["made_from"])
+    manifest["identity_validation"] = artifact.identity(outdir / "assignments" / validation.NAME)
+    artifact.write_json(outdir / "assignments/manifest.json", manifest)
 
 
 def write_empty_cluster(outdir: Path) -> Path:

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from cbtm_pipeline import batches, checkpoint, config, distributed, lock, model, optimize, parallel, training_log
@@ -83,11 +84,11 @@ def validate(placed: Placed, stream: batches.Stream, how: dict[str, Any], group:
     affordable = VALIDATION_SHARE * how["n_steps"] * how["batch_size"] / how["validations"]
     n = max(1, min(stream.n_blocks(seq_len), VALIDATION_TOKENS // seq_len, int(affordable)))
     n = -(-n // world) * world  # the same for each process
-    own = [stream.read(block * seq_len, seq_len + 1) for block in range(group.rank, n, world)]
+    own_BT = torch.from_numpy(np.stack([stream.read(block * seq_len, seq_len + 1) for block in range(group.rank, n, world)]))
     total = torch.zeros((), device=placed.device)
     placed.loss_of.eval()
     with torch.no_grad(), torch.autocast(placed.device.type, torch.bfloat16, enabled=placed.bf16):
-        for micro_BT in torch.tensor(own).to(placed.device).split(placed.micro_batch_size):
+        for micro_BT in own_BT.to(placed.device).split(placed.micro_batch_size):
             total += placed.loss_of(micro_BT) / (n * seq_len)
     placed.loss_of.train()
     return group.add_up(total)[0]

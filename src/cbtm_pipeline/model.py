@@ -35,8 +35,11 @@ def _lean_imports() -> Iterator[None]:
     gc.disable()
     modules.update(dict.fromkeys(hidden))  # find_spec finds nothing where None stands
     try:
+        from transformers import masking_utils
         from transformers.utils import logging
 
+        # whether several texts are packed into a sequence is asked in each forward pass, and the host waits for the answer: they never are
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportAttributeAccessIssue]
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         getLogger("huggingface_hub").setLevel("ERROR")  # one message in the end says what five retries would

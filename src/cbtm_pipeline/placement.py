@@ -41,7 +41,7 @@ def place(net: "PreTrainedModel", how: dict[str, Any], run: config.Run, group: d
         )
     chosen = _micro_batch(loss_of, how, bf16, -(-how["batch_size"] // group.world_size), total_bytes, group.world_size if sharded else 1)
     if chosen.recompute:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        net.activation_checkpointing_enable({"use_reentrant": False})
     if sharded:
         sharding.shard(loss_of, layers, bf16)
     # without a GPU compiling takes longer than it saves in a small training, so that there people have to ask for it
@@ -65,9 +65,9 @@ def _micro_batch(loss_of: NextToken, how: dict[str, Any], bf16: bool, batch_size
         return memory.Plan(memory.even(batch_size, max(1, memory.CPU_TOKENS // how["seq_len"])), recompute)
     sequence_T, net = torch.zeros(how["seq_len"] + 1, dtype=torch.int64, device=device), loss_of.net
     kept = memory.sequence_bytes(loss_of, sequence_T, bf16)
-    net.gradient_checkpointing_enable({"use_reentrant": False})
+    net.activation_checkpointing_enable({"use_reentrant": False})
     kept_recomputing = memory.sequence_bytes(loss_of, sequence_T, bf16) + kept // max(1, len(model.layers(net)))
-    net.gradient_checkpointing_disable()
+    net.activation_checkpointing_disable()
     vocab_size = net.config.get_text_config().vocab_size
     n = model.n_parameters(net)
     if how["recompute"] is not None:  # only the one that is asked for
