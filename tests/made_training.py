@@ -25,6 +25,23 @@ LLAMA = {
     "num_attention_heads": 2,
     "tie_word_embeddings": True,
 }
+MODELS: dict[str, dict[str, Any]] = {  # one of each kind of architecture
+    "llama": LLAMA,
+    "llama-untied": LLAMA | {"tie_word_embeddings": False},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "opt": {
+        **{"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2},
+    },
+    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "qwen2": LLAMA | {"model_type": "qwen2", "num_key_value_heads": 1},
+    "qwen3": LLAMA | {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16},
+    "smollm3": LLAMA | {"model_type": "smollm3", "num_key_value_heads": 1},
+    "phi": {  # its output layer has a bias
+        **{"model_type": "phi", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "tie_word_embeddings": False},
+    },
+}
 NOW, NEVER = {"checkpoint_seconds": 1e-9}, {"checkpoint_seconds": 600}  # section run: save after every step, or not at all
 CONFIG = Path(__file__).parents[1] / "config.yaml"
 

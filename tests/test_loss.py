@@ -11,23 +11,6 @@ import made_training as made
 from cbtm_pipeline import loss, model, optimize
 
 SEQ_LEN = 16
-SIZES: dict[str, dict[str, Any]] = {
-    "llama": made.LLAMA,
-    "llama-untied": made.LLAMA | {"tie_word_embeddings": False},
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
-    "opt": {
-        **{"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64},
-        **{"num_hidden_layers": 2, "num_attention_heads": 2},
-    },
-    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "qwen2": made.LLAMA | {"model_type": "qwen2", "num_key_value_heads": 1},
-    "qwen3": made.LLAMA | {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16},
-    "smollm3": made.LLAMA | {"model_type": "smollm3", "num_key_value_heads": 1},
-    "phi": {  # its output layer has a bias
-        **{"model_type": "phi", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-        **{"num_attention_heads": 2, "tie_word_embeddings": False},
-    },
-}
 CAPPED = made.LLAMA | {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 2.0}
 
 
@@ -66,9 +49,9 @@ def test_large_logits_stay_finite():
     assert torch.equal(torch.autograd.grad(result, hidden)[0], torch.tensor([[1000.0, -1000.0]]))
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", made.MODELS)
 def test_loss_and_gradients_of_every_kind_of_model(name):
-    net, tokens_BT = make(SIZES[name]), some_tokens()
+    net, tokens_BT = make(made.MODELS[name]), some_tokens()
     loss_of = loss.NextToken(net)
     assert loss_of.in_chunks
     total = loss_of(tokens_BT)
@@ -121,9 +104,9 @@ class Seen(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", made.MODELS)
 def test_the_host_never_waits_for_the_device_in_a_step(name):
-    net = make(SIZES[name]).train()
+    net = make(made.MODELS[name]).train()
     loss_of, how = loss.NextToken(net), {"weight_decay": 0.1, "lr": 0.1, "betas": [0.9, 0.95]}
     optimizer, bad = optimize.make_optimizer(net, how), torch.tensor(False)
     seen = Seen()
@@ -139,7 +122,7 @@ def test_the_host_never_waits_for_the_device_in_a_step(name):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs")
 @pytest.mark.filterwarnings("ignore")  # the compiler's, about itself
 def test_compiled_layers_and_chunks_give_the_same_loss():
-    net, tokens_BT = make(SIZES["llama"]), some_tokens()
+    net, tokens_BT = make(made.MODELS["llama"]), some_tokens()
     loss_of = loss.NextToken(net)
     plain = loss_of(tokens_BT)
     plain.backward()

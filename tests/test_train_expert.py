@@ -4,11 +4,25 @@ import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import made_training as made
-from cbtm_pipeline import artifact, batches, checkpoint, config, expert, lock, loss, model, optimize, train_expert, training_log
+from cbtm_pipeline import (
+    artifact,
+    batches,
+    checkpoint,
+    config,
+    expert,
+    lock,
+    loss,
+    model,
+    optimize,
+    score_expert,
+    train_expert,
+    training_log,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,33 +99,27 @@ def test_precisions_differ(outdir):
     assert expert.read_card(outdir / "bf16-0/random-1/model.safetensors")["precision"] == "bf16 autocast"
 
 
-@pytest.mark.parametrize(
-    "scratch",
-    [
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.1},  # dropout resumes exactly, too
-        made.LLAMA | {"tie_word_embeddings": False},
-        {
-            "model_type": "opt",
-            "hidden_size": 32,
-            "word_embed_proj_dim": 32,
-            "ffn_dim": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        },
-        {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-    ],
-    ids=lambda scratch: scratch["model_type"],
-)
-def test_any_model_trains_resumes_and_is_trained_on(outdir, scratch):
+@pytest.mark.parametrize("name", made.MODELS)
+def test_any_model_trains_resumes_and_is_trained_on_and_is_what_transformers_loads(outdir, name):
+    scratch = made.MODELS[name] | ({"resid_pdrop": 0.1} if name == "gpt2" else {})  # dropout resumes exactly, too
     cfg = made.make_config(k=1, steps=3, seed_share=0.5, scratch=scratch)
-    to = scratch["model_type"]
-    where = made.files(outdir, "seed", to=to)
+    where = made.files(outdir, "seed", to=name)
     undisturbed = made.train(cfg, where, "seed")
-    again = made.files(outdir, "seed", to=f"{to}-resumed")
+    again = made.files(outdir, "seed", to=f"{name}-resumed")
     assert made.train(cfg, again, "seed", made.stop_after(2)) == b""
     assert made.train(cfg, again, "seed") == undisturbed
-    child = made.files(outdir, "dense", to=to)._replace(seed_model=where.out)
+    child = made.files(outdir, "dense", to=name)._replace(seed_model=where.out)
     assert made.train(cfg, child, "dense") != undisturbed
+
+    documents = [np.r_[0, text] for text in np.random.default_rng(0).integers(1, made.VOCAB_SIZE, (5, 20))]
+    found = score_expert.score(model.load(child.out.parent).eval(), documents, made.SEQ_LEN, 16)
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(child.out.parent, local_files_only=True).eval()
+    assert theirs.dtype == torch.float32
+    with torch.inference_mode():
+        logprobs = [theirs(torch.from_numpy(d)[None, :-1]).logits[0].log_softmax(1)[range(20), d[1:]] for d in documents]
+    assert found == pytest.approx(torch.cat(logprobs).numpy(), abs=1e-5)
 
 
 def test_pretrained_seed_is_published_as_it_is(outdir):

@@ -108,7 +108,7 @@ class Progress:
         rate = self.n_tokens / max(now - self.completed, 1e-9)
         self.completed = now
         self.waited_s += row["data_wait_s"]
-        more = {"n_tokens": row["step"] * self.n_tokens, "tokens_per_s": rate, "mfu": self.mfu(rate), "memory_bytes": _memory_bytes()}
+        more = {"n_tokens": row["step"] * self.n_tokens, "tokens_per_s": rate, "mfu": self.mfu(rate), "memory_bytes": memory_bytes()}
         return {**row, **more, "time": time.time()}
 
     def say(self, row: Row) -> bool:
@@ -123,14 +123,14 @@ class Progress:
         parts += [f"validation {row['valid_loss']:.4f}"] if "valid_loss" in row else []
         parts += [f"lr {row['lr']:.2e}", f"{rate:.4g} tokens/s"]
         parts += [f"MFU {100 * share:.1f} %"] if (share := self.mfu(rate)) else []
-        parts += [f"{_memory_bytes() / 1e9:.1f} GB", f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %"]
+        parts += [f"{memory_bytes() / 1e9:.1f} GB", f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %"]
         parts += [f"{watts:.0f} W"] if (watts := _power()) else []
         log.info("  ".join([*parts, f"ETA {_clock((self.n_steps - step) * seconds / n)}"]))
         self.said, self.step, self.waited_s = now, step, 0.0
         return True
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """The most that was in use: of the GPU's memory by tensors, without a GPU by the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
