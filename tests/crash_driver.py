@@ -1,14 +1,16 @@
-"""Runs train_expert in forked children that get a signal right before their n-th change to the file system.
+"""Runs train_expert in forked children that get a signal right before their n-th change to the file system, or SIGKILL at some moment.
 
-Reads one JSON command per line, {"args", "root", "at", "signal", "log"}, and answers with {"status", "events"}: the exit status (negative:
-the signal that ended it) and the changes under `root` that the child came to. Forking saves every child the imports; a child is a process
-like any other, and its SIGKILL is the kernel's.
+Reads one JSON command per line, {"args", "root", "at", "signal", "after", "log"} (`after`: seconds, null for never), and answers with
+{"status", "events"}: the exit status (negative: the signal that ended it) and the changes under `root` that the child came to. Forking
+saves every child the imports; a child is a process like any other, and its SIGKILL is the kernel's.
 """
 
 import json
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from typing import Any
 
 from cbtm_pipeline import cli, train_expert
@@ -51,6 +53,13 @@ def child(command: dict[str, Any], answer: int) -> None:
         if n_changes == command["at"]:
             os.kill(os.getpid(), getattr(signal, command["signal"]))
 
+    if command["after"] is not None:
+        me = os.getpid()
+        if os.fork() == 0:
+            time.sleep(command["after"])
+            with suppress(ProcessLookupError):
+                os.kill(me, signal.SIGKILL)
+            os._exit(0)
     sys.addaudithook(watch)
     sys.argv = ["train_expert", *command["args"]]
     cli.run(train_expert.main)

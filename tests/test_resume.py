@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import made_training as made
@@ -45,11 +46,14 @@ class Crashes(Driver):
         super().__init__("crash_driver.py")
         self.outdir = outdir
 
-    def run(self, n_steps: int, where: train_expert.Files, at: int = 0, signal: str = "SIGKILL") -> tuple[int, list[Change]]:
-        """Train expert 0 in a child that gets the signal before its `at`-th change to files; return exit status and changes."""
+    def run(
+        self, n_steps: int, where: train_expert.Files, at: int = 0, signal: str = "SIGKILL", after: float | None = None
+    ) -> tuple[int, list[Change]]:
+        """Train expert 0 in a child that gets the signal before its `at`-th change to files, or is killed `after` so many seconds; return
+        exit status and changes."""
         root = where.work.parents[1]
         args = command_line(self.outdir, n_steps, where)
-        answer = self.tell({"args": args, "root": f"{root}/", "at": at, "signal": signal, "log": f"{root}.log"})
+        answer = self.tell({"args": args, "root": f"{root}/", "at": at, "signal": signal, "after": after, "log": f"{root}.log"})
         return answer["status"], [(event, path.removeprefix(f"{root}/")) for event, path in answer["events"]]
 
 
@@ -130,6 +134,29 @@ def test_killed_anywhere(outdir, driver):
         assert (i, events[i - 1], status) == (i, events[i - 1], 0)
         assert where.out.read_bytes() == reference(outdir, 3)
         check_published(where, 3)
+
+
+def test_killed_at_any_moment(outdir, driver, life):
+    """Thirty kills at moments drawn at random, computing or saving, twice each training before it may end."""
+    where = place(outdir, "timed")
+    began = time.monotonic()
+    assert driver.run(20, where)[0] == 0
+    seconds = time.monotonic() - began
+    rng = np.random.default_rng(0)
+    n_killed = n_resumed = 0
+    for i in range(15):
+        where = place(outdir, f"moment-{i}")
+        for after in rng.uniform(0, seconds, 2):
+            status, _ = driver.run(20, where, after=float(after))
+            n_killed += status == -signal.SIGKILL
+            assert status in (0, -signal.SIGKILL)
+        before = checkpoint.candidates(where.work / "state")
+        assert driver.run(20, where)[0] == 0
+        n_resumed += bool(before) and "going on after step" in Path(f"{where.work.parents[1]}.log").read_text()
+        assert where.out.read_bytes() == reference(outdir, 20)
+        check_published(where, 20)
+    assert n_killed > 20
+    assert n_resumed > 8
 
 
 def test_command_line_is_told_to_stop(outdir):
