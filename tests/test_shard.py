@@ -2,6 +2,7 @@ import gzip
 import json
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -419,6 +420,18 @@ def test_tokenizer_that_does_not_match_its_card(tmp_path: Path, tokenizer_json: 
 # what may happen to a run
 
 
+def started(tmp_path: Path, tokenizer_json: Path, n_rows: int, workers: int, awaited: str) -> tuple[subprocess.Popen[str], list[Any], Path]:
+    """A run that has written shards named like `awaited`, its arguments and its corpus."""
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(n_rows))
+    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096, "eval_fraction": 0.2})
+    args = ["--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json", "--workers", workers]
+    run = made_texts.start("shard", *args)
+    while not list((tmp_path / "s").glob(awaited)):
+        assert run.poll() is None
+        time.sleep(0.001)
+    return run, args, corpus
+
+
 def limited() -> None:
     """Files of at most 200 kB, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -454,13 +467,7 @@ def test_stale_shards_are_removed_and_strangers_stay(tmp_path: Path, tokenizer_j
 
 
 def test_killed_run_starts_again(tmp_path: Path, tokenizer_json: Path) -> None:
-    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(400))
-    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096, "eval_fraction": 0.2})
-    args = ["--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json", "--workers", 1]
-    run = made_texts.start("shard", *args)
-    while not list((tmp_path / "s").glob("train-00003.arrow")):
-        assert run.poll() is None
-        time.sleep(0.001)
+    run, args, corpus = started(tmp_path, tokenizer_json, 400, 1, "train-00003.arrow")
     run.kill()
     run.communicate()
     assert not (tmp_path / "s/manifest.json").exists()
@@ -473,12 +480,7 @@ def test_killed_run_starts_again(tmp_path: Path, tokenizer_json: Path) -> None:
 def test_workers_end_with_a_killed_run(tmp_path: Path, tokenizer_json: Path) -> None:
     import psutil
 
-    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(4000))
-    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096})
-    run = made_texts.start("shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json", "--workers", 2)
-    while not list((tmp_path / "s").glob("train-0000*.arrow")):
-        assert run.poll() is None
-        time.sleep(0.005)
+    run, _, _ = started(tmp_path, tokenizer_json, 4000, 2, "train-0000*.arrow")
     workers = psutil.Process(run.pid).children()
     assert len(workers) >= 2
     run.kill()
@@ -492,12 +494,7 @@ def test_workers_end_with_a_killed_run(tmp_path: Path, tokenizer_json: Path) -> 
 def test_killed_worker_is_one_line(tmp_path: Path, tokenizer_json: Path) -> None:
     import psutil
 
-    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(4000))
-    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096})
-    run = made_texts.start("shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json", "--workers", 2)
-    while not list((tmp_path / "s").glob("train-0000*.arrow")):
-        assert run.poll() is None
-        time.sleep(0.005)
+    run, _, _ = started(tmp_path, tokenizer_json, 4000, 2, "train-0000*.arrow")
     workers = [child for child in psutil.Process(run.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert workers
     workers[0].kill()
