@@ -80,9 +80,10 @@ def fit(
     while len(first_U) > 2 * levels[0] * max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * k):
         levels.insert(0, 4 * levels[0])
 
-    def run(number: int, level: int, centres_KD: np.ndarray, prices_K: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        x_SD, mass_S = x_ND[first_U[::level]], _at_most_a_share(mass_U[::level], k)
+    def sample(level: int) -> tuple[np.ndarray, np.ndarray]:
+        return x_ND[first_U[::level]], _at_most_a_share(mass_U[::level], k)
 
+    def run(number: int, level: int, x_SD, mass_S, centres_KD, prices_K) -> tuple[np.ndarray, np.ndarray, int]:
         def report(iteration: int, inertia: float, balance: float) -> None:
             if progress is not None:
                 progress(number, iteration, inertia, balance)
@@ -91,16 +92,16 @@ def fit(
             return _lloyd(x_SD, mass_S, centres_KD, prices_K, balanced, max_iterations, report, TOLERANCE if level == 1 else ROUGH)
         return _lloyd_in_passes(torch.from_numpy(x_SD).to(device), mass_S, centres_KD, prices_K, max_iterations, report)
 
-    x_SD, mass_S = x_ND[first_U[:: levels[0]]], _at_most_a_share(mass_U[:: levels[0]], k)
+    x_SD, mass_S = sample(levels[0])
     runs = []
     for number in range(n_init):
         seeds_KD = _plus_plus(x_SD, mass_S, k, np.random.default_rng([rng_seed, number]))
-        found = run(number, levels[0], seeds_KD, np.zeros(k))
+        found = run(number, levels[0], x_SD, mass_S, seeds_KD, np.zeros(k))
         runs.append((number, found, _certify(x_SD, mass_S, *found)))
     even_enough = 1.01 * min(certified.balance for *_, certified in runs) if balanced else np.inf
     number, found, _ = min((r for r in runs if r[-1].balance <= even_enough), key=lambda r: r[-1].inertia)
     for level in levels[1:]:
-        found = run(number, level, *found[:2])
+        found = run(number, level, *sample(level), *found[:2])
     return _certify(x_ND, weights_N, *found)
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-CACHED_ROWS = 2048  # rows whose distances stay in the processor's cache
+from cbtm_pipeline.distances import CACHED_ROWS
+
 NEWTON_STEPS = 30
 NEWTON_GOAL = 2e-3  # share of the mass in the wrong cluster that is left to the moves of single documents
 NEWTON_STUCK = 2e-2  # above this share, prices found for a quarter of the documents are a better start
