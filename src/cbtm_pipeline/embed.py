@@ -6,6 +6,7 @@ The embedder is the linear tf-idf of `tfidf`, fitted on a sample, or the encoder
 training shard, and the manifest last. Memory holds a few shards and the sample, whatever the corpus.
 """
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,10 +152,12 @@ def main() -> None:
         n_components, about = embedder.n_components, {key: getattr(embedder, key) for key in ("name", "identity", "n_windows")}
         artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, encoder=about))
     else:
+        began = time.monotonic()
         embedder, n_fitted = fit(folder, manifest, train, how)
         n_terms, n_components = int(np.count_nonzero(embedder.idf_V)), embedder.E_VD.shape[1]
         artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, n_fitted=n_fitted), **embedder._asdict())
-        cli.log.info("fitted on %d documents: %d terms, %d components", n_fitted, n_terms, n_components)
+        seconds = time.monotonic() - began
+        cli.log.info("fitted on %d documents in %.1f s: %d terms, %d components", n_fitted, seconds, n_terms, n_components)
 
     made_from["embedder"] = artifact.identity(embedder_path)
     written = write_all(folder, train, args.out, embedder, n_components, args.threads)
