@@ -202,16 +202,14 @@ def drop(setup: Setup, work: tuple[Entry, np.ndarray]) -> Dropped:
     paths = [setup.folder / f"{entry['name']}{suffix}" for suffix in (".parquet", ".arrow")]
     keep = np.ones(entry["n_documents"], bool)
     keep[rows] = False
-    ids = pq.read_table(paths[0], columns=["doc_id"])["doc_id"].take(pa.array(rows)).to_pylist()
-    if not keep.any():
-        for path in paths:
-            path.unlink()
-        return Dropped(None, ids)
-    documents = tokens.read(paths[1], 0)
-    lengths = np.diff(documents.offsets)
-    kept = tokens.Documents(documents.values[np.repeat(keep, lengths)], np.cumsum([0, *lengths[keep]]))
     with pq.ParquetFile(paths[0]) as file:
-        return Dropped(_write(setup, entry["name"], _filtered(file, keep), kept), ids)
+        ids = file.read(["doc_id"])["doc_id"].take(pa.array(rows)).to_pylist()
+        if keep.any():
+            kept = tokens.read(paths[1], 0).take(np.flatnonzero(keep))
+            return Dropped(_write(setup, entry["name"], _filtered(file, keep), kept), ids)
+    for path in paths:
+        path.unlink()
+    return Dropped(None, ids)
 
 
 def _filtered(file: pq.ParquetFile, keep: np.ndarray) -> Iterator[pa.Table]:

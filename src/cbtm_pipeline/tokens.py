@@ -34,10 +34,9 @@ class Documents(NamedTuple):
 
     def take(self, rows: np.ndarray) -> "Documents":
         """The documents at `rows`, in that order."""
-        lengths = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        return Documents(self.values[index], offsets)
+        starts, stops = self.offsets[:-1][rows], self.offsets[1:][rows]
+        taken = [self.values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        return Documents(np.concatenate([self.values[:0], *taken]), np.concatenate([[0], np.cumsum(stops - starts)]))
 
 
 def join(parts: Sequence[Documents]) -> Documents:
