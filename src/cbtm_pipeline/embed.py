@@ -25,11 +25,17 @@ CHUNK_TEXTS = 512  # that an encoder sorts by length at once
 Embedder = tfidf.Embedder | encoder.Encoder
 
 
-def fit(folder: Path, manifest: dict[str, Any], train: list[corpus.Entry], how: dict[str, Any]) -> tuple[tfidf.Embedder, int]:
+def fit(
+    folder: Path, manifest: dict[str, Any], train: list[corpus.Entry], how: dict[str, Any], n_threads: int
+) -> tuple[tfidf.Embedder, int]:
     """The embedder of a corpus, and the number of documents that it was fitted on. `how`: the parameters of rule embed."""
-    counts = []
-    for entry, rows in corpus.sample(train, how["fit_documents"], how["rng_seed"]):
-        counts.append(tfidf.count(corpus.documents(folder, entry).take(rows), manifest["vocab_size"]))
+
+    def count(drawn: tuple[corpus.Entry, np.ndarray]) -> sparse.csr_array:
+        entry, rows = drawn
+        return tfidf.count(corpus.documents(folder, entry).take(rows), manifest["vocab_size"])
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        counts = list(parallel.in_order(pool, count, corpus.sample(train, how["fit_documents"], how["rng_seed"]), n_threads))
     counts_NV = sparse.csr_array(sparse.vstack(counts, "csr"))
     del counts
     fit_keys = ("n_components", "idf_power", "max_df", "min_df", "rng_seed")
@@ -153,7 +159,7 @@ def main() -> None:
         artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, encoder=about))
     else:
         began = time.monotonic()
-        embedder, n_fitted = fit(folder, manifest, train, how)
+        embedder, n_fitted = fit(folder, manifest, train, how, args.threads)
         n_terms, n_components = int(np.count_nonzero(embedder.idf_V)), embedder.E_VD.shape[1]
         artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, n_fitted=n_fitted), **embedder._asdict())
         seconds = time.monotonic() - began

@@ -122,11 +122,11 @@ def _components(rows_NU: sparse.csr_array, n: int, rng_seed: int) -> np.ndarray:
 
 def rows(counts_NV: sparse.csr_array, idf_V: np.ndarray) -> sparse.csr_array:
     """The documents' rows as sets of terms, idf_v where term v occurs, of length one (zero rows stay zero), as float32."""
-    from sklearn.preprocessing import normalize  # takes a second, and only fitting needs it
-
-    rows_NV = counts_NV.copy()
-    rows_NV.data = idf_V[rows_NV.indices].astype(np.float32)
-    return sparse.csr_array(normalize(rows_NV, copy=False))
+    weights = idf_V[counts_NV.indices].astype(np.float32)
+    row = np.repeat(np.arange(len(counts_NV.indptr) - 1), np.diff(counts_NV.indptr))
+    lengths_N = np.sqrt(np.bincount(row, np.square(weights), len(counts_NV.indptr) - 1))
+    np.divide(weights, np.where(lengths_N > 0, lengths_N, 1)[row], out=weights, casting="same_kind")
+    return sparse.csr_array((weights, counts_NV.indices, counts_NV.indptr), counts_NV.shape)
 
 
 def embed(documents: Documents, E_VD: np.ndarray) -> np.ndarray:
