@@ -7,7 +7,7 @@ text as plain JSON lines, one process per core, and its embedder in memory. Fitt
 done on a sample, so that its time does not grow with the corpus. Without --corpus the built-in demo corpus is read.
 
 Cost model of ours, per document byte of English text with 50 000 tokens in the vocabulary (0.31 tokens): shard reads 1 byte, encodes it
-and writes 0.62 (ids) + 0.35 (zstd text); embed reads 0.62 and 125 of E, mostly from the cache (400 a token), and writes 0.1 (400 a
+and writes 0.62 (ids) + 0.47 (lz4 text); embed reads 0.62 and 125 of E, mostly from the cache (400 a token), and writes 0.1 (400 a
 document); assign reads 0.72 and writes 0.62.
 """
 
