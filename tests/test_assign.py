@@ -50,8 +50,9 @@ def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
     assert [entry["name"] for entry in manifest["shards"]] == [f"train-{i:05d}" for i in range(3)]
     assert manifest["balance"] == "tokens" and manifest["prices"] == "clusterer"
     assert manifest["load_over_mean"]["tokens"]["max"] < 1.02
-    arrays, _ = artifact.read_npz(tmp_path / "cluster/clusterer.npz", "clusterer")
+    arrays, certificate = artifact.read_npz(tmp_path / "cluster/clusterer.npz", "clusterer")
     assert manifest["n_tokens"] == arrays["loads_K"].tolist()
+    assert manifest["duality_gap"] == pytest.approx(certificate["certificate"]["duality_gap"], rel=1e-6)
     paths = {"clusterer": "cluster/clusterer.npz", "shards": "shards/manifest.json"}
     assert manifest["made_from"] == {name: artifact.identity(tmp_path / path) for name, path in paths.items()}
 
@@ -66,6 +67,7 @@ def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
     random = check_grouping(tmp_path, "random")
     assert random["made_from"] == {"shards": manifest["made_from"]["shards"]}
     assert random["load_over_mean"]["tokens"]["max"] < 1.02
+    assert "duality_gap" not in random
     assert max(random["n_documents"]) - min(random["n_documents"]) <= 1
     d2 = pq.read_table(tmp_path / "random/train-00000.parquet")["d2"]
     assert d2.null_count == 200
@@ -118,6 +120,7 @@ def test_prices_of_a_small_sample_are_mended_on_the_whole_corpus(tmp_path: Path,
     manifest = check_grouping(tmp_path, "assignments")
     assert manifest["prices"] == "corpus"
     assert manifest["load_over_mean"][balance]["max"] < 1.03
+    assert 0 <= manifest["duality_gap"] < 0.01
     arrays, _ = artifact.read_npz(tmp_path / "cluster/clusterer.npz", "clusterer")
     assert not np.allclose(arrays["prices_K"], manifest["prices_K"])
 

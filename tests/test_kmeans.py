@@ -173,11 +173,16 @@ def test_no_cluster_stays_empty_where_the_next_document_weighs_nearly_nothing():
     assert (labels_N == (d2_NK + prices_K).argmin(axis=1)).all()
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 99), st.integers(2, 5))
-def test_the_duality_gap_bounds_what_any_assignment_could_gain(seed, k):
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 99), st.integers(2, 5), st.sampled_from([0.0, 0.02, 0.5]))
+def test_the_duality_gap_bounds_what_any_assignment_could_gain(seed, k, off):
     x_ND, weights_N = mixture(40, 4, 6, seed)
     found = kmeans.fit(x_ND, k, weights_N=weights_N, **FITTED)
+    prices_K = found.prices_K + off * np.random.default_rng(seed).standard_normal(k)
+    labels_N, d2_N = kmeans.assign(x_ND, found.centres_KD, prices_K)
+    loads_K, inertia = np.bincount(labels_N, weights_N, k), float(weights_N @ d2_N)
+    gap = kmeans.duality_gap(loads_K, prices_K, inertia)
+    assert off or gap == found.duality_gap
     costs_NK = weights_N[:, None] * kmeans.squared_distances(x_ND, found.centres_KD)
     every_document_once = np.kron(np.eye(40), np.ones(k))
     loads = np.kron(weights_N, np.eye(k))
@@ -186,11 +191,21 @@ def test_the_duality_gap_bounds_what_any_assignment_could_gain(seed, k):
         A_eq=every_document_once,
         b_eq=np.ones(40),
         A_ub=np.concatenate([loads, -loads]),
-        b_ub=np.concatenate([np.full(k, found.loads_K.max()), np.full(k, -found.loads_K.min())]) + 1e-6,
+        b_ub=np.concatenate([np.full(k, loads_K.max()), np.full(k, -loads_K.min())]) + 1e-6,
     )
     assert best.success
-    optimum = best.fun / weights_N.sum()
-    assert found.inertia * (1 - found.duality_gap) <= optimum * (1 + 1e-5) <= found.inertia * (1 + 2e-5)
+    assert inertia * (1 - gap) <= best.fun * (1 + 1e-5) <= inertia * (1 + 2e-5)
+
+
+@QUICK
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(-2, 2)), min_size=1, max_size=9), st.floats(-1, 1))
+def test_the_duality_gap_is_a_share_and_knows_only_differences_of_prices(clusters, shift):
+    loads_K, prices_K = np.array(clusters).T
+    gap, shifted = (kmeans.duality_gap(loads_K, p_K, 1e9) for p_K in (prices_K, prices_K + shift))
+    assert 0 <= gap <= 1 and shifted == pytest.approx(gap, abs=1e-9)
+    assert kmeans.duality_gap(np.full(len(loads_K), 7.0), prices_K, 1e9) == pytest.approx(0, abs=1e-15)
+    by_price_K = np.sort(prices_K)
+    assert kmeans.duality_gap(np.sort(loads_K), by_price_K, 1e9) <= kmeans.duality_gap(np.sort(loads_K)[::-1], by_price_K, 1e9) + 1e-9
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -62,6 +62,11 @@ def deal(doc_ids: list[str], n_tokens_N: np.ndarray, n_documents_K: np.ndarray, 
     return labels_N
 
 
+def weights(n_tokens_N: np.ndarray, balance: str) -> np.ndarray:
+    """What each document weighs in the balance."""
+    return np.maximum(n_tokens_N, 1) if balance == "tokens" else np.ones(len(n_tokens_N))
+
+
 def by_clusterer(
     shards: Path, train: list[corpus.Entry], vectors: Path, clusterer: Path
 ) -> tuple[Labeller, int, dict[str, str], dict[str, Any]]:
@@ -77,7 +82,7 @@ def by_clusterer(
         for entry in train:
             x_ND = embed.read_vectors(vectors.parent, by_name[entry["name"]])
             n_tokens_N = corpus.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
-            weights_N = np.maximum(n_tokens_N, 1) if certificate["balance"] == "tokens" else np.ones(len(x_ND))
+            weights_N = weights(n_tokens_N, certificate["balance"])
             for start in range(0, len(x_ND), CHUNK_ROWS):
                 rows = slice(start, start + CHUNK_ROWS)
                 yield x_ND[rows], weights_N[rows]
@@ -154,13 +159,21 @@ def write_shard(
 
 
 def write_all(
-    shards: Path, train: list[corpus.Entry], out: Path, label: Labeller, k: int, made_from: dict[str, str], n_threads: int
+    shards: Path,
+    train: list[corpus.Entry],
+    out: Path,
+    label: Labeller,
+    k: int,
+    made_from: dict[str, str],
+    about: dict[str, Any],
+    n_threads: int,
 ) -> dict[str, Any]:
-    """Assign and write shard by shard; return what the manifest says of them. Raises ValueError if a cluster ends up empty.
+    """Assign and write shard by shard; return what the manifest says of them, beside what it says `about` the labels. Raises ValueError if
+    a cluster ends up empty.
 
     Labels are made in the order of the shards; what costs time, reading, regrouping, hashing and writing, is done by the threads.
     """
-    n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
+    n_documents_K, n_tokens_K, loads_K, inertia_K = np.zeros(k, np.int64), np.zeros(k, np.int64), np.zeros(k), np.zeros(k)
     progress = cli.Progress("assigned", sum(entry["n_documents"] for entry in train), "documents")
 
     def read(entry: corpus.Entry) -> Shard:
@@ -169,10 +182,14 @@ def write_all(
 
     def labelled(read_shards: Iterable[Shard]) -> Iterator[tuple[Shard, Labels]]:
         for shard in read_shards:
-            labels = label(*shard)
-            n_documents_K[:] += np.bincount(labels[0], minlength=k)
-            n_tokens_K[:] += np.bincount(labels[0], shard.documents.n_tokens, k).astype(np.int64)
-            yield shard, labels
+            labels_N, d2_N = label(*shard)
+            n_documents_K[:] += np.bincount(labels_N, minlength=k)
+            n_tokens_K[:] += np.bincount(labels_N, shard.documents.n_tokens, k).astype(np.int64)
+            if d2_N is not None:
+                weights_N = weights(shard.documents.n_tokens, about["balance"])
+                loads_K[:] += np.bincount(labels_N, weights_N, k)
+                inertia_K[:] += np.bincount(labels_N, weights_N * d2_N, k)
+            yield shard, (labels_N, d2_N)
 
     def write(work: tuple[Shard, Labels]) -> dict[str, str]:
         (entry, documents, doc_ids), labels = work
@@ -196,7 +213,11 @@ def write_all(
     loads = {what: {"max": float(n_K.max() / n_K.mean()), "min": float(n_K.min() / n_K.mean())} for what, n_K in largest.items()}
     cli.log.info("documents per cluster %s, tokens %s", n_documents_K.tolist(), n_tokens_K.tolist())
     cli.log.info("largest cluster over mean: %.3f in documents, %.3f in tokens", loads["documents"]["max"], loads["tokens"]["max"])
-    return {"shards": written, "k": k, "n_documents": n_documents_K.tolist(), "n_tokens": n_tokens_K.tolist(), "load_over_mean": loads}
+    content = {"shards": written, "k": k, "n_documents": n_documents_K.tolist(), "n_tokens": n_tokens_K.tolist(), "load_over_mean": loads}
+    if "prices_K" in about:
+        content["duality_gap"] = kmeans.duality_gap(loads_K, np.array(about["prices_K"]), float(inertia_K.sum()))
+        cli.log.info("duality gap %.2g: no assignment with loads like these has an inertia lower by more", content["duality_gap"])
+    return content | about
 
 
 def main() -> None:
@@ -222,11 +243,11 @@ def main() -> None:
     else:
         label, k, made_from, about = by_clusterer(args.shards, train, args.vectors, args.clusterer)
         labels = label_validation(args.shards, args.vectors, args.clusterer, about["prices_K"], chosen)
-    content = write_all(args.shards, train, args.out, label, k, made_from, args.threads)
+    content = write_all(args.shards, train, args.out, label, k, made_from, about, args.threads)
     if chosen:
         validation.write(args.out, validation.documents(args.shards, chosen), labels, k, made_from)
-    about["identity_validation"] = artifact.identity(args.out.with_name(validation.NAME)) if chosen else None
-    artifact.write_json(args.out, artifact.make_meta("assignments", made_from, **content, **about))
+    content["identity_validation"] = artifact.identity(args.out.with_name(validation.NAME)) if chosen else None
+    artifact.write_json(args.out, artifact.make_meta("assignments", made_from, **content))
 
 
 def _check_inputs(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -261,10 +261,18 @@ def _certify(x_ND, weights_N, centres_KD, prices_K, n_iterations) -> Clustering:
     labels_N, d2_N = assign(x_ND, centres_KD, prices_K)
     loads_K = np.bincount(labels_N, weights_N, k)
     primal = float(weights_N @ d2_N)
-    # The dual is sum_i w_i min_j (d2_ij + p_j) less the dearest loads within the same bounds, which fill the highest prices first.
-    low, high = loads_K.min(), loads_K.max()
-    extra_K = np.clip(total - k * low - (high - low) * np.arange(k), 0, high - low)
-    dearest = low * prices_K.sum() + extra_K @ np.sort(prices_K)[::-1]
-    gap = float(np.clip(dearest - loads_K @ prices_K, 0, primal)) / primal if primal > 0 else 0.0  # no inertia is below 0
-    balance, min_balance = float(high * k / total), float(low * k / total)
+    balance, min_balance = float(loads_K.max() * k / total), float(loads_K.min() * k / total)
+    gap = duality_gap(loads_K, prices_K, primal)
     return Clustering(centres_KD, prices_K, labels_N, loads_K, primal / total, balance, min_balance, gap, n_iterations)
+
+
+def duality_gap(loads_K: np.ndarray, prices_K: np.ndarray, primal: float) -> float:
+    """(primal - dual) / primal of the transport problem whose loads lie between the smallest and the largest of `loads_K`.
+
+    `primal` is the sum of weight times squared distance in the assignment argmin_j d2_ij + p_j, and `loads_K` the weights of its clusters.
+    """
+    # The dual is sum_i w_i min_j (d2_ij + p_j) less the dearest loads within the same bounds, which fill the highest prices first.
+    k, low, high = len(loads_K), loads_K.min(), loads_K.max()
+    extra_K = np.clip(loads_K.sum() - k * low - (high - low) * np.arange(k), 0, high - low)
+    dearest = low * prices_K.sum() + extra_K @ np.sort(prices_K)[::-1]
+    return float(np.clip(dearest - loads_K @ prices_K, 0, primal)) / primal if primal > 0 else 0.0  # no inertia is below 0
