@@ -208,6 +208,12 @@ print((largest - before) >> 20)
 """
 
 
+def test_memory_where_the_system_tells_only_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = tokenizer._memory()
+    monkeypatch.setattr(tokenizer, "_STATM", tmp_path / "none")
+    assert 0.9 * held < tokenizer._memory() < 100 * held, "in bytes"
+
+
 def test_cache_of_gigatoken_is_bounded(trained: Path) -> None:
     """Words that never come again, the worst there is, in a process whose memory nothing else has used."""
 

@@ -9,6 +9,7 @@ import json
 import re
 import resource
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
 _SPACE = re.compile(rb"(?<=\S)(?= \S)")
 _CACHE_BYTES = 1 << 28  # gigatoken's cache of words grows without bound, so it is begun anew when memory has grown by so much
 _LOOK_BYTES = 1 << 24  # text between two looks at the memory; words that never come again make a cache of ten times their size
+_STATM = Path("/proc/self/statm")  # of Linux
 _BLOCK_BYTES = 1 << 23
 # what an earlier run of the rule may have left beside tokenizer.json, and what would change the meaning of the new one
 _SIDE_FILES = (
@@ -122,8 +124,10 @@ class Encoder:
 
 
 def _memory() -> int:
-    """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    """Bytes of memory that this process holds, or where the system does not say that, the most that it has held."""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_card(tokenizer_json: Path) -> dict[str, Any]:
