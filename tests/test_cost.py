@@ -82,16 +82,17 @@ def test_a_saved_state_has_the_reckoned_size(tmp_path: Path) -> None:
 def test_disk_follows_its_causes() -> None:
     size, text = cost.Size(10**9, 6 * 10**9, 50_000), cost.Corpus(7e9, 3e9)
     config = make_config()
-    parts = cost.disk(config, size, text, 3)
+    parts = cost.disk(config, size, text, 100, 3)
     n_models = 1 + len(plan.experts(config))
+    assert cost.disk(config, size, text, 700, 3) == {**parts, "vectors": 7 * parts["vectors"]}
     assert parts["weights"] == 4e9 * n_models
     assert parts["states of running trainings"] == 3 * cost.STATES * 12e9
     assert 10e9 / 2 < parts["text and tokens"] < 3 * 10e9
-    wide = cost.disk(config, size._replace(vocab_size=70_000), text, 3)
+    wide = cost.disk(config, size._replace(vocab_size=70_000), text, 100, 3)
     assert wide["text and tokens"] - 5e9 == 2 * (parts["text and tokens"] - 5e9)  # 4 bytes for a token, not 2
-    alone = cost.disk(make_config(train={"controls": []}), size, text, 3)
+    alone = cost.disk(make_config(train={"controls": []}), size, text, 100, 3)
     assert alone["text and tokens"] < parts["text and tokens"]
-    whole = cost.disk(make_config(eval={"max_document_tokens": None}), size, text, 3)
+    whole = cost.disk(make_config(eval={"max_document_tokens": None}), size, text, 100, 3)
     assert whole["scores and distances"] == 4 * 1e9 * (n_models + config.cluster.k) > parts["scores and distances"]
 
 

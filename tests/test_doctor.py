@@ -321,6 +321,45 @@ def test_models_have_to_be_here_where_jobs_may_have_no_network() -> None:
     assert [level for level, _ in models("me/tiny", "train_expert", tokenizer="me/other")] == ["ok", "ok", "ok"]
 
 
+def encoders(encoder: str | None, *submitted: str) -> doctor.Facts:
+    """Facts of a run with this encoder, whose embeddings go to Slurm where `submitted` says so."""
+    jobs = [job()._replace(rule=rule) for rule in submitted]
+    return doctor.Facts([], None, make_config(embed={"encoder": encoder, "n_components": 7}), jobs)
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_encoder_has_to_be_here_too(tmp_path: Path) -> None:
+    assert list(doctor.check_encoder(encoders(None, "embed"))) == []
+    facts = encoders("me/tiny", "embed")
+    ((level, text),) = doctor.check_encoder(facts)
+    assert level == "ok" and "HF_HUB_OFFLINE" in text
+    assert facts.n_dimensions == make_config().model.scratch["hidden_size"]
+    ((level, text),) = doctor.check_encoder(encoders("me/other", "embed"))
+    assert level == "FAIL" and text.endswith("Run hf download me/other")
+    ((level, text),) = doctor.check_encoder(encoders("me/other", "train_expert"))
+    assert level == "ok" and "lacks the encoder, but the hub has it" in text
+    ((level, text),) = doctor.check_encoder(encoders(str(tmp_path), "embed"))
+    assert level == "FAIL" and "lacks config.json" in text and text.endswith("Complete it")
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_disk_holds_vectors_of_the_encoder(tmp_path: Path) -> None:
+    def disk(encoder: str | None) -> tuple[float, str]:
+        facts = encoders(encoder)
+        assert facts.config
+        facts.config = facts.config.model_copy(update={"outdir": str(tmp_path)})
+        facts.model = cost.Size(1, 6, 300)
+        list(doctor.check_encoder(facts))
+        ((level, text),) = doctor.check_disk(facts)
+        assert level == "ok" and text.startswith("disk: ")
+        return float(text.split()[1]), text
+
+    (linear, _), (tiny, known), (other, assumed) = disk(None), disk("me/tiny"), disk("me/other")
+    assert tiny - linear == pytest.approx(cost.DEMO_BYTES / cost.DOCUMENT_BYTES * (64 - 7) * 4 / 1e6, abs=0.1)
+    assert other - linear == pytest.approx(cost.DEMO_BYTES / cost.DOCUMENT_BYTES * (768 - 7) * 4 / 1e6, abs=0.1)
+    assert "taken to have" not in known and "the encoder's vectors are taken to have 768 numbers" in assumed
+
+
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "does not answer" in str(reach.hub_problem("me/other"))

@@ -90,8 +90,8 @@ def corpus(config: Config) -> Corpus:
     return Corpus((1 - config.corpus.eval_fraction) * train, config.corpus.eval_fraction * train)
 
 
-def disk(config: Config, model: Size, text: Corpus, n_running: int) -> dict[str, float]:
-    """Bytes under outdir when it is fullest, with so many trainings running at once."""
+def disk(config: Config, model: Size, text: Corpus, n_dimensions: int, n_running: int) -> dict[str, float]:
+    """Bytes under outdir when it is fullest, with vectors of so many dimensions and so many trainings running at once."""
     experts, k = plan.experts(config), config.cluster.k
     both, width = text.train + text.held_out, 2 if model.vocab_size <= 1 << 16 else 4
     groupings = 2 if "random" in config.train.controls else 1
@@ -99,7 +99,7 @@ def disk(config: Config, model: Size, text: Corpus, n_running: int) -> dict[str,
     n_scored = min(text.held_out / TOKEN_BYTES, text.held_out / DOCUMENT_BYTES * per_document)
     return {
         "text and tokens": both / 2 + (both + groupings * text.train) / TOKEN_BYTES * width,
-        "vectors": both / DOCUMENT_BYTES * config.embed.n_components * 4,
+        "vectors": both / DOCUMENT_BYTES * n_dimensions * 4,
         "weights": 4 * model.n_parameters * (1 + len(experts)),
         "states of running trainings": STATES * STATE_BYTES * model.n_parameters * n_running,
         "scores and distances": 4 * n_scored * (1 + len(experts) + k),

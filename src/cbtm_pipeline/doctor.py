@@ -10,7 +10,7 @@ import os
 import pwd
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from cbtm_pipeline.slurm.planned import Job
 TIMEOUT_S = 10.0  # of a Slurm command
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 ASSUMED_GPU = "A100"
+ASSUMED_DIMENSIONS = 768  # of an encoder that is not here yet
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Facts:
     nodes: list[site.Nodes] = field(default_factory=list)
     machine: cost.Machine | None = None  # of a training
     model: cost.Size | None = None
+    n_dimensions: int | None = None  # of the vectors of an encoder
     write_rate: float = 0.0  # bytes/s under outdir
 
 
@@ -171,29 +173,43 @@ def check_model(f: Facts) -> Iterator[Line]:
     if f.config is None:
         return
     model, tokenizer = f.config.model.pretrained, f.config.tokenizer.pretrained
-    submitted, whole = {job.rule for job in f.jobs}, True
     for name in dict.fromkeys(name for name in (model, tokenizer) if name):
-        folder, local = reach.cached(name), Path(name).is_dir()
         needs = {"train_expert": reach.lacks_weights} if name == model else {}
         needs |= {"tokenizer": reach.lacks_tokenizer} if name == (tokenizer or model) else {}
-        lacks = {rule: missing for rule, missing_from in needs.items() if (missing := missing_from(folder))}
-        whole = whole and (name != model or "train_expert" not in lacks)
-        found = f"{name}: {folder or 'the cache'} lacks {', '.join([file for files in lacks.values() for file in files][:3])}"
-        if not lacks:
-            hint = needs.keys() & submitted and not local and not os.environ.get("HF_HUB_OFFLINE")
-            yield "ok", f"{name}: in {folder}{'; HF_HUB_OFFLINE=1 spares jobs without network minutes of trying' if hint else ''}"
-        elif local:
-            yield "FAIL", f"{found}. Expected a folder that transformers can load. Complete it"
-        elif lacks.keys() & submitted:
-            other = " again, or choose a model that has it" if folder else ""
-            yield "FAIL", f"{found}. Expected it there, as compute nodes may have no network. Run hf download {name}{other}"
-        elif problem := reach.hub_problem(name):
-            yield "FAIL", f"{found}, and {problem}. Expected one of the two. Correct the name, or run hf download {name}"
-        else:
-            yield "ok", f"{found}, but the hub has it; the run will fetch it"
-    if whole:
-        f.model = cost.size(f.config, reach.cached(model) if model else None)
+        yield _can_be_had(f, name, needs)
+    folder = reach.cached(model) if model else None
+    if not (model and reach.lacks_weights(folder)):
+        f.model = cost.size(f.config, folder)
         yield "ok", f"model: {cost.units(f.model.n_parameters)} parameters"
+
+
+def check_encoder(f: Facts) -> Iterator[Line]:
+    """Rules `embed` and `route` load the encoder."""
+    if f.config is None or not f.config.embed.encoder:
+        return
+    from cbtm_pipeline import encoder_files  # imports torch
+
+    name = f.config.embed.encoder
+    f.n_dimensions = encoder_files.hidden_size(reach.cached(name))
+    yield _can_be_had(f, name, {"embed": encoder_files.lacks})
+
+
+def _can_be_had(f: Facts, name: str, needs: dict[str, Callable[[Path | None], list[str]]]) -> Line:
+    """Whether rules that load `name` find it: by rule, what says which files its folder lacks."""
+    folder, local, submitted = reach.cached(name), Path(name).is_dir(), {job.rule for job in f.jobs}
+    lacks = {rule: missing for rule, missing_from in needs.items() if (missing := missing_from(folder))}
+    found = f"{name}: {folder or 'the cache'} lacks {', '.join([file for files in lacks.values() for file in files][:3])}"
+    if not lacks:
+        hint = needs.keys() & submitted and not local and not os.environ.get("HF_HUB_OFFLINE")
+        return "ok", f"{name}: in {folder}{'; HF_HUB_OFFLINE=1 spares jobs without network minutes of trying' if hint else ''}"
+    if local:
+        return "FAIL", f"{found}. Expected a folder that transformers can load. Complete it"
+    if lacks.keys() & submitted:
+        other = " again, or choose a model that has it" if folder else ""
+        return "FAIL", f"{found}. Expected it there, as compute nodes may have no network. Run hf download {name}{other}"
+    if problem := reach.hub_problem(name):
+        return "FAIL", f"{found}, and {problem}. Expected one of the two. Correct the name, or run hf download {name}"
+    return "ok", f"{found}, but the hub has it; the run will fetch it"
 
 
 def check_files(f: Facts) -> Iterator[Line]:
@@ -204,7 +220,7 @@ def check_files(f: Facts) -> Iterator[Line]:
     paths = {"outdir": outdir, "this folder": Path(), "Python": Path(sys.prefix)}
     files = [Path(file).absolute() for file in corpus_files.find(f.config.corpus.train, f.config.corpus.eval) if file != DEMO]
     paths |= {"the corpus": Path(os.path.commonpath(files))} if files else {}
-    names = {f.config.model.pretrained, f.config.tokenizer.pretrained} - {None}
+    names = {f.config.model.pretrained, f.config.tokenizer.pretrained, f.config.embed.encoder} - {None}
     paths |= {"the hub's cache": reach.hub_cache()} if any(not Path(str(name)).is_dir() for name in names) else {}
     mounts = {name: reach.mount_of(path) for name, path in paths.items()}
     if f.jobs:
@@ -248,7 +264,8 @@ def check_disk(f: Facts) -> Iterator[Line]:
     if f.config is None or f.model is None:
         return
     n_running = len(cost.n_tokens(f.config)) - 1 if f.jobs else 1  # all but the seed, which comes first
-    parts = cost.disk(f.config, f.model, cost.corpus(f.config), n_running)
+    n_dimensions = (f.n_dimensions or ASSUMED_DIMENSIONS) if f.config.embed.encoder else f.config.embed.n_components
+    parts = cost.disk(f.config, f.model, cost.corpus(f.config), n_dimensions, n_running)
     largest = max(parts, key=lambda name: parts[name])
     needed, used = sum(parts.values()), reach.used_bytes(Path(f.config.outdir))
     free = shutil.disk_usage(reach.existing(Path(f.config.outdir))).free
@@ -256,11 +273,13 @@ def check_disk(f: Facts) -> Iterator[Line]:
     if needed > free + used:
         yield "FAIL", f"{what}. Expected room for all. Make room, change outdir, or lower slurm_jobs, which bounds the states"
     else:
-        yield "ok", f"{what} (a quota is not seen)"
+        unknown = f.config.embed.encoder and not f.n_dimensions
+        assumed = f", the encoder's vectors are taken to have {n_dimensions} numbers" if unknown else ""
+        yield "ok", f"{what} (a quota is not seen{assumed})"
 
 
-CHECKS = (check_config, check_slurm, check_profile, check_jobs, check_machine, check_records, check_model, check_files, check_stops)
-CHECKS += (check_disk,)
+CHECKS = (check_config, check_slurm, check_profile, check_jobs, check_machine, check_records, check_model, check_encoder)
+CHECKS += (check_files, check_stops, check_disk)
 
 
 def run(facts: Facts) -> Iterator[Line]:

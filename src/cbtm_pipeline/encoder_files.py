@@ -70,6 +70,12 @@ def lacks(folder: Path | None) -> list[str]:
     return missing + [f"{path}/{file}" for kind, path in others for file in NEEDED[kind] if not (folder / path / file).exists()]
 
 
+def hidden_size(folder: Path | None) -> int | None:
+    """Numbers in a hidden state, about as many as in a vector; None where config.json is not there or does not say."""
+    about = _json(folder / _modules(folder)[0][1] / "config.json") if folder else {}
+    return next((about[key] for key in ("hidden_size", "d_model", "dim") if isinstance(about.get(key), int)), None)
+
+
 def _modules(folder: Path) -> list[tuple[str, str]]:
     """(kind, subfolder) of each module of modules.json; without that file, one Transformer. Raises ValueError for kinds not known here."""
     path = folder / "modules.json"
