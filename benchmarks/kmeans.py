@@ -3,10 +3,12 @@
     pip install -e '.[bench]'
     python benchmarks/kmeans.py                      # the comparison, then growth with N and k
     python benchmarks/kmeans.py --vectors x.npy --sizes 8000x16
+    git clone https://github.com/kernelmachine/balanced-kmeans && python benchmarks/kmeans.py --published-source balanced-kmeans
 
 * published: the algorithm of github.com/kernelmachine/balanced-kmeans, written anew: 20 Lloyd iterations from random documents, each with
   an assignment of equal size by an auction in which clusters bid for documents; its distances are a product of matrices here, which saves
   it an array of N k D numbers. Afterwards the corpus goes greedily to the nearest centre.
+* published, own code: the same by the published code itself, from a checkout given as --published-source.
 * exact: k-means-constrained, min-cost flow, as many restarts as ours (4; `ours once` has one, like `published`).
 * faiss: not balanced; a floor for the time.
 
@@ -25,10 +27,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 
 N_INIT = 4
+OWN_CODE = "published, own code"
 SIZES = ("8000x16", "40000x64")
 GROWTH = ("62500x128", "250000x128", "1000000x128", "250000x32", "250000x512")
 D = 100
@@ -91,8 +96,32 @@ def published(x_ND: np.ndarray, k: int, rng_seed: int) -> tuple[float, float, np
             centres_KD[j] = x_ND[labels_N == j].mean(axis=0)
         if np.sqrt(np.square(centres_KD - before).sum(axis=1)).sum() ** 2 < 1e-3:
             break
+    return *quality(x_ND, centres_KD, labels_N), centres_KD
+
+
+def authors(module: Any, x_ND: np.ndarray, k: int, rng_seed: int) -> tuple[float, float, np.ndarray]:
+    """The same by the authors' module."""
+    import torch
+
+    x_ND = x_ND[: len(x_ND) // k * k]
+    np.random.seed(rng_seed)  # noqa: NPY002, as the module draws from there
+    found = module.KMeans(n_clusters=k, device=torch.device("cpu"), balanced=True)
+    labels_N = found.fit(torch.from_numpy(x_ND), tqdm_flag=False, iter_limit=20).numpy()
+    centres_KD = found.cluster_centers.numpy()
+    return *quality(x_ND, centres_KD, labels_N), centres_KD
+
+
+def authors_module(source: Path) -> Any:
+    """The package in a checkout. It needs one thing to run here: its soft DTW, which no Euclidean distance uses, wants numba and CUDA."""
+    sys.modules["kmeans_pytorch.soft_dtw_cuda"] = cast(ModuleType, SimpleNamespace(SoftDTW=None))
+    sys.path.insert(0, str(source))
+    return importlib.import_module("kmeans_pytorch")
+
+
+def quality(x_ND: np.ndarray, centres_KD: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
+    """Inertia, and largest load over the mean."""
     inertia = float(np.square(x_ND - centres_KD[labels_N]).sum(axis=1).mean())
-    return inertia, float(np.bincount(labels_N, minlength=k).max() * k / n), centres_KD
+    return inertia, float(np.bincount(labels_N).max() * len(centres_KD) / len(x_ND))
 
 
 def squared(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
@@ -100,11 +129,11 @@ def squared(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
     return np.square(x_ND).sum(axis=1)[:, None] - 2 * x_ND @ centres_KD.T + np.square(centres_KD).sum(axis=1)
 
 
-def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int) -> str:
-    """Fit and say how it went."""
+def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int, source: Path | None) -> str:
+    """Fit and say how it went. `source`: where the authors' code is."""
     n = len(x_ND)
     load = {"published": "torch", "exact": "k_means_constrained", "faiss": "faiss"}.get(who, "cbtm_pipeline.prices")
-    module = importlib.import_module(load)  # which is not timed
+    module = authors_module(source) if who == OWN_CODE and source else importlib.import_module(load)  # which is not timed
     began = time.perf_counter()
     chunks = list(np.array_split(fresh_ND, 64))
     prices_K = np.zeros(k)
@@ -115,10 +144,12 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int) -> str:
         inertia, load, centres_KD, prices_K = found.inertia, found.balance, found.centres_KD, found.prices_K
     elif who == "published":
         inertia, load, centres_KD = published(x_ND, k, 0)
+    elif who == OWN_CODE:
+        inertia, load, centres_KD = authors(module, x_ND, k, 0)
     elif who == "exact":
         exact = module.KMeansConstrained(k, size_min=n // k, size_max=-(-n // k), n_init=N_INIT, max_iter=50, random_state=0).fit(x_ND)
         centres_KD, labels_N = np.array(exact.cluster_centers_), np.array(exact.labels_)
-        inertia, load = float(np.square(x_ND - centres_KD[labels_N]).sum(axis=1).mean()), float(np.bincount(labels_N).max() * k / n)
+        inertia, load = quality(x_ND, centres_KD, labels_N)
     else:
         faiss_kmeans = module.Kmeans(D, k, niter=20, nredo=N_INIT, seed=0, max_points_per_centroid=n)
         faiss_kmeans.train(x_ND)
@@ -132,7 +163,7 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int) -> str:
     fresh = float(np.bincount(labels_N, minlength=k).max() * k / len(fresh_ND))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     how = f"inertia {inertia:.5f}   largest load {load:.3f}   fresh {fresh:.3f}   peak {peak:.2f} GB"
-    return f"{n:8d} x {k:<4d} {who:<10} {seconds:8.2f} s   {how}"
+    return f"{n:8d} x {k:<4d} {who:<19} {seconds:8.2f} s   {how}"
 
 
 def main() -> None:
@@ -140,23 +171,25 @@ def main() -> None:
     p.add_argument("--vectors", type=Path, help=".npy to use instead of the mixture; its second half is the fresh documents")
     p.add_argument("--sizes", nargs="*", default=SIZES, help="NxK of the comparison")
     p.add_argument("--growth", nargs="*", default=GROWTH, help="NxK that ours alone is measured on")
+    p.add_argument("--published-source", type=Path, help="a checkout of github.com/kernelmachine/balanced-kmeans, to measure it too")
     p.add_argument("--one", nargs=2, metavar=("WHO", "NxK"), help="measure one row in this process")
     args = p.parse_args()
     if args.one:
         who, (n, k) = args.one[0], map(int, args.one[1].split("x"))
         given = np.load(args.vectors, allow_pickle=False) if args.vectors else None
         fitted, fresh = (mixture(n, 0), mixture(n, 1)) if given is None else (given[:n].copy(), given[-n:].copy())
-        print(measure(who, fitted, fresh, k), flush=True)
+        print(measure(who, fitted, fresh, k, args.published_source), flush=True)
         return
-    vectors = ("--vectors", str(args.vectors)) if args.vectors else ()
+    given = {"--vectors": args.vectors, "--published-source": args.published_source}
+    options = [str(word) for option in given.items() if option[1] for word in option]
     rows = [
         (who, size)
         for size in args.sizes
-        for who in ("ours", "published", "exact", "faiss")
+        for who in ("ours", "published", *([OWN_CODE] if args.published_source else []), "exact", "faiss")
         if who != "exact" or int(size.split("x")[0]) < 20_000
     ]
     for who, size in [*rows, *(("ours", size) for size in args.growth)]:
-        subprocess.run([sys.executable, "-W", "ignore", __file__, *vectors, "--one", who, size], check=True)
+        subprocess.run([sys.executable, "-W", "ignore", __file__, *options, "--one", who, size], check=True)
 
 
 if __name__ == "__main__":
