@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made_corpus
-from cbtm_pipeline import artifact, assign, tokens
+from cbtm_pipeline import artifact, assign, sweep, tokens, validation
 
 
 def run_all(outdir: Path, config: Path) -> None:
@@ -71,6 +71,45 @@ def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
     assert max(random["n_documents"]) - min(random["n_documents"]) <= 1
     d2 = pq.read_table(tmp_path / "random/train-00000.parquet")["d2"]
     assert d2.null_count == 200
+
+
+def test_validation_documents_are_held_out_and_labelled_as_the_router_does(tmp_path: Path) -> None:
+    """They lie among those on which the router's settings are chosen, each in the cluster that `route` finds for all of its text."""
+    made_corpus.write(tmp_path, [200, 150], [0, 60, 40])
+    sections = {"embed": {"n_components": 8}, "cluster": {"k": 3, "n_init": 1}, "eval": {"max_document_tokens": None}}
+    config = made_corpus.write_config(tmp_path / "config.yaml", **sections, train={"validation_share": 0.2})
+    run_all(tmp_path, config)
+    made_corpus.run_assign_random(tmp_path, config)
+    manifest = check_grouping(tmp_path, "assignments")
+    path = tmp_path / "assignments" / validation.NAME
+    assert manifest["identity_validation"] == artifact.identity(path)
+    assert tokens.read_meta(path)["made_from"] == manifest["made_from"]
+
+    arrays, _ = artifact.read_npz(made_corpus.run_route(tmp_path, config), "distances")
+    held_out = tokens.join([tokens.read(tmp_path / f"shards/eval-{i:05d}.arrow", 0) for i in range(3)])
+    chosen = sweep.calibration_documents(arrays["doc_id"], 0.2, 0)
+    assert chosen.sum() == 20
+    assert not (chosen & ~sweep.calibration_documents(arrays["doc_id"], 0.3, 0)).any()  # none of them is reported on
+    for j in range(3):
+        expected = held_out.take(np.flatnonzero(chosen & (arrays["cluster"] == j)))
+        group = tokens.read(path, j)
+        assert np.array_equal(group.values, expected.values) and np.array_equal(group.offsets, expected.offsets)
+
+    random = [tokens.read(tmp_path / "random" / validation.NAME, j) for j in range(3)]
+    assert sorted(map(len, random)) == [6, 7, 7]
+    together = tokens.join(random)
+    taken = held_out.take(np.flatnonzero(chosen))
+    assert sorted(together.values.tolist()) == sorted(taken.values.tolist())
+
+
+def test_no_validation_documents(tmp_path: Path) -> None:
+    made_corpus.write(tmp_path, [50], [3])
+    config = made_corpus.write_config(tmp_path / "config.yaml", cluster={"k": 2, "n_init": 1}, train={"validation_share": 0.1})
+    run_all(tmp_path, config)
+    manifest = artifact.read_json(tmp_path / "assignments/manifest.json", "assignments")
+    assert manifest["identity_validation"] is None
+    plan = {"data": "clusters", "group": 0, "validations": 3, "validation_share": 0.1, "rng_seed": 0}
+    assert validation.stream(tmp_path / "assignments/manifest.json", manifest, plan) is None
 
 
 def test_one_cluster_is_the_shard_itself(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ({"corpus__train": []}, "corpus.train: "),
         ({"corpus__eval_fraction": 1.0}, r"corpus.eval_fraction: 1.0\. Expected less than 1"),
         ({"eval__stride": 300}, "eval.stride: 300. Expected at most train.seq_len"),
+        ({"train__validation_share": 0.5}, "train.validation_share: 0.5. Expected at most route.calibration_share, 0.3"),
+        ({"model__preset": "1.3B"}, "model.preset: '1.3B'. Expected '10m'"),
         ({"corpus": None}, "corpus: None. Expected"),
     ],
 )

@@ -143,26 +143,15 @@ def size(config: Config, folder: Path | None) -> Size:
     scratch = presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
     with torch.device("meta"):
         if folder is None:
-            try:
-                model.scratch(scratch, vocab_size, 0, seq_len, 0)
-            except ValueError as error:
-                if not isinstance(error.__cause__, RuntimeError) or "meta tensor" not in str(error.__cause__):
-                    raise  # else: all but its last check, which looks at numbers, and there are none here
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+            net = model.scratch(scratch, vocab_size, 0, seq_len, 0)
+        else:
+            from transformers import AutoConfig, AutoModelForCausalLM
 
-        try:
-            if folder is None:
-                keys = {"vocab_size": vocab_size, "max_position_embeddings": seq_len, **scratch}
-                config_class = CONFIG_MAPPING[keys.pop("model_type")]
-                about = config_class(**{config_class.attribute_map.get(key, key): value for key, value in keys.items()})
-            else:
-                about = AutoConfig.from_pretrained(folder, local_files_only=True)
-            net = AutoModelForCausalLM.from_config(about, dtype=torch.float32)
-        except Exception as error:  # as many types as there are models
-            found = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"model: {folder or 'scratch'} has no size ({found}). Expected a causal language model. Correct it."
-            ) from error
+            try:
+                net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.float32)
+            except Exception as error:  # as many types as there are models
+                found = " ".join(str(error).split())[:200]
+                raise ValueError(f"model: {folder} has no size ({found}). Expected a causal language model. Correct it.") from error
     text = net.config.get_text_config()
     n_positions = getattr(text, "max_position_embeddings", None)
     if n_positions is not None and n_positions < seq_len:

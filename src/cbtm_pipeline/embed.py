@@ -128,9 +128,11 @@ def term_weights(path: Path, shards: Path, counts_NV: sparse.csr_array) -> np.nd
     arrays, about = _read(path, shards)
     if about is None:
         return arrays["idf_V"]
+    from sklearn.feature_extraction.text import TfidfTransformer  # takes a second, and only this needs it
+
     n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
     df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
-    return np.where((df_V > 1) & (df_V <= n / 2), np.log((1 + n) / (1 + df_V)) + 1, 0).astype(np.float32)
+    return np.where((df_V > 1) & (df_V <= n / 2), TfidfTransformer().fit(counts_NV).idf_, 0).astype(np.float32)
 
 
 def read_manifest(path: Path, shards: Path) -> dict[str, Any]:

@@ -165,6 +165,8 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
     except Exception as error:
         raise ValueError(f"{where}: does not run ({_first_sentence(error)}). Expected sizes that fit together. Change it.") from error
     model.train(was_training)
+    if embeddings.weight.is_meta:  # a model without numbers runs, but predicts nothing that could be compared
+        return
     changed_T = (logits[0] - logits[1]).abs().amax(1)
     if not changed_T[:-1].max() <= 1e-4 * changed_T[-1]:
         raise ValueError(f"{where}: its predictions depend on later tokens. Expected a causal language model. Choose another one.")
