@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from cbtm_pipeline import checkpoint, cli, distributed, train_expert
+import made_training as made
+from cbtm_pipeline import checkpoint, cli, config, distributed, loss, memory, model, optimize, placement, train_expert
 from crash_driver import IMPORTED_ONCE
 from made_driver import told
 
@@ -58,6 +59,33 @@ def share() -> None:
         nothing, _ = group.share(None)
         answer = group.first_does("act", act)
     print(json.dumps([step, nothing, shared, answer, n_calls]))
+
+
+def small_devices() -> None:
+    """Print, for a whole model and a sharded one on devices that are too small, how it was placed, and the losses of three steps."""
+    group = distributed.from_environment(os.environ)
+    train_expert.make_deterministic(1)
+    answers = []
+    with distributed.joined(group):
+        for sharded, total_bytes in ((False, 119.66e6), (True, 118.9e6)):
+            memory.device_bytes = lambda device, total_bytes=total_bytes: total_bytes
+            loss.CHUNK_LOGITS["cuda"] = 1 << 24
+            cfg = made.make_config(steps=3, batch_size=12, micro_batch_size=None, run={"sharded": sharded})
+            how = config.parameters(cfg, "train_expert", "0")
+            net = model.scratch(made.LLAMA, made.VOCAB_SIZE, 0, made.SEQ_LEN, 0)
+            placed = placement.place(net, how, cfg.run, group)
+            optimizer, bad = optimize.make_optimizer(net, how), torch.tensor(False)
+            losses = []
+            for step in range(3):
+                tokens_BT = torch.randint(300, (6, made.SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
+                part = tokens_BT[group.rank :: group.world_size]
+                share = optimize.accumulate(placed.loss_of, part, 6 * made.SEQ_LEN, placed.micro_batch_size, False)
+                group.add_gradients(net.parameters())
+                sums = group.add_up(share)
+                optimize.update(optimizer, sums[0], 0.01, 1.0, 100.0, bad)
+                losses.append(sums.item())
+            answers.append([[placed.micro_batch_size, net.is_activation_checkpointing], losses])
+    print(json.dumps(answers))
 
 
 def one_fails(which: str, how: str) -> None:

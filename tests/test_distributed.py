@@ -48,15 +48,16 @@ def outdir(tmp_path_factory) -> Path:
     train_expert.make_deterministic(1)
     out = tmp_path_factory.mktemp("distributed")
     made.write_corpus(out)
+    made.write_validation(out)
     made.train(made.make_config(), made.files(out, "seed"), "seed")
-    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NOW), out / "config.json")
+    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NOW), out / "config.json")
     return out
 
 
 @pytest.fixture(scope="module")
 def sharded(outdir) -> Path:
     """The config of a training whose model is spread over its processes."""
-    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NOW | {"sharded": True}), outdir / "sharded.json")
+    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NOW | {"sharded": True}), outdir / "sharded.json")
     return outdir / "sharded.json"
 
 
@@ -91,18 +92,22 @@ def await_state(where: train_expert.Files, step: int) -> None:
 
 
 def losses(where: train_expert.Files) -> list[float]:
-    return [row["loss"] for row in training_log.read(where.out.with_name("metrics.jsonl"))]
+    """Of all steps, then of all looks at validation."""
+    rows = training_log.read(where.out.with_name("metrics.jsonl"))
+    looks = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    assert len(looks) == 4
+    return [*(row["loss"] for row in rows), *looks]
 
 
 def test_three_processes_train_as_one_does(outdir, together):
     made.check_published(together, N_STEPS)
     alone = place(outdir, "alone")
-    made.train(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NEVER), alone, "0")
+    made.train(made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NEVER), alone, "0")
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
-    assert losses(alone)[-1] < losses(alone)[0] - 0.1
+    assert losses(alone)[N_STEPS - 1] < losses(alone)[0] - 0.1
     cards = [expert.read_card(where.out) for where in (together, alone)]
     assert cards[0]["weights"] != cards[1]["weights"]  # summed in another order
-    changes = ("weights", "final_loss")
+    changes = ("weights", "final_loss", "validation_loss")
     assert [{**card, **dict.fromkeys(changes)} for card in cards] == [{**cards[0], **dict.fromkeys(changes)}] * 2
 
 
@@ -171,8 +176,19 @@ def test_a_sharded_training_goes_on_in_the_same_bits_and_on_one_process(outdir, 
     assert "going on after step" in said(outdir / "sharded-stopped.log", 0)
     assert where.out.read_bytes() == place(outdir, "sharded").out.read_bytes()
     assert losses(where) == losses(place(outdir, "sharded"))
-    made.train(made.make_config(steps=N_STEPS, micro_batch_size=1, run=NEVER), alone, "0")
+    made.train(made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NEVER), alone, "0")
     assert losses(alone) == pytest.approx(losses(together), abs=1e-5)
+
+
+def test_micro_batches_are_chosen_for_each_process(tmp_path, driver):
+    """On devices with little memory: all three sequences of a process at once, or one that is computed anew; the losses are the same."""
+    assert driver.run("small_devices", tmp_path / "log", world_size=2) == [0, 0]
+    answers = [json.loads(said(tmp_path / "log", rank)) for rank in range(2)]
+    assert answers[0] == answers[1]
+    (kept, whole), (recomputed, sharded) = answers[0]
+    assert kept == [3, False]
+    assert recomputed == [1, True]
+    assert whole == pytest.approx(sharded, abs=1e-5)
 
 
 def test_a_sharded_model_wants_equal_parts(outdir, driver, sharded):

@@ -124,6 +124,7 @@ class Run(_Section):
     checkpoint_seconds: Annotated[Float, Field(gt=0, le=600)]  # nobody loses more than ten minutes
     log_seconds: Positive
     sharded: bool | None
+    wandb: str | None
 
 
 class Config(_Section):

@@ -102,7 +102,9 @@ class Group:
         """Give all processes process 0's weights and buffers; not for a sharded model."""
         if self.world_size > 1:
             for tensor in [*net.parameters(), *net.buffers()]:
-                dist.broadcast(tensor.data, 0)
+                copy = tensor.data.to(self.device)  # of which NCCL needs it
+                dist.broadcast(copy, 0)
+                tensor.data.copy_(copy)
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes; a parameter without a gradient in all of them stays without.

@@ -83,13 +83,15 @@ def validate(placed: Placed, stream: batches.Stream, how: dict[str, Any], group:
     seq_len, world = how["seq_len"], group.world_size
     affordable = VALIDATION_SHARE * how["n_steps"] * how["batch_size"] / how["validations"]
     n = max(1, min(stream.n_blocks(seq_len), VALIDATION_TOKENS // seq_len, int(affordable)))
-    n = -(-n // world) * world  # the same for each process
-    own_BT = torch.from_numpy(np.stack([stream.read(block * seq_len, seq_len + 1) for block in range(group.rank, n, world)]))
+    own = range(group.rank, n, world)
     total = torch.zeros((), device=placed.device)
     placed.loss_of.eval()
     with torch.no_grad(), torch.autocast(placed.device.type, torch.bfloat16, enabled=placed.bf16):
-        for micro_BT in own_BT.to(placed.device).split(placed.micro_batch_size):
-            total += placed.loss_of(micro_BT) / (n * seq_len)
+        for start in range(0, -(-n // world), placed.micro_batch_size):
+            some = own[start : start + placed.micro_batch_size]  # none in the last processes, but a sharded model is computed by all
+            tokens_BT = np.stack([stream.read(block * seq_len, seq_len + 1) for block in some or [0]])
+            loss = placed.loss_of(torch.from_numpy(tokens_BT).to(placed.device))
+            total += loss / (n * seq_len) if some else 0 * loss
     placed.loss_of.train()
     return group.add_up(total)[0]
 
@@ -151,6 +153,7 @@ def train(
     ):
         earlier = group.first_does("history", lambda: training_log.history(state / "metrics.jsonl", USUAL))
         history = History(net.config.get_text_config().vocab_size, *earlier)
+        track = training_log.tracker(run.wandb if metrics else None, how, fingerprint, state.parent)
         progress = training_log.Progress(n_steps, first, n_tokens, model.flops_per_token(net, seq_len), run.log_seconds, group.world_size)
 
         def save(step: int) -> None:
@@ -179,7 +182,9 @@ def train(
                 row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "data_wait_s": waited_s}
                 row |= {"valid_loss": valid[0]} if valid else {}
                 if metrics:
-                    metrics.add(progress.complete(row))
+                    row = progress.complete(row)
+                    metrics.add(row)
+                    track(row)
                     if progress.say(row):
                         metrics.sync(durable=False)
                 stopping, saving = stopping or told > 0, saving or due > 0

@@ -13,11 +13,16 @@ from typing import NamedTuple
 
 import torch
 
-from cbtm_pipeline import loss
+from cbtm_pipeline import loss, sharding
 
 PER_PARAMETER = 18  # bytes
 CPU_TOKENS = 4096  # in one forward pass on processors: more do not make it faster, and fewer leave the matrices too small
 USABLE = 0.85  # of a GPU's memory: the rest is for the driver, for fragments and for a layer's own work
+
+
+def device_bytes(device: torch.device) -> float:
+    """A GPU's memory. What processors have is not asked: more sequences at once do not make them faster."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 class Plan(NamedTuple):
@@ -36,7 +41,7 @@ def even(batch_size: int, largest: int) -> int:
 
 def kept_bytes(loss_of: torch.nn.Module, tokens_BT: torch.Tensor, bf16: bool) -> int:
     """Bytes that autograd keeps of a forward pass, parameters and what is there anyway not counted."""
-    known = {t.untyped_storage().data_ptr() for t in [*loss_of.parameters(), *loss_of.buffers(), tokens_BT]}
+    known = {sharding.own(t).untyped_storage().data_ptr() for t in [*loss_of.parameters(), *loss_of.buffers(), tokens_BT]}
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,7 +55,8 @@ def kept_bytes(loss_of: torch.nn.Module, tokens_BT: torch.Tensor, bf16: bool) ->
         torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=bf16),
     ):
         result = loss_of(tokens_BT)
-    del result
+    result.sum().backward()  # a sharded model goes wrong after a forward pass alone
+    loss_of.zero_grad(set_to_none=True)
     return sum(seen.values())
 
 

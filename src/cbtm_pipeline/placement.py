@@ -27,23 +27,23 @@ class Placed(NamedTuple):
 
 def place(net: "PreTrainedModel", how: dict[str, Any], run: config.Run, group: distributed.Group = distributed.ALONE) -> Placed:
     """Put the model on its device, or its shards on all; choose the micro-batch; compile. Raises ValueError if memory is too small."""
-    bf16 = optimize.use_bf16(how["precision"])
-    device = model.to_device(net.train())
-    group.same_weights(net)
-    loss_of, layers = NextToken(net), model.layers(net)
-    total_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    n = model.n_parameters(net)
-    sharded = group.world_size > 1 and (run.sharded if run.sharded is not None else memory.PER_PARAMETER * n > SHARDED_ABOVE * total_bytes)
-    if sharded and how["batch_size"] % group.world_size:
+    bf16, n, world = optimize.use_bf16(how["precision"]), model.n_parameters(net), group.world_size
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    total_bytes = memory.device_bytes(device)
+    sharded = world > 1 and (run.sharded if run.sharded is not None else memory.PER_PARAMETER * n > SHARDED_ABOVE * total_bytes)
+    if sharded and how["batch_size"] % world:
         raise ValueError(
-            f"train.batch_size: {how['batch_size']} sequences on {group.world_size} processes. Expected a multiple, as the model is "
-            "sharded. Change it, or the number of GPUs."
+            f"train.batch_size: {how['batch_size']} sequences on {world} processes. Expected a multiple, as the model is sharded. "
+            "Change it, or the number of GPUs."
         )
-    chosen = _micro_batch(loss_of, how, bf16, -(-how["batch_size"] // group.world_size), total_bytes, group.world_size if sharded else 1)
-    if chosen.recompute:
-        net.activation_checkpointing_enable({"use_reentrant": False})
-    if sharded:
-        sharding.shard(loss_of, layers, bf16)
+    group.same_weights(net.train())
+    loss_of, layers = NextToken(net), model.layers(net)
+    if sharded:  # goes to the device piece by piece
+        sharding.shard(loss_of, layers, bf16, device.type)
+    else:
+        model.to_device(net)
+    chosen = _micro_batch(loss_of, how, bf16, device, total_bytes, -(-how["batch_size"] // world), world if sharded else 1)
+    _recompute(net, chosen.recompute)
     # without a GPU compiling takes longer than it saves in a small training, so that there people have to ask for it
     if how["compile"] or (how["compile"] is None and device.type == "cuda" and (shutil.which("cc") or shutil.which("gcc"))):
         for layer in layers:
@@ -55,25 +55,32 @@ def place(net: "PreTrainedModel", how: dict[str, Any], run: config.Run, group: d
     return Placed(loss_of, chosen.micro_batch_size, bf16, device)
 
 
-def _micro_batch(loss_of: NextToken, how: dict[str, Any], bf16: bool, batch_size: int, total_bytes: float, n_shards: int) -> memory.Plan:
+def _micro_batch(
+    loss_of: NextToken, how: dict[str, Any], bf16: bool, device: torch.device, total_bytes: float, batch_size: int, n_shards: int
+) -> memory.Plan:
     """What the config says, or as much as there is memory for."""
-    recompute = bool(how["recompute"])
+    asked = how["recompute"]
     if how["micro_batch_size"] is not None:
-        return memory.Plan(min(how["micro_batch_size"], batch_size), recompute)
-    device = next(loss_of.parameters()).device
-    if device.type == "cpu":
-        return memory.Plan(memory.even(batch_size, max(1, memory.CPU_TOKENS // how["seq_len"])), recompute)
+        return memory.Plan(min(how["micro_batch_size"], batch_size), bool(asked))
+    if math.isinf(total_bytes):
+        return memory.Plan(memory.even(batch_size, max(1, memory.CPU_TOKENS // how["seq_len"])), bool(asked))
     sequence_T, net = torch.zeros(how["seq_len"] + 1, dtype=torch.int64, device=device), loss_of.net
     kept = memory.sequence_bytes(loss_of, sequence_T, bf16)
-    net.activation_checkpointing_enable({"use_reentrant": False})
-    kept_recomputing = memory.sequence_bytes(loss_of, sequence_T, bf16) + kept // max(1, len(model.layers(net)))
-    net.activation_checkpointing_disable()
+    _recompute(net, True)
+    # what all layers keep in between, and what one of them leaves while it is computed anew
+    recomputing = memory.sequence_bytes(loss_of, sequence_T, bf16) + kept // len(model.layers(net))
+    if asked is not None:
+        kept = recomputing = recomputing if asked else kept
     vocab_size = net.config.get_text_config().vocab_size
-    n = model.n_parameters(net)
-    if how["recompute"] is not None:  # only the one that is asked for
-        kept, kept_recomputing = (kept_recomputing,) * 2 if recompute else (kept,) * 2
-    chosen = memory.choose(batch_size, n, vocab_size, kept, kept_recomputing, total_bytes, n_shards)
-    return chosen if how["recompute"] is None else memory.Plan(chosen.micro_batch_size, recompute)
+    chosen = memory.choose(batch_size, model.n_parameters(net), vocab_size, kept, recomputing, total_bytes, n_shards)
+    return chosen if asked is None else chosen._replace(recompute=asked)
+
+
+def _recompute(net: "PreTrainedModel", on: bool) -> None:
+    if on:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        net.activation_checkpointing_disable()
 
 
 def gathered(net: "PreTrainedModel", keep: bool) -> "PreTrainedModel | None":

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from cbtm_pipeline.loss import NextToken
 
 
-def shard(loss_of: "NextToken", layers: torch.nn.ModuleList, bf16: bool) -> None:
-    """Spread the parameters over all processes: each layer on its own, everything else together. With bf16, weights travel in bf16."""
+def shard(loss_of: "NextToken", layers: torch.nn.ModuleList, bf16: bool, device: str) -> None:
+    """Spread the parameters over the devices of all processes: each layer on its own, everything else together. With bf16, weights
+    travel in bf16."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes most of a second, and few trainings are sharded
 
-    device = next(loss_of.parameters()).device.type
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in layers:
@@ -39,6 +39,12 @@ def send_gradients(loss_of: torch.nn.Module, now: bool) -> None:
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether this process holds a slice of it only."""
     return hasattr(tensor, "full_tensor")
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """The slice that this process holds, or the tensor itself."""
+    slices: Any = tensor
+    return slices.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,6 +86,28 @@ def history(path: Path, n: int) -> tuple[list[float], list[float]]:
     """The losses of the last n steps, and all validation losses, in order."""
     rows = read(path)
     return [row["loss"] for row in rows[-n:]], [row["valid_loss"] for row in rows if "valid_loss" in row]
+
+
+def tracker(project: str | None, plan: Row, fingerprint: str, folder: Path) -> Callable[[Row], Any]:
+    """What takes each row to Weights & Biases, if run.wandb names a project; a training that goes on goes on there, too.
+
+    Raises ValueError where that cannot be: before the first step, not after the last one.
+    """
+    if project is None:
+        return lambda row: None
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"run.wandb: {project}, but the package wandb is missing. Expected it. Run pip install wandb.") from error
+    about: dict[str, Any] = {"project": project, "name": f"expert {plan['expert']}", "id": fingerprint, "config": plan}
+    try:
+        run = wandb.init(**about, resume="allow", dir=folder, settings=wandb.Settings(console="off", silent=True))
+    except wandb.Error as error:
+        found = " ".join(str(error).split())
+        raise ValueError(
+            f"run.wandb: {project} ({found}). Expected to be logged in. Run wandb login, or set WANDB_MODE=offline."
+        ) from error
+    return lambda row: run.log(row, step=row["step"])
 
 
 class Progress:
