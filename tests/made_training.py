@@ -61,6 +61,7 @@ def make_config(
         "micro_batch_size": 4,
         "seed_share": 0.2,
         "validations": 0,
+        "compile": False,
     }
     content["train"] |= {"precision": "float32", "lr": 0.01, "final_lr_ratio": 0.1} | train
     content["eval"] |= {"stride": 16, "max_document_tokens": None}

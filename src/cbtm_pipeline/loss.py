@@ -27,13 +27,10 @@ def _chunk(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, target_R: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed loss, and its gradients with respect to the hidden states and to the logits, in the dtype of the weights."""
-    logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float()
-    highest_R1 = logits_RV.amax(1, keepdim=True)
-    loss = -logits_RV.gather(1, target_R[:, None]).sum() + highest_R1.sum()
-    p_RV = logits_RV.sub_(highest_R1).exp_()
-    total_R1 = p_RV.sum(1, keepdim=True)
-    loss += total_R1.log().sum()
-    p_RV.div_(total_R1)
+    logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V)
+    logp_RV = logits_RV.log_softmax(1, dtype=torch.float32)
+    loss = -logp_RV.gather(1, target_R[:, None]).sum()
+    p_RV = logp_RV.exp_()
     p_RV[torch.arange(len(target_R), device=target_R.device), target_R] -= 1
     gradient_RV = p_RV.to(weight_VD.dtype)
     return loss, gradient_RV @ weight_VD, gradient_RV

@@ -15,7 +15,7 @@ from cbtm_pipeline.cli import log
 
 Row = dict[str, Any]
 
-_PLOTTED = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s")
+_PLOTTED = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s", "power_w")
 
 # Dense bf16 operations per second of the tensor cores, from the vendor's data sheets; the first name that fits counts.
 PEAK_FLOPS = {
@@ -125,30 +125,33 @@ class Progress:
         return tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
     def complete(self, row: Row) -> Row:
-        """The row of a step that has just ended, with tokens, speed, memory (the most so far) and time."""
+        """The row of a step that has just ended, with tokens, speed, memory (the most so far), power (for a line) and time."""
         now = time.monotonic()
         rate = self.n_tokens / max(now - self.completed, 1e-9)
         self.completed = now
         self.waited_s += row["data_wait_s"]
         more = {"n_tokens": row["step"] * self.n_tokens, "tokens_per_s": rate, "mfu": self.mfu(rate), "memory_bytes": memory_bytes()}
+        more |= {"power_w": watts} if self._due(row) and (watts := _power()) else {}
         return {**row, **more, "time": time.time()}
+
+    def _due(self, row: Row) -> bool:
+        return self.completed - self.said >= self.every_s or row["step"] == self.n_steps or "valid_loss" in row
 
     def say(self, row: Row) -> bool:
         """Say how far it is if the last line is old enough, or this step the last, or validated. True when a line was written."""
-        now, step = time.monotonic(), row["step"]
-        seconds = now - self.said
-        if seconds < self.every_s and step < self.n_steps and "valid_loss" not in row:
+        if not self._due(row):
             return False
+        step, seconds = row["step"], self.completed - self.said
         n = step - self.step
         rate = n * self.n_tokens / max(seconds, 1e-9)
         parts = [f"step {step}/{self.n_steps}", f"loss {row['loss']:.4f}"]
         parts += [f"validation {row['valid_loss']:.4f}"] if "valid_loss" in row else []
         parts += [f"lr {row['lr']:.2e}", f"{rate:.4g} tokens/s"]
         parts += [f"MFU {100 * share:.1f} %"] if (share := self.mfu(rate)) else []
-        parts += [f"{memory_bytes() / 1e9:.1f} GB", f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %"]
-        parts += [f"{watts:.0f} W"] if (watts := _power()) else []
+        parts += [f"{row['memory_bytes'] / 1e9:.1f} GB", f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %"]
+        parts += [f"{row['power_w']:.0f} W"] if "power_w" in row else []
         log.info("  ".join([*parts, f"ETA {_clock((self.n_steps - step) * seconds / n)}"]))
-        self.said, self.step, self.waited_s = now, step, 0.0
+        self.said, self.step, self.waited_s = self.completed, step, 0.0
         return True
 
 
