@@ -1,5 +1,6 @@
 """What a training does between its steps: it looks at validation text, notices a loss that explodes, and saves meanwhile."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -213,3 +214,27 @@ def test_a_state_that_is_damaged_when_read_back_removes_no_other(tmp_path, monke
     state = checkpoint.load(tmp_path, "f" * 32)
     assert state is not None
     assert state.step == 2
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------------------------
+
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
+
+
+@pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
+def test_without_the_package_a_training_that_wants_it_does_not_begin(outdir):
+    where = made.files(outdir, "0", to="untracked")
+    with pytest.raises(ValueError, match=r"run\.wandb: mine, but the package wandb is missing\. Expected it\. Run pip install wandb\."):
+        made.train(made.make_config(run={"wandb": "mine"}), where, "0")
+    assert not where.out.exists()
+
+
+@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+@pytest.mark.filterwarnings("ignore")  # the package's own
+def test_rows_go_to_weights_and_biases(outdir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    where = made.files(outdir, "0", to="tracked")
+    assert made.train(made.make_config(run={"wandb": "mine"}), where, "0") == made.train(
+        made.make_config(), made.files(outdir, "0", to="not"), "0"
+    )
+    assert list((where.work / "wandb").glob("offline-run-*/*.wandb"))
