@@ -141,7 +141,7 @@ def test_usual_loss():
 
 def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
     """A batch on which the model is far worse than usual, as bad data makes it: the weights are those before it, and are saved."""
-    how = config.parameters(made.make_config(steps=30, max_loss_ratio=1.2), "train_expert", "0")
+    how = config.parameters(made.make_config(steps=30, max_loss_jump=0.7), "train_expert", "0")
     stream = train_expert.read_data(made.files(outdir, "0").data, how).stream
     original = batches.batch
     nonsense = np.random.default_rng(0).integers(1, made.VOCAB_SIZE, (4, made.SEQ_LEN + 1))
@@ -155,7 +155,7 @@ def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
 
     train("good", made.stop_after(26))
     monkeypatch.setattr(batches, "batch", batch)
-    with pytest.raises(ValueError, match=r"expert 0, step 27: loss .* train\.max_loss_ratio times the usual one\. Lower train\.lr"):
+    with pytest.raises(ValueError, match=r"expert 0, step 27: loss .* train\.max_loss_jump above the usual one\. Lower train\.lr"):
         train("exploded")
     good, exploded = (checkpoint.load(outdir / name, "f" * 32) for name in ("good", "exploded"))
     assert good is not None

@@ -94,7 +94,7 @@ class Train(_Section):
     betas: Annotated[list[Annotated[Float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[Float, Field(ge=0)]
     clip_norm: Positive
-    max_loss_ratio: Annotated[Float, Field(gt=1)]
+    max_loss_jump: Positive
     validation_share: Share
     validations: Annotated[int, Field(ge=0)]
     patience: Count | None

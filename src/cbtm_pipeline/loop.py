@@ -174,7 +174,7 @@ def train(
                         save(step - 1)
                     raise ValueError(
                         f"expert {how['expert']}, step {step}: loss {loss:.4g}, gradient norm {norm:.4g}. Expected finite numbers, and a "
-                        f"loss up to {limit:.4g}, train.max_loss_ratio times the usual one. Lower train.lr or train.clip_norm; the last "
+                        f"loss up to {limit:.4g}, train.max_loss_jump above the usual one. Lower train.lr or train.clip_norm; the last "
                         f"good state is kept in {state}."
                     )
                 history.losses.append(loss)
@@ -206,7 +206,7 @@ def train(
             group.add_gradients(net.parameters())
             due = group.rank == 0 and time.monotonic() - saved_at >= run.checkpoint_seconds
             sums = group.add_up(loss, bool(stop()), due)
-            lr, limit = optimize.learning_rate(step, **schedule), how["max_loss_ratio"] * history.usual_loss()
+            lr, limit = optimize.learning_rate(step, **schedule), history.usual_loss() + how["max_loss_jump"]
             norm = optimize.update(optimizer, sums[0], lr, how["clip_norm"], limit, bad)
             valid = [validate(placed, validation, how, group)] if validation and step + 1 in validated else []
             flying.append(Flight(step + 1, lr, limit, waited_s, later(torch.stack([*sums, norm, bad.float(), *valid]))))
