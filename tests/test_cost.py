@@ -141,10 +141,10 @@ def test_a_chain_is_as_long_as_it_must_be(hours: float, runtime: int, notice: in
 
 def test_seconds_to_stop() -> None:
     size, machine = cost.Size(10**9, 6 * 10**9, 50_000), cost.Machine("A100", 312e12, 2)
-    saving = 12e9 / 1e8 + 12
+    saving = 12e9 / 1e8 + 24
     assert cost.seconds_to_save(size, 1e8) == pytest.approx(saving)
-    assert cost.seconds_to_stop(size, 10**6, None, 1e8) == pytest.approx(saving)
-    assert cost.seconds_to_stop(size, 10**6, machine, 1e8) == pytest.approx(saving + 6e15 / (0.4 * 624e12))
+    assert cost.seconds_to_stop(size, 10**6, None, 1e8) == pytest.approx(2 * saving)
+    assert cost.seconds_to_stop(size, 10**6, machine, 1e8) == pytest.approx(2 * (saving + 6e15 / (0.4 * 624e12)))
 
 
 def test_numbers_for_people() -> None:

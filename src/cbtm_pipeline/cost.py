@@ -120,14 +120,15 @@ def n_chained(hours: float, runtime_min: float, notice_s: float) -> int:
 
 
 def seconds_to_save(model: Size, write_rate: float) -> float:
-    """For one state: copy, hash (1 GB/s) and write it (bytes/s)."""
-    return STATE_BYTES * model.n_parameters * (1 / write_rate + 1e-9)
+    """For one state: hash it (1 GB/s), write it (bytes/s), read it back and hash it again."""
+    return STATE_BYTES * model.n_parameters * (1 / write_rate + 2e-9)
 
 
 def seconds_to_stop(model: Size, batch_tokens: int, machine: Machine | None, write_rate: float) -> float:
-    """From a signal to the saved state: the step that is under way (0 s if its speed is not known), then the save."""
+    """From a signal to the saved state: the step under way and the one that a GPU has been given already (0 s if their speed is not known),
+    then the save, and another one if it has just begun."""
     step = model.flops_per_token * batch_tokens / (MFU * machine.peak_flops * machine.n_gpus) if machine else 0.0
-    return step + seconds_to_save(model, write_rate)
+    return 2 * (step + seconds_to_save(model, write_rate))
 
 
 def size(config: Config, folder: Path | None) -> Size:
