@@ -186,6 +186,13 @@ def train(cfg: Config, where: train_expert.Files, name: str, stop: Callable[[], 
     return where.out.read_bytes() if train_expert.train_and_publish(how, cfg.run, where, stop) else b""
 
 
+def write_seed(outdir: Path) -> None:
+    """Write a small corpus, and train a seed model on it."""
+    train_expert.make_deterministic(1)
+    write_corpus(outdir)
+    train(make_config(), files(outdir, "seed"), "seed")
+
+
 def stop_after(n_steps: int) -> Callable[[], bool]:
     """What tells a training to stop after so many steps."""
     calls = itertools.count(1)

@@ -32,11 +32,9 @@ from cbtm_pipeline import (
 @pytest.fixture(scope="module")
 def outdir(tmp_path_factory) -> Path:
     """A small corpus with validation documents for both clusters, and a trained seed model."""
-    train_expert.make_deterministic(1)
     out = tmp_path_factory.mktemp("loop")
-    made.write_corpus(out)
+    made.write_seed(out)
     made.write_validation(out)
-    made.train(made.make_config(), made.files(out, "seed"), "seed")
     return out
 
 

@@ -22,10 +22,8 @@ Change = tuple[str, str]
 @pytest.fixture(scope="module")
 def outdir(tmp_path_factory) -> Path:
     """A small corpus with a trained seed model, and configs of 3, 20 and 100 steps that save after each."""
-    train_expert.make_deterministic(1)
     out = tmp_path_factory.mktemp("interrupted")
-    made.write_corpus(out)
-    made.train(made.make_config(), made.files(out, "seed"), "seed")
+    made.write_seed(out)
     for n_steps in (3, 20, 100):
         config.write(made.make_config(steps=n_steps, run=NOW), out / f"{n_steps}.json")
     return out
@@ -137,7 +135,7 @@ def test_killed_anywhere(outdir, driver):
 
 
 def test_killed_at_any_moment(outdir, driver, life):
-    """Thirty kills at moments drawn at random, computing or saving, twice each training before it may end."""
+    """Thirty trainings, each killed at a moment drawn at random, computing or saving, and started again."""
     where = place(outdir, "timed")
     times = []
     for _ in range(3):
@@ -147,18 +145,18 @@ def test_killed_at_any_moment(outdir, driver, life):
         where.out.unlink()
     rng = np.random.default_rng(0)
     n_killed = n_resumed = 0
-    for i in range(15):
+    for i, after in enumerate(rng.uniform(0, min(times), 30)):
         where = place(outdir, f"moment-{i}")
-        for after in rng.uniform(0, min(times), 2):
-            status, _ = driver.run(20, where, after=float(after))
-            n_killed += status == -signal.SIGKILL
-            assert status in (0, -signal.SIGKILL)
+        status, _ = driver.run(20, where, after=float(after))
+        n_killed += status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL)
         before = checkpoint.candidates(where.work / "state")
         assert driver.run(20, where)[0] == 0
         n_resumed += bool(before) and "going on after step" in Path(f"{where.work.parents[1]}.log").read_text()
         assert where.out.read_bytes() == reference(outdir, 20)
         check_published(where, 20)
-    assert n_killed > 10  # on a busy machine some are over before their moment comes
+    print(f"{n_killed} killed, {n_resumed} of them went on from a state")
+    assert n_killed > 15  # on a busy machine some are over before their moment comes
     assert n_resumed > 3
 
 
