@@ -114,15 +114,20 @@ def at_random(shards: Path, train: list[corpus.Entry], k: int, rng_seed: int) ->
 
 
 def label_validation(
-    shards: Path, vectors: Path, clusterer: Path, prices_K: list[float], chosen: list[tuple[corpus.Entry, np.ndarray]]
+    shards: Path,
+    vectors: Path,
+    clusterer: Path,
+    prices_K: list[float],
+    chosen: list[tuple[corpus.Entry, np.ndarray]],
+    some: list[tokens.Documents],
 ) -> list[np.ndarray]:
-    """Clusters of held-out documents, shard by shard, found as those of the training documents are."""
+    """Clusters of the held-out documents `some`, the rows `chosen`, shard by shard, found as those of the training documents are."""
     embedder = embed.read_embedder(vectors.with_name("embedder.npz"), shards)
     centres_KD = artifact.read_npz(clusterer, "clusterer")[0]["centres_KD"]
     labels = []
-    for entry, rows in chosen:
+    for (entry, rows), documents in zip(chosen, some, strict=True):
         if isinstance(embedder, tfidf.Embedder):
-            h_ND = tfidf.embed(corpus.documents(shards.parent, entry).take(rows), embedder.E_VD)
+            h_ND = tfidf.embed(documents, embedder.E_VD)
         else:
             texts = corpus.attributes(shards.parent, entry, ["text"])["text"].take(pa.array(rows)).to_pylist()
             h_ND = encoder.embed(embedder, texts)
@@ -237,15 +242,16 @@ def main() -> None:
     manifest = artifact.read_json(args.shards, "shards")
     train = corpus.entries(args.shards, manifest, "train")
     chosen = validation.rows(args.shards, manifest, how["validation_share"], how["rng_seed"])
+    some = validation.documents(args.shards, chosen)
     if args.random:
         label, k, made_from, about = at_random(args.shards, train, how["k"], how["rng_seed"])
         labels = deal_validation(args.shards, k, how["rng_seed"], chosen)
     else:
         label, k, made_from, about = by_clusterer(args.shards, train, args.vectors, args.clusterer)
-        labels = label_validation(args.shards, args.vectors, args.clusterer, about["prices_K"], chosen)
+        labels = label_validation(args.shards, args.vectors, args.clusterer, about["prices_K"], chosen, some)
     content = write_all(args.shards, train, args.out, label, k, made_from, about, args.threads)
     if chosen:
-        validation.write(args.out, validation.documents(args.shards, chosen), labels, k, made_from)
+        validation.write(args.out, some, labels, k, made_from)
     content["identity_validation"] = artifact.identity(args.out.with_name(validation.NAME)) if chosen else None
     artifact.write_json(args.out, artifact.make_meta("assignments", made_from, **content))
 

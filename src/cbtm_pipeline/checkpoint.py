@@ -97,12 +97,12 @@ def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
     """
     about = {"format": artifact.FORMAT, "kind": "state", "step": step, "fingerprint": fingerprint}
     meta = json.dumps({**about, "hash": _hash(about, tensors)}, sort_keys=True)
-    with artifact.publish(folder / f"step-{step:08d}.safetensors") as tmp:
+    path = folder / f"step-{step:08d}.safetensors"
+    with artifact.publish(path) as tmp:
         try:
             save_file(tensors, tmp, {"cbtm": meta})
         except SafetensorError as error:  # a full disk
             raise OSError(None, str(error)) from error
-    path = folder / f"step-{step:08d}.safetensors"
     try:
         _read(path)
     except ValueError as error:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cbtm_pipeline import corpus_files, plan, presets
+from cbtm_pipeline import corpus_files, plan
 from cbtm_pipeline.config import DEMO, Config
 
 MFU = 0.4  # share of a GPU's peak that a training is assumed to use
@@ -141,10 +141,9 @@ def size(config: Config, folder: Path | None) -> Size:
     from cbtm_pipeline import model
 
     seq_len, vocab_size = config.train.seq_len, config.tokenizer.vocab_size
-    scratch = presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
     with torch.device("meta"):
         if folder is None:
-            net = model.scratch(scratch, vocab_size, 0, seq_len, 0)
+            net = model.scratch(plan.scratch(config), vocab_size, 0, seq_len, 0)
         else:
             from transformers import AutoConfig, AutoModelForCausalLM
 

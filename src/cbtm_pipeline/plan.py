@@ -48,6 +48,11 @@ def data_of(expert: str) -> tuple[str, int]:
     return "corpus", 0
 
 
+def scratch(config: "Config") -> dict[str, Any]:
+    """Keys of the seed model's configuration class: those of model.preset, or of model.scratch without one."""
+    return presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
+
+
 def expert(config: "Config", expert_id: str) -> dict[str, Any]:
     """The training of one expert (or of `seed`): all that its weights depend on besides the data and the seed model.
 
@@ -63,8 +68,7 @@ def expert(config: "Config", expert_id: str) -> dict[str, Any]:
     if expert_id == "seed":
         sequences = t.seed_share / (1 - t.seed_share) * total if config.model.pretrained is None else 0
         n_steps, batch_size = round(sequences / t.seed_batch_size), t.seed_batch_size
-        scratch = presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
-        plan |= {"pretrained": config.model.pretrained, "scratch": scratch}
+        plan |= {"pretrained": config.model.pretrained, "scratch": scratch(config)}
     elif expert_id == "dense-batch" or (expert_id == "dense" and t.dense == "batch"):
         n_steps, batch_size = t.steps, t.batch_size
     else:
