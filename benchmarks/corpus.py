@@ -26,7 +26,10 @@ import recipe
 import tokenizers
 from growth import MB, ROOT, configured, rules
 
-from cbtm_pipeline import corpus_blocks, corpus_files, corpus_rows, tokens
+from cbtm_pipeline.corpus import blocks as corpus_blocks
+from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import rows as corpus_rows
+from cbtm_pipeline.corpus import token_files
 
 COMPARED_AT_ONCE = 1000  # documents
 
@@ -66,7 +69,7 @@ def differing(folder: Path) -> tuple[int, int, int]:
     reference.encode_special_tokens = True
     n_documents = n_tokens = n_differ = 0
     for path in sorted((folder / "shards").glob("*.arrow")):
-        documents, start = tokens.read(path, 0), 0
+        documents, start = token_files.read(path, 0), 0
         for batch in pq.ParquetFile(path.with_suffix(".parquet")).iter_batches(COMPARED_AT_ONCE, columns=["text"]):
             for i, encoding in enumerate(reference.encode_batch_fast(batch["text"].to_pylist(), add_special_tokens=False), start):
                 ids = documents.values[documents.offsets[i] + 1 : documents.offsets[i + 1]]

@@ -138,7 +138,7 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int, source: Pa
     chunks = list(np.array_split(fresh_ND, 64))
     prices_K = np.zeros(k)
     if who.startswith("ours"):
-        from cbtm_pipeline import kmeans, prices
+        from cbtm_pipeline.clustering import kmeans, prices
 
         found = kmeans.fit(x_ND, k, rng_seed=0, n_init=1 if who == "ours once" else N_INIT, max_iterations=50)
         inertia, load, centres_KD, prices_K = found.inertia, found.balance, found.centres_KD, found.prices_K

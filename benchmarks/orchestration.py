@@ -22,11 +22,12 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
 
-from made_project import make_project, snakemake_command, write_corpus  # noqa: E402
 from slurm.box import Box, install  # noqa: E402
 from slurm.runs import write_profile  # noqa: E402
+
+from made_project import make_project, snakemake_command, write_corpus  # noqa: E402
 
 
 def plan(folder: Path) -> None:

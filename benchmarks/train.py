@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbtm_pipeline import batches, config, loop, memory, model, presets, train_expert, training_log
+from cbtm_pipeline import config, presets, train_expert
+from cbtm_pipeline.training import batches, loop, micro_batch, model, training_log
 
 ROOT = Path(__file__).parents[1]
 WHO = ("ours", "plain", "trainer")
@@ -63,7 +64,7 @@ def plain(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Pa
     device = model.to_device(net.train())
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(net) if args.compiled else net
-    micro = args.micro_batch_size or min(args.batch_size, max(1, memory.CPU_TOKENS // args.seq_len))
+    micro = args.micro_batch_size or min(args.batch_size, max(1, micro_batch.CPU_TOKENS // args.seq_len))
 
     def read(step: int) -> torch.Tensor:
         tokens_BT = torch.from_numpy(batches.batch(stream, 0, step, args.batch_size, args.seq_len))
@@ -91,7 +92,7 @@ def trainer(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: 
 
     blocks = [stream.read(i * args.seq_len, args.seq_len) for i in range(args.steps * args.batch_size)]
     examples = [{"input_ids": block, "labels": block} for block in blocks]
-    micro = args.micro_batch_size or min(args.batch_size, max(1, memory.CPU_TOKENS // args.seq_len))
+    micro = args.micro_batch_size or min(args.batch_size, max(1, micro_batch.CPU_TOKENS // args.seq_len))
     times = []
 
     class Clock(TrainerCallback):

@@ -23,7 +23,12 @@ from scipy import sparse
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
-from cbtm_pipeline import corpus_blocks, corpus_files, corpus_rows, tfidf, tokenizer, tokens
+from cbtm_pipeline import tokenizer
+from cbtm_pipeline.corpus import blocks as corpus_blocks
+from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import rows as corpus_rows
+from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.embedding import tfidf
 
 N_COMPONENTS = 100
 MIN_DF = 2
@@ -102,14 +107,14 @@ def nmi(x_ND: np.ndarray, labels_N: np.ndarray, n_runs: int) -> tuple[float, flo
     return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(n_runs))
 
 
-def encoded(texts: list[str], tokenizer_json: Path, separator_id: int) -> tokens.Documents:
+def encoded(texts: list[str], tokenizer_json: Path, separator_id: int) -> token_files.Documents:
     """The texts as stored documents."""
     encoder = tokenizer.Encoder(tokenizer_json)
     ids = [encoder.encode(text.encode(), not encoder.why_slow) for text in texts]
-    return tokens.Documents(np.concatenate([np.append(separator_id, x) for x in ids]), np.cumsum([0, *(1 + len(x) for x in ids)]))
+    return token_files.Documents(np.concatenate([np.append(separator_id, x) for x in ids]), np.cumsum([0, *(1 + len(x) for x in ids)]))
 
 
-def embeddings(documents: tokens.Documents, vocab_size: int, separator_id: int, weigh: Callable[[Terms], np.ndarray]) -> np.ndarray:
+def embeddings(documents: token_files.Documents, vocab_size: int, separator_id: int, weigh: Callable[[Terms], np.ndarray]) -> np.ndarray:
     """The documents' vectors with this weighting."""
     counts_NV = tfidf.count(documents, vocab_size)
     df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
@@ -137,7 +142,7 @@ def main() -> None:
     ]
     if args.corpus:
         sets.append(labelled("corpus", from_files(args.corpus, args.label, args.demo), args.documents))
-    tokenised: list[tuple[Labelled, str, tokens.Documents, int, int]] = []
+    tokenised: list[tuple[Labelled, str, token_files.Documents, int, int]] = []
     for one in sets:
         trained = tokenizer.train([text.encode() for text in one.texts[:3000]], 2048)
         path = Path(f"{one.name}.tokenizer.tmp")

@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made_corpus
-from cbtm_pipeline import artifact, assign, sweep, tokens, validation
+from cbtm_pipeline import assign
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.mixture import sweep
+from cbtm_pipeline.training import validation
 
 
 def run_all(outdir: Path, config: Path) -> None:
@@ -24,16 +28,16 @@ def check_grouping(outdir: Path, folder: str) -> dict:
     k, n_documents, n_tokens = manifest["k"], np.zeros(manifest["k"], int), np.zeros(manifest["k"], int)
     for entry in manifest["shards"]:
         name = entry["name"]
-        shard = tokens.read(outdir / f"shards/{name}.arrow", 0)
+        shard = token_files.read(outdir / f"shards/{name}.arrow", 0)
         rows = pq.read_table(outdir / f"{folder}/{name}.parquet").to_pydict()
         assert rows["doc_id"] == pq.read_table(outdir / f"shards/{name}.parquet")["doc_id"].to_pylist()
         assert rows["n_tokens"] == shard.n_tokens.tolist()
         path = outdir / f"{folder}/{name}.arrow"
         assert entry["identity_tokens"] == artifact.identity(path)
-        assert tokens.read_meta(path)["n_groups"] == k
+        assert token_files.read_meta(path)["n_groups"] == k
         for j in range(k):
             expected = shard.take(np.flatnonzero(np.array(rows["cluster"]) == j))
-            group = tokens.read(path, j)
+            group = token_files.read(path, j)
             assert np.array_equal(group.values, expected.values) and np.array_equal(group.offsets, expected.offsets)
             n_documents[j] += len(group)
             n_tokens[j] += group.n_tokens.sum()
@@ -83,21 +87,21 @@ def test_validation_documents_are_held_out_and_labelled_as_the_router_does(tmp_p
     manifest = check_grouping(tmp_path, "assignments")
     path = tmp_path / "assignments" / validation.NAME
     assert manifest["identity_validation"] == artifact.identity(path)
-    assert tokens.read_meta(path)["made_from"] == manifest["made_from"]
+    assert token_files.read_meta(path)["made_from"] == manifest["made_from"]
 
     arrays, _ = artifact.read_npz(made_corpus.run_route(tmp_path, config), "distances")
-    held_out = tokens.join([tokens.read(tmp_path / f"shards/eval-{i:05d}.arrow", 0) for i in range(3)])
+    held_out = token_files.join([token_files.read(tmp_path / f"shards/eval-{i:05d}.arrow", 0) for i in range(3)])
     chosen = sweep.calibration_documents(arrays["doc_id"], 0.2, 0)
     assert chosen.sum() == 20
     assert not (chosen & ~sweep.calibration_documents(arrays["doc_id"], 0.3, 0)).any()  # none of them is reported on
     for j in range(3):
         expected = held_out.take(np.flatnonzero(chosen & (arrays["cluster"] == j)))
-        group = tokens.read(path, j)
+        group = token_files.read(path, j)
         assert np.array_equal(group.values, expected.values) and np.array_equal(group.offsets, expected.offsets)
 
-    random = [tokens.read(tmp_path / "random" / validation.NAME, j) for j in range(3)]
+    random = [token_files.read(tmp_path / "random" / validation.NAME, j) for j in range(3)]
     assert sorted(map(len, random)) == [6, 7, 7]
-    together = tokens.join(random)
+    together = token_files.join(random)
     taken = held_out.take(np.flatnonzero(chosen))
     assert sorted(together.values.tolist()) == sorted(taken.values.tolist())
 
@@ -118,7 +122,7 @@ def test_one_cluster_is_the_shard_itself(tmp_path: Path) -> None:
     run_all(tmp_path, config)
     made_corpus.run_assign_random(tmp_path, config)
     for folder, name in itertools.product(("assignments", "random"), ("train-00000", "train-00001")):
-        shard, group = (tokens.read(tmp_path / f"{where}/{name}.arrow", 0) for where in ("shards", folder))
+        shard, group = (token_files.read(tmp_path / f"{where}/{name}.arrow", 0) for where in ("shards", folder))
         assert np.array_equal(shard.values, group.values) and np.array_equal(shard.offsets, group.offsets)
 
 

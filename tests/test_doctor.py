@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snakemake.utils import update_config
 
-from cbtm_pipeline import cost, doctor, model, reach
-from cbtm_pipeline.reach import Line
-from cbtm_pipeline.slurm import planned, site
-from cbtm_pipeline.slurm.planned import Job
+from cbtm_pipeline import doctor
+from cbtm_pipeline.ops import cost, planned, reach, site
+from cbtm_pipeline.ops.planned import Job
+from cbtm_pipeline.ops.reach import Line
+from cbtm_pipeline.training import model
 from made_project import ROOT, make_project, snakemake
 from made_run import make_config
 

@@ -7,7 +7,10 @@ from scipy import sparse
 
 import made_corpus
 import made_encoder
-from cbtm_pipeline import artifact, corpus, embed, encoder, encoder_files, tfidf
+from cbtm_pipeline import embed
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import shard_files
+from cbtm_pipeline.embedding import encoder, encoder_files, tfidf
 
 
 @pytest.fixture
@@ -23,12 +26,12 @@ def test_vectors_are_those_of_the_embedder_shard_by_shard(tmp_path: Path, config
     assert manifest["made_from"]["embedder"] == artifact.identity(path.with_name("embedder.npz"))
     assert isinstance(embedder, tfidf.Embedder)
     assert embedder.E_VD.dtype == embedder.idf_V.dtype == np.float32
-    entries = corpus.entries(shards, artifact.read_json(shards), "train")
+    entries = shard_files.entries(shards, artifact.read_json(shards), "train")
     assert [s["name"] for s in manifest["shards"]] == [entry["name"] for entry in entries]
     for entry, vectors_entry in zip(entries, manifest["shards"], strict=True):
         x_ND = embed.read_vectors(path.parent, vectors_entry)
         assert x_ND.dtype == np.float32 and x_ND.shape == (entry["n_documents"], 8)
-        assert np.array_equal(x_ND, tfidf.embed(corpus.documents(shards.parent, entry), embedder.E_VD))
+        assert np.array_equal(x_ND, tfidf.embed(shard_files.documents(shards.parent, entry), embedder.E_VD))
     made = {path: path.read_bytes() for path in path.parent.iterdir()}
     for made_path in made:
         made_path.unlink()
@@ -49,13 +52,13 @@ def test_the_same_twice_and_another_seed_changes_the_sample(tmp_path: Path) -> N
 
 def test_sample_is_spread_over_all_shards() -> None:
     entries = [{"name": str(i), "n_documents": n} for i, n in enumerate([10, 0, 300, 90])]
-    drawn = list(corpus.sample(entries, 40, 3))
+    drawn = list(shard_files.sample(entries, 40, 3))
     assert [entry["name"] for entry, _ in drawn] == ["0", "1", "2", "3"]
     assert sum(len(rows) for _, rows in drawn) == 40
     for entry, rows in drawn:
         assert np.all(np.diff(rows) > 0) and np.all((rows >= 0) & (rows < entry["n_documents"]))
     assert 20 < len(drawn[2][1]) < 40
-    everything = [rows.tolist() for _, rows in corpus.sample(entries, 400, 3)]
+    everything = [rows.tolist() for _, rows in shard_files.sample(entries, 400, 3)]
     assert everything == [list(range(n)) for n in (10, 0, 300, 90)]
 
 
@@ -91,15 +94,15 @@ def test_no_training_documents(tmp_path: Path, config: Path) -> None:
 
 def test_a_reader_is_told_of_a_parquet_file_that_is_not_the_manifests(tmp_path: Path) -> None:
     shards = made_corpus.write(tmp_path, [5])
-    (entry,) = corpus.entries(shards, artifact.read_json(shards), "train")
-    assert corpus.attributes(shards.parent, entry, ["doc_id"]).to_pydict() == {"doc_id": [f"train-00000#{i}" for i in range(5)]}
+    (entry,) = shard_files.entries(shards, artifact.read_json(shards), "train")
+    assert shard_files.attributes(shards.parent, entry, ["doc_id"]).to_pydict() == {"doc_id": [f"train-00000#{i}" for i in range(5)]}
     with pytest.raises(ValueError, match=r"Expected the columns nothing"):
-        corpus.attributes(shards.parent, entry, ["nothing"])
+        shard_files.attributes(shards.parent, entry, ["nothing"])
     with pytest.raises(ValueError, match=r"5 rows. Expected 6, as in the manifest"):
-        corpus.attributes(shards.parent, {**entry, "n_documents": 6}, ["doc_id"])
+        shard_files.attributes(shards.parent, {**entry, "n_documents": 6}, ["doc_id"])
     shards.with_name("train-00000.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match=r"train-00000.parquet: unreadable"):
-        corpus.attributes(shards.parent, entry, ["doc_id"])
+        shard_files.attributes(shards.parent, entry, ["doc_id"])
 
 
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:

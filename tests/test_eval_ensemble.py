@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cbtm_pipeline import artifact, cli, config, eval_ensemble, sweep, verdict
+from cbtm_pipeline import config, eval_ensemble
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.mixture import sweep, verdict
 from made_run import Files, change_json, change_npz, make, make_config
 
 QUICK = {

@@ -5,7 +5,9 @@ import pytest
 from scipy import sparse
 
 import made_corpus
-from cbtm_pipeline import artifact, fit_kmeans, kmeans
+from cbtm_pipeline import fit_kmeans
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.clustering import kmeans
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 import made_corpus
 import made_encoder
-from cbtm_pipeline import artifact, corpus, encoder, encoder_files, heldout, kmeans, route, tfidf, tokens
+from cbtm_pipeline import route
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.clustering import kmeans
+from cbtm_pipeline.corpus import heldout, shard_files, token_files
+from cbtm_pipeline.embedding import encoder, encoder_files, tfidf
 
 VOCAB, K = 30, 3
 
@@ -81,7 +85,7 @@ def test_rows_documents_and_bytes(made: Path, tmp_path: Path, cut: int | None) -
     embedder, _ = artifact.read_npz(made / "embed/embedder.npz", "embedder")
     clusterer, _ = artifact.read_npz(made / "cluster/clusterer.npz", "clusterer")
     document, t = held_out[2], 20
-    prefix = tokens.Documents(document[: t + 1], np.array([0, t + 1]))
+    prefix = token_files.Documents(document[: t + 1], np.array([0, t + 1]))
     expected = kmeans.squared_distances(tfidf.embed(prefix, embedder["E_VD"]), clusterer["centres_KD"])
     np.testing.assert_allclose(arrays["d2_NK"][arrays["offsets"][2] + t], expected[0], rtol=1e-6)
 
@@ -93,8 +97,8 @@ def test_cluster_is_that_of_the_whole_document_with_prices(made: Path, tmp_path:
     embedder, _ = artifact.read_npz(made / "embed/embedder.npz", "embedder")
     clusterer, _ = artifact.read_npz(made / "cluster/clusterer.npz", "clusterer")
     manifest = made / "shards/manifest.json"
-    entries = corpus.entries(manifest, artifact.read_json(manifest), "eval")
-    h_ND = np.concatenate([tfidf.embed(corpus.documents(manifest.parent, entry), embedder["E_VD"]) for entry in entries])
+    entries = shard_files.entries(manifest, artifact.read_json(manifest), "eval")
+    h_ND = np.concatenate([tfidf.embed(shard_files.documents(manifest.parent, entry), embedder["E_VD"]) for entry in entries])
     expected = (kmeans.squared_distances(h_ND, clusterer["centres_KD"]) + clusterer["prices_K"]).argmin(axis=1)
     assert np.array_equal(clusters[0], expected)
 
@@ -220,7 +224,7 @@ def test_distances_with_an_encoder(encoded: tuple[Path, Path]) -> None:
 def test_with_an_encoder_what_follows_changes_nothing_but_rounding(encoded: tuple[Path, Path]) -> None:
     outdir, _ = encoded
     found = encoder_files.load(str(outdir / "encoder"), 2)
-    tokenizer = corpus.tokenizer(outdir / "tokenizer/tokenizer.json", outdir / "shards/manifest.json")
+    tokenizer = shard_files.tokenizer(outdir / "tokenizer/tokenizer.json", outdir / "shards/manifest.json")
     centres_KD = artifact.read_npz(outdir / "cluster/clusterer.npz", "clusterer")[0]["centres_KD"]
     rng = np.random.default_rng(0)
     text = rng.integers(1, 141, 60)

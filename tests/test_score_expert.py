@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made_training as made
-from cbtm_pipeline import artifact, config, heldout, model, score_expert
+from cbtm_pipeline import config, score_expert
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.score_expert import batched, cut, logprobs, score, windows
+from cbtm_pipeline.training import model
 
 CONTEXT, STRIDE = made.SEQ_LEN, 16
 

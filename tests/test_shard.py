@@ -16,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made_texts
-from cbtm_pipeline import artifact, corpus_rows, shard, shard_block, tokenizer, tokens
+from cbtm_pipeline import shard, tokenizer
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import rows as corpus_rows
+from cbtm_pipeline.corpus import shard_block, token_files
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,8 @@ class Result:
             table = pq.read_table(folder / f"{entry['name']}.parquet")
             assert table.schema.equals(shard_block.SCHEMA, check_metadata=False)
             arrow = folder / f"{entry['name']}.arrow"
-            documents = tokens.read(arrow, 0)
-            assert tokens.read_meta(arrow)["made_from"] == self.manifest["made_from"]
+            documents = token_files.read(arrow, 0)
+            assert token_files.read_meta(arrow)["made_from"] == self.manifest["made_from"]
             assert entry["n_documents"] == len(table) == len(documents) > 0
             assert entry["n_tokens"] == documents.n_tokens.sum() == sum(table["n_tokens"].to_pylist())
             assert entry["n_bytes"] == sum(table["n_bytes"].to_pylist())
@@ -315,7 +318,7 @@ def test_single_long_document(tmp_path: Path, tokenizer_json: Path) -> None:
     ids = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", columns=["doc_id"])["doc_id"].to_pylist()
     (stored,) = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", filters=[("doc_id", "=", "long")])["text"].to_pylist()
     assert stored == text
-    documents, row = tokens.read(tmp_path / f"s/{entry['name']}.arrow", 0), ids.index("long")
+    documents, row = token_files.read(tmp_path / f"s/{entry['name']}.arrow", 0), ids.index("long")
     expected = tokenizer.Encoder(tokenizer_json).encode(text.encode(), fast=True)
     assert np.array_equal(documents.values[documents.offsets[row] + 1 : documents.offsets[row + 1]], expected)
 

@@ -20,9 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import made_training as made
-from cbtm_pipeline import config, lenient, status, status_table, train_expert, training_log
+from cbtm_pipeline import config, status, train_expert
+from cbtm_pipeline.ops import lenient, status_table
+from cbtm_pipeline.ops.status_table import Row
 from cbtm_pipeline.slurm import commands, events
-from cbtm_pipeline.status_table import Row
+from cbtm_pipeline.training import training_log
 
 ROOT = Path(__file__).parents[1]
 HOUR = 3600.0
@@ -148,7 +150,7 @@ def test_stages_are_the_rules_of_the_workflow():
 @contextmanager
 def holding(folder: Path) -> Iterator[subprocess.Popen]:
     """A process that holds the lock of `folder`."""
-    code = "import sys; from cbtm_pipeline import lock; lock.hold(sys.argv[1]); print('held', flush=True); input()"
+    code = "import sys; from cbtm_pipeline.base import lock; lock.hold(sys.argv[1]); print('held', flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin and process.stdout
     try:

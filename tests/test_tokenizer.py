@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made_texts
-from cbtm_pipeline import artifact, corpus_rows, tokenizer
+from cbtm_pipeline import tokenizer
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import rows as corpus_rows
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,10 @@ import pytest
 import torch
 
 import made_training as made
-from cbtm_pipeline import (
-    artifact,
-    batches,
-    checkpoint,
-    config,
-    expert,
-    lock,
-    loss,
-    model,
-    optimize,
-    score_expert,
-    train_expert,
-    training_log,
-)
+from cbtm_pipeline import config, score_expert, train_expert
+from cbtm_pipeline.base import artifact, lock
+from cbtm_pipeline.training import batches, checkpoint, expert_folder, loss, model, training_log
+from cbtm_pipeline.training import step as train_step
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +38,8 @@ def test_published_folder(outdir):
         *("README.md", "card.json", "config.json", "generation_config.json", "metrics.jsonl", "model.safetensors"),
         *("tensorboard", "tokenizer.json", "tokenizer_config.json"),
     }
-    card = expert.read_card(where.out)
-    seed = expert.read_card(outdir / "experts/seed/model.safetensors")
+    card = expert_folder.read_card(where.out)
+    seed = expert_folder.read_card(outdir / "experts/seed/model.safetensors")
     assert card["made_from"] == {"assignments": artifact.identity(where.data), "seed": seed["weights"]}
     assert card["corpus"] == seed["corpus"] == artifact.identity(outdir / "shards/manifest.json")
     assert seed["made_from"] == {"shards": seed["corpus"]}
@@ -94,7 +84,7 @@ def test_equal_inputs_give_equal_bits(outdir, precision):
 def test_precisions_differ(outdir):
     a, b = ((outdir / f"{precision}-0/random-1/model.safetensors").read_bytes() for precision in ("float32", "bf16"))
     assert a != b
-    assert expert.read_card(outdir / "bf16-0/random-1/model.safetensors")["precision"] == "bf16 autocast"
+    assert expert_folder.read_card(outdir / "bf16-0/random-1/model.safetensors")["precision"] == "bf16 autocast"
 
 
 @pytest.mark.parametrize("name", made.MODELS)
@@ -124,7 +114,7 @@ def test_pretrained_seed_is_published_as_it_is(outdir):
     cfg = made.make_config(pretrained=str(outdir / "experts/seed"))
     where = made.files(outdir, "seed", to="pretrained")
     assert made.train(cfg, where, "seed") == (outdir / "experts/seed/model.safetensors").read_bytes()
-    card = expert.read_card(where.out)
+    card = expert_folder.read_card(where.out)
     assert (card["n_train_tokens"], card["train_flops"], card["final_loss"]) == (0, 0, None)
 
 
@@ -162,7 +152,7 @@ def test_full_disk_while_publishing_leaves_no_weights(outdir):
 def test_learning_rate():
     def rates(n_steps, **how):
         how = {"lr": 1.0, "schedule": "linear", "final_lr_ratio": 0.1, "warmup_ratio": 0.0} | how
-        return [optimize.learning_rate(step, n_steps, **how) for step in range(n_steps)]
+        return [train_step.learning_rate(step, n_steps, **how) for step in range(n_steps)]
 
     assert rates(3) == pytest.approx([0.7, 0.4, 0.1])
     assert rates(1) == pytest.approx([0.1])
@@ -178,7 +168,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
     def gradient(micro_batch_size: int) -> tuple[float, torch.Tensor]:
         net.zero_grad()
-        total = optimize.accumulate(loss.NextToken(net), tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False)
+        total = train_step.accumulate(loss.NextToken(net), tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False)
         return total.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
     mean, whole = gradient(16)
@@ -191,7 +181,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 def test_weight_decay_is_for_matrices_only():
     net = model.scratch({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, 300, 0, 32, 0)
-    decayed, free = optimize.make_optimizer(net, {"weight_decay": 0.1, "lr": 1, "betas": [0.9, 0.95]}).param_groups
+    decayed, free = train_step.make_optimizer(net, {"weight_decay": 0.1, "lr": 1, "betas": [0.9, 0.95]}).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in free["params"]} == {1}

@@ -8,7 +8,7 @@ import argparse
 import importlib
 import sys
 
-from cbtm_pipeline import cli
+from cbtm_pipeline.base import cli
 
 
 def main() -> None:

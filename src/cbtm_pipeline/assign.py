@@ -23,7 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbtm_pipeline import artifact, cli, config, corpus, embed, encoder, kmeans, parallel, prices, tfidf, tokens, validation
+from cbtm_pipeline import config, embed
+from cbtm_pipeline.base import artifact, cli, parallel
+from cbtm_pipeline.clustering import kmeans, prices
+from cbtm_pipeline.corpus import shard_files, token_files
+from cbtm_pipeline.embedding import encoder, tfidf
+from cbtm_pipeline.training import validation
 
 CHUNK_ROWS = 1 << 14
 
@@ -31,13 +36,13 @@ CHUNK_ROWS = 1 << 14
 class Shard(NamedTuple):
     """A shard's entry in the manifest, its documents and their names."""
 
-    entry: corpus.Entry
-    documents: tokens.Documents
+    entry: shard_files.Entry
+    documents: token_files.Documents
     doc_ids: list[str]
 
 
 Labels = tuple[np.ndarray, np.ndarray | None]
-Labeller = Callable[[corpus.Entry, tokens.Documents, list[str]], Labels]
+Labeller = Callable[[shard_files.Entry, token_files.Documents, list[str]], Labels]
 
 
 def deal(doc_ids: list[str], n_tokens_N: np.ndarray, n_documents_K: np.ndarray, n_tokens_K: np.ndarray, rng_seed: int) -> np.ndarray:
@@ -68,7 +73,7 @@ def weights(n_tokens_N: np.ndarray, balance: str) -> np.ndarray:
 
 
 def by_clusterer(
-    shards: Path, train: list[corpus.Entry], vectors: Path, clusterer: Path
+    shards: Path, train: list[shard_files.Entry], vectors: Path, clusterer: Path
 ) -> tuple[Labeller, int, dict[str, str], dict[str, Any]]:
     """How documents find their cluster, the number of clusters, `made_from`, and what the manifest says about the prices."""
     manifest = embed.read_manifest(vectors, shards)
@@ -81,7 +86,7 @@ def by_clusterer(
     def read_chunks() -> Iterable[prices.Chunk]:
         for entry in train:
             x_ND = embed.read_vectors(vectors.parent, by_name[entry["name"]])
-            n_tokens_N = corpus.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
+            n_tokens_N = shard_files.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
             weights_N = weights(n_tokens_N, certificate["balance"])
             for start in range(0, len(x_ND), CHUNK_ROWS):
                 rows = slice(start, start + CHUNK_ROWS)
@@ -92,7 +97,7 @@ def by_clusterer(
         made_with = "clusterer" if np.array_equal(prices_K, arrays["prices_K"]) else "corpus"
         cli.log.info("prices of the %s balance the whole corpus: largest load over mean %.3f", made_with, balance)
 
-    def label(entry: corpus.Entry, documents: tokens.Documents, doc_ids: list[str]) -> Labels:
+    def label(entry: shard_files.Entry, documents: token_files.Documents, doc_ids: list[str]) -> Labels:
         return kmeans.assign(embed.read_vectors(vectors.parent, by_name[entry["name"]]), centres_KD, prices_K)
 
     made_from = {"clusterer": artifact.identity(clusterer), "shards": artifact.identity(shards)}
@@ -100,14 +105,14 @@ def by_clusterer(
     return label, len(centres_KD), made_from, about
 
 
-def at_random(shards: Path, train: list[corpus.Entry], k: int, rng_seed: int) -> tuple[Labeller, int, dict[str, str], dict[str, Any]]:
+def at_random(shards: Path, train: list[shard_files.Entry], k: int, rng_seed: int) -> tuple[Labeller, int, dict[str, str], dict[str, Any]]:
     """The same for random clusters."""
     n = sum(entry["n_documents"] for entry in train)
     if k > n:
         raise ValueError(f"cluster.k: {k}. Expected at most {n}, the number of documents. Lower cluster.k or add documents.")
     n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
 
-    def label(entry: corpus.Entry, documents: tokens.Documents, doc_ids: list[str]) -> Labels:
+    def label(entry: shard_files.Entry, documents: token_files.Documents, doc_ids: list[str]) -> Labels:
         return deal(doc_ids, documents.n_tokens, n_documents_K, n_tokens_K, rng_seed), None
 
     return label, k, {"shards": artifact.identity(shards)}, {"balance": "random"}
@@ -118,8 +123,8 @@ def label_validation(
     vectors: Path,
     clusterer: Path,
     prices_K: list[float],
-    chosen: list[tuple[corpus.Entry, np.ndarray]],
-    some: list[tokens.Documents],
+    chosen: list[tuple[shard_files.Entry, np.ndarray]],
+    some: list[token_files.Documents],
 ) -> list[np.ndarray]:
     """Clusters of the held-out documents `some`, the rows `chosen`, shard by shard, found as those of the training documents are."""
     embedder = embed.read_embedder(vectors.with_name("embedder.npz"), shards)
@@ -129,24 +134,24 @@ def label_validation(
         if isinstance(embedder, tfidf.Embedder):
             h_ND = tfidf.embed(documents, embedder.E_VD)
         else:
-            texts = corpus.attributes(shards.parent, entry, ["text"])["text"].take(pa.array(rows)).to_pylist()
+            texts = shard_files.attributes(shards.parent, entry, ["text"])["text"].take(pa.array(rows)).to_pylist()
             h_ND = encoder.embed(embedder, texts)
         labels.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
     return labels
 
 
-def deal_validation(shards: Path, k: int, rng_seed: int, chosen: list[tuple[corpus.Entry, np.ndarray]]) -> list[np.ndarray]:
+def deal_validation(shards: Path, k: int, rng_seed: int, chosen: list[tuple[shard_files.Entry, np.ndarray]]) -> list[np.ndarray]:
     """The same for random clusters."""
     n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
     labels = []
     for entry, rows in chosen:
-        columns = corpus.attributes(shards.parent, entry, ["doc_id", "n_tokens"]).take(pa.array(rows))
+        columns = shard_files.attributes(shards.parent, entry, ["doc_id", "n_tokens"]).take(pa.array(rows))
         labels.append(deal(columns["doc_id"].to_pylist(), columns["n_tokens"].to_numpy(), n_documents_K, n_tokens_K, rng_seed))
     return labels
 
 
 def write_shard(
-    folder: Path, name: str, documents: tokens.Documents, doc_ids: list[str], labels: Labels, k: int, made_from: dict[str, str]
+    folder: Path, name: str, documents: token_files.Documents, doc_ids: list[str], labels: Labels, k: int, made_from: dict[str, str]
 ) -> None:
     """Write a shard's Parquet file, rows as in the shard, and its tokens in k groups, each in the order of the shard."""
     labels_N, d2_N = labels
@@ -160,12 +165,12 @@ def write_shard(
     with artifact.publish(folder / f"{name}.parquet") as tmp:
         pq.write_table(pa.table(columns).replace_schema_metadata(meta), tmp, compression="zstd")
     groups = (documents.take(np.flatnonzero(labels_N == j)) for j in range(k))
-    tokens.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), groups)
+    token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), groups)
 
 
 def write_all(
     shards: Path,
-    train: list[corpus.Entry],
+    train: list[shard_files.Entry],
     out: Path,
     label: Labeller,
     k: int,
@@ -181,9 +186,9 @@ def write_all(
     n_documents_K, n_tokens_K, loads_K, inertia_K = np.zeros(k, np.int64), np.zeros(k, np.int64), np.zeros(k), np.zeros(k)
     progress = cli.Progress("assigned", sum(entry["n_documents"] for entry in train), "documents")
 
-    def read(entry: corpus.Entry) -> Shard:
-        doc_ids = corpus.attributes(shards.parent, entry, ["doc_id"])["doc_id"].to_pylist()
-        return Shard(entry, corpus.documents(shards.parent, entry), doc_ids)
+    def read(entry: shard_files.Entry) -> Shard:
+        doc_ids = shard_files.attributes(shards.parent, entry, ["doc_id"])["doc_id"].to_pylist()
+        return Shard(entry, shard_files.documents(shards.parent, entry), doc_ids)
 
     def labelled(read_shards: Iterable[Shard]) -> Iterator[tuple[Shard, Labels]]:
         for shard in read_shards:
@@ -240,7 +245,7 @@ def main() -> None:
     cfg = config.read(args.config)
     how = config.parameters(cfg, "assign_random" if args.random else "assign")
     manifest = artifact.read_json(args.shards, "shards")
-    train = corpus.entries(args.shards, manifest, "train")
+    train = shard_files.entries(args.shards, manifest, "train")
     chosen = validation.rows(args.shards, manifest, how["validation_share"], how["rng_seed"])
     some = validation.documents(args.shards, chosen)
     if args.random:

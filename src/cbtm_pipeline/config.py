@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cbtm_pipeline import artifact, plan, presets
+from cbtm_pipeline import plan, presets
+from cbtm_pipeline.base import artifact
 
 DEMO = "builtin:demo"
 

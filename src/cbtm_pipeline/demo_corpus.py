@@ -21,7 +21,7 @@ import orjson
 import zstandard
 from isal import igzip
 
-from cbtm_pipeline import artifact, cli
+from cbtm_pipeline.base import artifact, cli
 
 MIN_CHARS, MAX_CHARS = 1500, 2500
 # Whatever piece comes next, a document that has no room for it has reached MIN_CHARS already (two characters are the blank line between).

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cbtm_pipeline import cli, corpus_files, cost, reach
+from cbtm_pipeline.base import cli
 from cbtm_pipeline.config import DEMO, Config, validate
-from cbtm_pipeline.reach import Line
-from cbtm_pipeline.slurm import commands, planned, site
-from cbtm_pipeline.slurm.planned import Job
+from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.ops import cost, planned, reach, site
+from cbtm_pipeline.ops.planned import Job
+from cbtm_pipeline.ops.reach import Line
+from cbtm_pipeline.slurm import commands
 
 TIMEOUT_S = 10.0  # of a Slurm command
 PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -141,7 +143,7 @@ def check_jobs(f: Facts) -> Iterator[Line]:
 
 def check_machine(f: Facts) -> Iterator[Line]:
     """Which GPUs train, and how fast they are at most."""
-    from cbtm_pipeline.training_log import PEAK_FLOPS
+    from cbtm_pipeline.training.training_log import PEAK_FLOPS
 
     job = next((job for job in f.jobs if job.resumable), None)
     if job is None or not job.n_gpus:
@@ -187,7 +189,7 @@ def check_encoder(f: Facts) -> Iterator[Line]:
     """Rules `embed` and `route` load the encoder."""
     if f.config is None or not f.config.embed.encoder:
         return
-    from cbtm_pipeline import encoder_files  # imports torch
+    from cbtm_pipeline.embedding import encoder_files  # imports torch
 
     name = f.config.embed.encoder
     f.n_dimensions = encoder_files.hidden_size(reach.cached(name))

@@ -18,7 +18,10 @@ import pyarrow.parquet as pq
 import torch
 from scipy import sparse
 
-from cbtm_pipeline import artifact, cli, config, corpus, encoder, encoder_files, parallel, tfidf
+from cbtm_pipeline import config
+from cbtm_pipeline.base import artifact, cli, parallel
+from cbtm_pipeline.corpus import shard_files
+from cbtm_pipeline.embedding import encoder, encoder_files, tfidf
 
 CHUNK_TEXTS = 512  # that an encoder sorts by length at once
 
@@ -26,16 +29,16 @@ Embedder = tfidf.Embedder | encoder.Encoder
 
 
 def fit(
-    folder: Path, manifest: dict[str, Any], train: list[corpus.Entry], how: dict[str, Any], n_threads: int
+    folder: Path, manifest: dict[str, Any], train: list[shard_files.Entry], how: dict[str, Any], n_threads: int
 ) -> tuple[tfidf.Embedder, int]:
     """The embedder of a corpus, and the number of documents that it was fitted on. `how`: the parameters of rule embed."""
 
-    def count(drawn: tuple[corpus.Entry, np.ndarray]) -> sparse.csr_array:
+    def count(drawn: tuple[shard_files.Entry, np.ndarray]) -> sparse.csr_array:
         entry, rows = drawn
-        return tfidf.count(corpus.documents(folder, entry).take(rows), manifest["vocab_size"])
+        return tfidf.count(shard_files.documents(folder, entry).take(rows), manifest["vocab_size"])
 
     with ThreadPoolExecutor(n_threads) as pool:
-        counts = list(parallel.in_order(pool, count, corpus.sample(train, how["fit_documents"], how["rng_seed"]), n_threads))
+        counts = list(parallel.in_order(pool, count, shard_files.sample(train, how["fit_documents"], how["rng_seed"]), n_threads))
     counts_NV = sparse.csr_array(sparse.vstack(counts, "csr"))
     del counts
     fit_keys = ("n_components", "idf_power", "max_df", "min_df", "rng_seed")
@@ -43,7 +46,7 @@ def fit(
     return embedder, len(counts_NV.indptr) - 1
 
 
-def texts(folder: Path, entry: corpus.Entry) -> Iterator[list[str]]:
+def texts(folder: Path, entry: shard_files.Entry) -> Iterator[list[str]]:
     """The texts of a shard, CHUNK_TEXTS at a time. Raises ValueError for a file that is damaged or another than the manifest's."""
     path, n = folder / f"{entry['name']}.parquet", 0
     try:
@@ -57,10 +60,10 @@ def texts(folder: Path, entry: corpus.Entry) -> Iterator[list[str]]:
         raise ValueError(f"{path}: {n} rows. Expected {entry['n_documents']}, as in the manifest. Run shard again.")
 
 
-def vectors(folder: Path, entry: corpus.Entry, embedder: Embedder) -> Iterator[np.ndarray]:
+def vectors(folder: Path, entry: shard_files.Entry, embedder: Embedder) -> Iterator[np.ndarray]:
     """Embeddings of a shard's documents in one or more chunks, float32 (rows, D), of length one or zero."""
     if isinstance(embedder, tfidf.Embedder):
-        yield tfidf.embed(corpus.documents(folder, entry), embedder.E_VD)
+        yield tfidf.embed(shard_files.documents(folder, entry), embedder.E_VD)
     else:
         yield encoder.embed(embedder, [])
         for chunk in texts(folder, entry):
@@ -74,12 +77,12 @@ def write_vectors(path: Path, h_ND: np.ndarray) -> None:
 
 
 def write_all(
-    folder: Path, train: list[corpus.Entry], out: Path, embedder: Embedder, n_components: int, n_threads: int
+    folder: Path, train: list[shard_files.Entry], out: Path, embedder: Embedder, n_components: int, n_threads: int
 ) -> list[dict[str, Any]]:
     """Write the vectors of every shard; return what the manifest says of them. An encoder takes one shard after the other."""
     progress = cli.Progress("embedded", sum(entry["n_documents"] for entry in train), "documents")
 
-    def write(entry: corpus.Entry) -> dict[str, Any]:
+    def write(entry: shard_files.Entry) -> dict[str, Any]:
         path, h = out.with_name(f"{entry['name']}.npy"), [np.empty((0, n_components), np.float32)]
         for h_ND in vectors(folder, entry, embedder):
             h.append(h_ND)
@@ -93,10 +96,10 @@ def write_all(
         return list(parallel.in_order(pool, write, train, n_threads))
 
 
-def read_vectors(folder: Path, entry: corpus.Entry) -> np.ndarray:
+def read_vectors(folder: Path, entry: shard_files.Entry) -> np.ndarray:
     """Memory-map the vectors (float32, (n_documents, D)) of an entry of embed/manifest.json. Raises ValueError if the file is another."""
     path = folder / f"{entry['name']}.npy"
-    corpus.check_file(path, entry["identity"], "embed")
+    shard_files.check_file(path, entry["identity"], "embed")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -152,7 +155,7 @@ def main() -> None:
 
     how = config.parameters(config.read(args.config), "embed")
     manifest, folder = artifact.read_json(args.shards, "shards"), args.shards.parent
-    train = corpus.entries(args.shards, manifest, "train")
+    train = shard_files.entries(args.shards, manifest, "train")
     made_from = {"shards": artifact.identity(args.shards)}
     embedder_path = args.out.with_name("embedder.npz")
     if "encoder" in how:

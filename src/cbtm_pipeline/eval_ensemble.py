@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline import artifact, bootstrap, cli, config, ensemble, plan, scored, sweep, verdict
+from cbtm_pipeline import config, plan
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.mixture import bootstrap, ensemble, scored, sweep, verdict
 
 # What every row of `systems` says; null where it does not apply.
 ROW = {

@@ -15,7 +15,11 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from cbtm_pipeline import artifact, cli, config, corpus, embed, kmeans, tfidf
+from cbtm_pipeline import config, embed
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.clustering import kmeans
+from cbtm_pipeline.corpus import shard_files
+from cbtm_pipeline.embedding import tfidf
 
 N_TERMS = 12
 TERM_DOCUMENTS = 20_000  # of the sample that the terms are counted in
@@ -59,11 +63,11 @@ class Sample(NamedTuple):
 def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
     """Draw n training documents from the corpus of shards/manifest.json with their vectors from embed/manifest.json."""
     shards_manifest, vectors_manifest = artifact.read_json(shards, "shards"), embed.read_manifest(vectors, shards)
-    train = corpus.entries(shards, shards_manifest, "train")
+    train = shard_files.entries(shards, shards_manifest, "train")
     step = -(-min(n, sum(entry["n_documents"] for entry in train)) // TERM_DOCUMENTS)
     x, n_tokens, counts, counted, start = [], [], [], [], 0
-    for (entry, rows), vectors_entry in zip(corpus.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True):
-        documents = corpus.documents(shards.parent, entry)
+    for (entry, rows), vectors_entry in zip(shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True):
+        documents = shard_files.documents(shards.parent, entry)
         x.append(embed.read_vectors(vectors.parent, vectors_entry)[rows])
         n_tokens.append(documents.n_tokens[rows])
         counts.append(tfidf.count(documents.take(rows[::step]), shards_manifest["vocab_size"]))
@@ -107,7 +111,7 @@ def main() -> None:
     how = config.parameters(config.read(args.config), "fit_kmeans")
     sample = read_sample(args.vectors, args.shards, how["fit_documents"], how["rng_seed"])
     idf_V = embed.term_weights(args.vectors.with_name("embedder.npz"), args.shards, sample.counts)
-    tokenizer = corpus.tokenizer(args.tokenizer, args.shards)
+    tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
     strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
     clustering = fit(sample, how)
     certificate = {

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cbtm_pipeline import artifact, cli, config, plan, svg, verdict
-from cbtm_pipeline.page import Html, Number, count, decimals, flops, join, page, table, tag
+from cbtm_pipeline import config, plan
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.html import charts
+from cbtm_pipeline.html.page import Html, Number, count, decimals, flops, join, page, table, tag
+from cbtm_pipeline.mixture import verdict
 
 Row = dict[str, Any]
 
@@ -126,12 +129,12 @@ def systems(m: dict[str, Any]) -> Html:
         "Brackets: 95 % interval, paired bootstrap over documents. FLOPs: all training that the system needed, the seed's included."
     )
     estimates = [
-        svg.Estimate(verdict.label(row), row["ratio_to_dense"], row["ci95"], ROUTERS.get(row["router"], "grey"))
+        charts.Estimate(verdict.label(row), row["ratio_to_dense"], row["ci95"], ROUTERS.get(row["router"], "grey"))
         for row in main
         if row["system"] != "dense"
     ]
     every = tag("details", tag("summary", f"All {len(m['systems'])} systems"), systems_table(m["systems"]))
-    plot = svg.forest("Perplexity relative to dense, with 95 % intervals", estimates)
+    plot = charts.forest("Perplexity relative to dense, with 95 % intervals", estimates)
     return section("Systems", note, systems_table(main), every, tag("div", plot, class_="charts"))
 
 
@@ -140,21 +143,21 @@ def curves(m: dict[str, Any]) -> Html:
     ensembles = [row for row in m["systems"] if row["system"] == "ensemble"]
     routers = list(dict.fromkeys(row["router"] for row in ensembles))
     levels = [
-        svg.Series(row["system"], colour, [(1, row["perplexity"])], "dashed")
+        charts.Series(row["system"], colour, [(1, row["perplexity"])], "dashed")
         for name, colour in (("dense", "grey"), ("uniform", "c4"), ("oracle", "c2"))
         for row in m["systems"]
         if row["system"] == name
     ]
     by_top_k = [
-        svg.Series(router, ROUTERS[router], sorted((row["top_k"], row["perplexity"]) for row in chosen), dots=True)
+        charts.Series(router, ROUTERS[router], sorted((row["top_k"], row["perplexity"]) for row in chosen), dots=True)
         for router in routers
         if (chosen := [row for row in ensembles if row["router"] == router and row["calibrated"]])
     ]
-    charts = [svg.lines("Experts mixed per token", "top_k, at the chosen settings", "perplexity", [*levels, *by_top_k], log_x=True)]
+    drawn = [charts.lines("Experts mixed per token", "top_k, at the chosen settings", "perplexity", [*levels, *by_top_k], log_x=True)]
     for router in routers:
         top_ks = sorted({row["top_k"] for row in ensembles if row["router"] == router})
         series = [
-            svg.Series(
+            charts.Series(
                 f"top_k {top_k}",
                 COLOURS[i % len(COLOURS)],
                 sorted((row["temperature"], row["perplexity"]) for row in ensembles if (row["router"], row["top_k"]) == (router, top_k)),
@@ -162,9 +165,9 @@ def curves(m: dict[str, Any]) -> Html:
             )
             for i, top_k in enumerate(top_ks)
         ]
-        charts.append(svg.lines(f"Temperature of the router {router}", "T", "perplexity", [levels[0], *series], log_x=True))
+        drawn.append(charts.lines(f"Temperature of the router {router}", "T", "perplexity", [levels[0], *series], log_x=True))
     note = "On the reported documents; the settings were chosen on others."
-    return section("Routers", note, tag("div", *charts, class_="charts"))
+    return section("Routers", note, tag("div", *drawn, class_="charts"))
 
 
 def clusters(run: Run) -> Html:
@@ -175,7 +178,7 @@ def clusters(run: Run) -> Html:
             str(j),
             count(a["n_documents"][j]),
             count(a["n_tokens"][j]),
-            tag("td", svg.bar(a["n_tokens"][j] / max(a["n_tokens"]), f"{a['n_tokens'][j] / total:.1%} of the tokens"), class_="sizes"),
+            tag("td", charts.bar(a["n_tokens"][j] / max(a["n_tokens"]), f"{a['n_tokens'][j] / total:.1%} of the tokens"), class_="sizes"),
             Number(f"{100 * a['n_tokens'][j] / total:.1f} %"),
             count(matrix["n_documents"][j]),
             tag("td", ", ".join(term.strip() for term in terms), class_="terms"),
@@ -215,13 +218,13 @@ def losses(run: Run) -> Html:
     """Training loss over tokens seen: the seed, and what branches off from it. The random control is left out."""
     seed = run.losses["seed"]
     start = seed[-1][0] if seed else 0.0
-    series = [svg.Series("seed", "grey", downsample(seed))] if seed else []
+    series = [charts.Series("seed", "grey", downsample(seed))] if seed else []
     for i, name in enumerate(plan.cluster_experts(run.cfg)):
-        series.append(svg.Series("" if i else "experts", "c0", [(start + n, loss) for n, loss in downsample(run.losses[name])], "thin"))
+        series.append(charts.Series("" if i else "experts", "c0", [(start + n, loss) for n, loss in downsample(run.losses[name])], "thin"))
     for name, colour in zip(plan.dense_experts(run.cfg), ("c1", "c3", "c2"), strict=False):
-        series.append(svg.Series(name, colour, [(start + n, loss) for n, loss in downsample(run.losses[name])]))
+        series.append(charts.Series(name, colour, [(start + n, loss) for n, loss in downsample(run.losses[name])]))
     values = sorted(loss for s in series for _, loss in s.points)
-    chart = svg.lines("Training loss", "tokens seen", "nats per token", series, y_top=values[int(0.97 * (len(values) - 1))])
+    chart = charts.lines("Training loss", "tokens seen", "nats per token", series, y_top=values[int(0.97 * (len(values) - 1))])
     note = "Means over runs of steps. Each expert's loss is on its own cluster, so that lines compare in shape, not in height."
     return section("Training", note, tag("div", chart, class_="charts"))
 

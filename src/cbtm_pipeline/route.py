@@ -17,7 +17,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cbtm_pipeline import artifact, cli, config, corpus, embed, encoder, heldout, kmeans, tfidf
+from cbtm_pipeline import config, embed
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.clustering import kmeans
+from cbtm_pipeline.corpus import heldout, shard_files
+from cbtm_pipeline.embedding import encoder, tfidf
 
 # A prefix without a usable term is the zero vector, whose distances to the centres would tell only how long these are: it counts as
 # equally far from all. Any constant gives equal weights; this one is the squared length of every other embedding.
@@ -123,9 +127,9 @@ def documents(
     Where a document is cut, its bytes are those of the decoded tokens.
     """
     doc_id, n_bytes, cluster = [], [], []
-    for entry in corpus.entries(shards, manifest, "eval"):
-        group = corpus.documents(shards.parent, entry)
-        columns = corpus.attributes(shards.parent, entry, ["doc_id", "n_bytes"]).to_pydict()
+    for entry in shard_files.entries(shards, manifest, "eval"):
+        group = shard_files.documents(shards.parent, entry)
+        columns = shard_files.attributes(shards.parent, entry, ["doc_id", "n_bytes"]).to_pydict()
         h_ND = np.concatenate(list(embed.vectors(shards.parent, entry, embedder)))
         labels_N, _ = kmeans.assign(h_ND, clusterer["centres_KD"], clusterer["prices_K"])
         cut = group.n_tokens > (np.inf if max_document_tokens is None else max_document_tokens)
@@ -153,7 +157,7 @@ def main() -> None:
     manifest = artifact.read_json(args.shards, "shards")
     embedder = embed.read_embedder(args.embedder, args.shards)
     clusterer = read_clusterer(args.clusterer, args.embedder)
-    tokenizer = corpus.tokenizer(args.tokenizer, args.shards)
+    tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
     about = documents(args.shards, manifest, how["max_document_tokens"], embedder, clusterer, tokenizer)
     held_out = (document for _, document in heldout.documents(args.shards.parent, manifest, how["max_document_tokens"]))
     n_tokens = sum(entry["n_tokens"] for entry in manifest["shards"] if entry["split"] == "eval")

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cbtm_pipeline import artifact, cli, config, corpus, expert, heldout, model
-from cbtm_pipeline.cli import log
+from cbtm_pipeline import config
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.corpus import heldout, shard_files
+from cbtm_pipeline.training import expert_folder, model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +105,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
     how = config.parameters(config.read(args.config), "score_expert")
-    card = expert.read_card(args.expert_weights)
+    card = expert_folder.read_card(args.expert_weights)
     cli.start_logging(f"score {card['expert']}", args.log)
     torch.set_num_threads(args.threads)
 
@@ -112,8 +115,8 @@ def main() -> None:
             f"{args.expert_weights}: trained on the corpus of another {args.shards} ({card['corpus']}). Expected {shards}. "
             f"Make it again: snakemake --cores 2 --force {args.expert_weights}"
         )
-    for entry in corpus.entries(args.shards, manifest, "eval"):
-        corpus.check_file(args.shards.with_name(f"{entry['name']}.arrow"), entry["identity_tokens"], "shard")
+    for entry in shard_files.entries(args.shards, manifest, "eval"):
+        shard_files.check_file(args.shards.with_name(f"{entry['name']}.arrow"), entry["identity_tokens"], "shard")
     documents = [document for _, document in heldout.documents(args.shards.parent, manifest, how["max_document_tokens"])]
 
     net = model.load(args.expert_weights.parent).eval()

@@ -21,9 +21,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from cbtm_pipeline import artifact, cli, config, corpus_blocks, corpus_files, duplicates, parallel, shard_block, tokenizer
-from cbtm_pipeline.corpus_rows import BadRow
-from cbtm_pipeline.shard_block import Block, Entry, Made, Setup, Split
+from cbtm_pipeline import config, tokenizer
+from cbtm_pipeline.base import artifact, cli, parallel
+from cbtm_pipeline.corpus import blocks as corpus_blocks
+from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import repeated_ids, shard_block
+from cbtm_pipeline.corpus.rows import BadRow
+from cbtm_pipeline.corpus.shard_block import Block, Entry, Made, Setup, Split
 
 _OWN = re.compile(r"\.?(train|eval)-\d{5,}\.(parquet|arrow)(\..+\.tmp)?|manifest\.json|quarantine\.jsonl")
 InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # like map
@@ -165,7 +169,7 @@ def _end_with_parent() -> None:
 def _without_duplicates(setup: Setup, shards: list[Entry], in_order: InOrder, quarantine: Quarantine) -> list[Entry]:
     """Keep the first document of each id: move the others to the quarantine, and write the shards that had them again."""
     paths = [shard_block.spilled(setup, entry["name"]) for entry in shards]
-    found = list(duplicates.find(paths))
+    found = list(repeated_ids.find(paths))
     if not found:
         return shards
     shard, again, first = (np.concatenate(columns) for columns in zip(*found, strict=True))
@@ -175,7 +179,7 @@ def _without_duplicates(setup: Setup, shards: list[Entry], in_order: InOrder, qu
     groups = list(zip(affected, np.split(again, starts[1:]), np.split(first, starts[1:]), strict=True))
     cli.log.info("writing %d shards again without their %d documents whose id came before", len(affected), len(again))
     kept: list[Entry | None] = list(shards)
-    work = ((shards[i], duplicates.rows_of(paths[i], entries)) for i, entries, _ in groups)
+    work = ((shards[i], repeated_ids.rows_of(paths[i], entries)) for i, entries, _ in groups)
     for (i, entries, firsts), dropped in zip(groups, in_order(partial(shard_block.drop, setup), work), strict=True):
         kept[i] = dropped.entry
         for entry, earlier, name in zip(entries, firsts, dropped.ids, strict=True):

@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import orjson
 import yaml
 
-from cbtm_pipeline import cli, config, lenient, plan, status_table
+from cbtm_pipeline import config, plan
+from cbtm_pipeline.base import cli
+from cbtm_pipeline.ops import lenient, status_table
+from cbtm_pipeline.ops.status_table import Row, State, Status
 from cbtm_pipeline.slurm import commands
-from cbtm_pipeline.status_table import Row, State, Status
 
 STALE_S = 180.0  # a training whose lock and log have not changed for so long is not running
 LOG_TAIL, EVENTS_TAIL = 1 << 14, 1 << 18  # bytes at the end of a file that are read: some eighty steps, a thousand events

@@ -19,7 +19,11 @@ import orjson
 import tokenizers
 from gigatoken.gigatoken_rs import load_hf_json
 
-from cbtm_pipeline import artifact, cli, config, corpus_blocks, corpus_files, corpus_rows
+from cbtm_pipeline import config
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.corpus import blocks as corpus_blocks
+from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import rows as corpus_rows
 
 SEPARATOR = "<|endoftext|>"
 PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces

@@ -22,25 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cbtm_pipeline import (
-    artifact,
-    batches,
-    checkpoint,
-    cli,
-    config,
-    distributed,
-    expert,
-    lock,
-    loop,
-    model,
-    optimize,
-    placement,
-    plan,
-    tokens,
-    training_log,
-    validation,
-)
-from cbtm_pipeline.cli import log
+from cbtm_pipeline import config, plan
+from cbtm_pipeline.base import artifact, cli, lock
+from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.training import batches, checkpoint, distributed, expert_folder, loop, model, placement, training_log, validation
+from cbtm_pipeline.training import step as train_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,9 +57,9 @@ def read_data(path: Path, how: dict[str, Any]) -> Data:
         if entry.get("split") == "eval":
             continue
         file = path.with_name(f"{entry['name']}.arrow")
-        if tokens.read_meta(file)["made_from"] != manifest["made_from"]:
+        if token_files.read_meta(file)["made_from"] != manifest["made_from"]:
             raise ValueError(f"{file}: made from something else than its manifest. Expected both from one run. Make {path} again.")
-        segments.append(tokens.read(file, group).values)
+        segments.append(token_files.read(file, group).values)
     stream = batches.Stream(segments)
     if data == "corpus":
         expected = sum(s["n_tokens"] + s["n_documents"] for s in manifest["shards"] if s["split"] == "train")
@@ -110,7 +97,7 @@ def start_from(files: Files, how: dict[str, Any], data: Data) -> tuple["PreTrain
         if how["pretrained"] is not None:
             return model.pretrained(how["pretrained"], vocab_size, how["seq_len"]), {}
         return model.scratch(how["scratch"], vocab_size, data.manifest["separator_id"], how["seq_len"], how["rng_seed"]), {}
-    card = expert.read_card(files.seed_model)
+    card = expert_folder.read_card(files.seed_model)
     artifact.check_made_from(files.seed_model, card, "shards", data.corpus)
     if card["tokenizer"] != tokenizer:
         raise ValueError(f"{files.tokenizer}: not the tokenizer of the seed model. Expected identity {card['tokenizer']}. Check the paths.")
@@ -132,11 +119,11 @@ def train_and_publish(
     data = read_data(files.data, how)
     net, seed = start_from(files, how, data)
     made_from = {**data.made_from, **seed}
-    precision = "bf16 autocast" if optimize.use_bf16(how["precision"]) else "float32"
+    precision = "bf16 autocast" if train_step.use_bf16(how["precision"]) else "float32"
     _announce(net, how, data.stream.n_tokens, precision)
 
     state = files.work / "state"
-    if group.first_does("look", lambda: waited and expert.is_published(files.out, how, made_from)):
+    if group.first_does("look", lambda: waited and expert_folder.is_published(files.out, how, made_from)):
         if group.rank == 0:
             checkpoint.discard(state)
             log.info("%s was published meanwhile", files.out)
@@ -168,7 +155,7 @@ def train_and_publish(
         validation_loss=looks[-1] if looks else None,
     )
     lock.check()
-    card = expert.publish(files.out, net, files.tokenizer, state / "metrics.jsonl", card)
+    card = expert_folder.publish(files.out, net, files.tokenizer, state / "metrics.jsonl", card)
     checkpoint.discard(state)
     log.info("published %s (%s)", files.out, card["weights"])
     return True
@@ -210,8 +197,8 @@ def main() -> None:
         p.error(f"--expert: {args.expert}. Expected one of {', '.join(['seed', *plan.experts(cfg)])}.")
     if (args.seed_model is None) != (args.expert == "seed"):
         p.error("--seed-model: expected for every expert but the seed.")
-    if args.out.name != expert.WEIGHTS:
-        p.error(f"--out: {args.out.name}. Expected {expert.WEIGHTS}.")
+    if args.out.name != expert_folder.WEIGHTS:
+        p.error(f"--out: {args.out.name}. Expected {expert_folder.WEIGHTS}.")
     how = config.parameters(cfg, "train_expert", args.expert)
     group = distributed.from_environment(os.environ)
     if how["batch_size"] < group.world_size:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cbtm_pipeline import doctor
-from cbtm_pipeline.reach import Line
-from cbtm_pipeline.slurm import planned
+from cbtm_pipeline.ops import planned
+from cbtm_pipeline.ops.reach import Line
 from made_run import make_config
 
 from .box import Box

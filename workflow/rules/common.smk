@@ -8,7 +8,9 @@ SOURCES = f"{workflow.basedir}/../src"
 sys.path.insert(0, SOURCES)
 
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import corpus_files, lock, plan
+from cbtm_pipeline import plan
+from cbtm_pipeline.base import lock
+from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.slurm import request
 
 

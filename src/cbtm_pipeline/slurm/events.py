@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline.publish import publish
+from cbtm_pipeline.base.publish import publish
 
 FILE = "events.jsonl"
 MAX_TRIES = 3  # starts (or submissions) in a row that may bring nothing

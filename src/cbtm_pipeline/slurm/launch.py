@@ -27,8 +27,8 @@ import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cbtm_pipeline import cli
-from cbtm_pipeline.cli import log
+from cbtm_pipeline.base import cli
+from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.slurm import commands, events, request
 
 POLL_S = 1.0  # between two looks for the result

@@ -1,0 +1,98 @@
+"""Token files: the documents of a shard as token ids, memory-mapped, one Arrow record batch per group.
+
+A shard as `shard` writes it has one group; `assign` writes the same documents again as k groups, one per cluster, so that expert i maps
+batch i of every file and never touches another cluster's bytes.
+
+A document is stored as its separator token followed by its own tokens: `[sep, x_0, ..., x_(n-1)]`. So the concatenation of documents is a
+training stream, and every token of a document, the first included, has a context to be predicted from. `n_tokens` always counts x alone.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from cbtm_pipeline.base import artifact
+
+
+class Documents(NamedTuple):
+    """`values`: all tokens of all documents (uint16 or uint32); document i is `values[offsets[i]:offsets[i + 1]]`, separator first."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_tokens(self) -> np.ndarray:
+        """Tokens of each document, the separator not counted (int64)."""
+        return np.diff(self.offsets) - 1
+
+    def take(self, rows: np.ndarray) -> "Documents":
+        """The documents at `rows`, in that order."""
+        starts, stops = self.offsets[:-1][rows], self.offsets[1:][rows]
+        taken = [self.values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        return Documents(np.concatenate([self.values[:0], *taken]), np.concatenate([[0], np.cumsum(stops - starts)]))
+
+
+def join(parts: Sequence[Documents]) -> Documents:
+    """The documents of all parts, one after the other."""
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    return Documents(np.concatenate([part.values for part in parts]), np.concatenate([*offsets, starts[-1:]]))
+
+
+def dtype_for(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest token type that holds the vocabulary."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]) -> None:
+    """Write one record batch per group. `meta` is the artifact's record (`artifact.make_meta("tokens", ...)`)."""
+    groups = iter(groups)
+    first = next(groups)
+    value_type = pa.from_numpy_dtype(first.values.dtype)
+    schema = pa.schema([("tokens", pa.large_list(value_type))], metadata={"cbtm": json.dumps(meta, sort_keys=True)})
+    with (
+        artifact.publish(path) as tmp,
+        pa.OSFile(str(tmp), "wb") as file,
+        pa.ipc.new_file(file, schema) as writer,
+    ):
+        for group in _chain(first, groups):
+            column = pa.LargeListArray.from_arrays(pa.array(group.offsets, pa.int64()), pa.array(group.values, value_type))
+            writer.write_batch(pa.record_batch([column], schema=schema))
+
+
+def _chain(first: Documents, rest: Iterable[Documents]) -> Iterable[Documents]:
+    yield first
+    yield from rest
+
+
+def read(path: str | Path, group: int) -> Documents:
+    """Memory-map group `group` of a token file: no bytes of other groups are read."""
+    reader = _open(path)
+    if not 0 <= group < reader.num_record_batches:
+        raise ValueError(
+            f"{path}: {reader.num_record_batches} groups. Expected group {group} to exist. Run assign again: snakemake --force {path}"
+        )
+    column = reader.get_batch(group).column(0)
+    assert isinstance(column, pa.LargeListArray)
+    return Documents(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """The artifact's record of a token file, plus `n_groups`."""
+    reader = _open(path)
+    meta = json.loads(reader.schema.metadata[b"cbtm"])
+    return {**artifact.check_meta(path, meta, "tokens"), "n_groups": reader.num_record_batches}
+
+
+def _open(path: str | Path) -> pa.ipc.RecordBatchFileReader:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path)))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a token file ({error}). Expected Arrow IPC. Run the rule that makes it again.") from error

@@ -1,0 +1,135 @@
+"""Charts as inline SVG: numbers in, markup out. Colours come from the page's style, so that they follow light and dark."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from cbtm_pipeline.html.page import Html, tag
+
+WIDTH, HEIGHT = 480, 290
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 28, 42
+
+Points = Sequence[tuple[float, float]]
+Scale = Callable[[float], float]
+
+
+class Series(NamedTuple):
+    """A line: its name in the legend (none: not in it), its class of colour (`c0` ... `c5`, `grey`), points, and looks.
+
+    A `thin` line stands back; a `dashed` one is a level, the height of its first point.
+    """
+
+    label: str
+    colour: str
+    points: Points
+    style: str = ""
+    dots: bool = False
+
+
+def nice_ticks(low: float, high: float, n: int = 6) -> list[float]:
+    """About n round numbers within [low, high]."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / n
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def brief(value: float) -> str:
+    """A number for an axis: `0.05`, `27.5`, `1.2M`."""
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            unit = 1e3 if suffix == "k" else size
+            return f"{value / unit:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def _scale(low: float, high: float, begin: float, end: float, log: bool = False) -> Scale:
+    """Map [low, high] to [begin, end], linearly or by logarithm; an empty range goes to the middle."""
+    f = math.log if log else float
+    if f(high) - f(low) <= 0:
+        return lambda value: (begin + end) / 2
+    return lambda value: begin + (end - begin) * (f(value) - f(low)) / (f(high) - f(low))
+
+
+def _path(points: Points, x: Scale, y: Scale) -> str:
+    return "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
+
+
+def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], log_x: bool = False, y_top: float | None = None) -> Html:
+    """A line chart with its legend. `y_top` cuts the vertical axis. The values of x are its ticks where they are few."""
+    xs = sorted({a for s in series for a, _ in s.points if s.style != "dashed"})
+    ys = [b for s in series for _, b in s.points]
+    y_high = max(ys) if y_top is None else min(max(ys), y_top)
+    pad = 0.06 * (y_high - min(ys)) or 0.05 * abs(y_high) or 1.0
+    low, high = min(ys) - pad, y_high + pad
+    x = _scale(xs[0], xs[-1], LEFT + 8, WIDTH - RIGHT - 8, log_x)
+    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+
+    parts = [tag("title", title)]
+    for tick in nice_ticks(low, high):
+        parts.append(tag("path", d=f"M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}", class_="grid"))
+        parts.append(tag("text", brief(tick), x=LEFT - 7, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
+    for tick in xs if len(xs) <= 8 else nice_ticks(xs[0], xs[-1]):
+        parts.append(tag("text", brief(tick), x=f"{x(tick):.1f}", y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
+    parts.append(tag("text", y_label, x=2, y=13))
+    parts.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) // 2, y=HEIGHT - 6, text_anchor="middle"))
+
+    for s in series:
+        if s.style == "dashed":
+            parts.append(tag("path", d=f"M{LEFT} {y(s.points[0][1]):.1f}H{WIDTH - RIGHT}", class_=f"line dashed {s.colour}"))
+            continue
+        parts.append(tag("path", d=_path([(a, b) for a, b in s.points if b <= high], x, y), class_=f"line {s.style} {s.colour}"))
+        if s.dots:
+            parts += [_dot(x(a), y(b), f"{s.label}, {x_label} {brief(a)}: {b:.4g}", s.colour) for a, b in s.points]
+    chart = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
+    return tag("figure", tag("h3", title), chart, legend(series))
+
+
+def _dot(cx: float, cy: float, text: str, colour: str, r: float = 4) -> Html:
+    return tag("circle", tag("title", text), cx=f"{cx:.1f}", cy=f"{cy:.1f}", r=r, class_=f"dot {colour}")
+
+
+def legend(series: Sequence[Series]) -> Html:
+    """Names beside their colours, each once."""
+    named = {s.label: s for s in reversed(series) if s.label}
+    items = [tag("li", s.label, class_=f"{s.colour} {s.style}") for s in reversed(named.values())]
+    return tag("ul", *items, class_="legend")
+
+
+class Estimate(NamedTuple):
+    """A row of a forest plot: a ratio and its interval."""
+
+    label: str
+    ratio: float
+    ci95: Sequence[float]
+    colour: str
+
+
+def forest(title: str, rows: Sequence[Estimate]) -> Html:
+    """Ratios with their intervals on a logarithmic axis, around a line at 1."""
+    left, row_height = 132, 23
+    bottom = TOP + row_height * len(rows)
+    low, high = min(1.0, *(r.ci95[0] for r in rows)), max(1.0, *(r.ci95[1] for r in rows))
+    x = _scale(low * 0.98, high * 1.02, left, WIDTH - RIGHT, log=True)
+    parts = [tag("title", title)]
+    for tick in nice_ticks(low * 0.98, high * 1.02):
+        parts.append(tag("path", d=f"M{x(tick):.1f} {TOP - 6}V{bottom}", class_="one" if math.isclose(tick, 1) else "grid"))
+        parts.append(tag("text", brief(tick), x=f"{x(tick):.1f}", y=bottom + 16, text_anchor="middle"))
+    parts.append(tag("text", "← better than dense", x=f"{x(1) - 8:.1f}", y=13, text_anchor="end"))
+    parts.append(tag("text", "worse →", x=f"{x(1) + 8:.1f}", y=13))
+    for i, row in enumerate(rows):
+        y = TOP + row_height * (i + 0.5)
+        parts.append(tag("text", row.label, x=0, y=f"{y + 4:.1f}", class_="name"))
+        row_low, row_high = row.ci95
+        parts.append(tag("path", d=f"M{x(row_low):.1f} {y - 4:.1f}v8m0 -4H{x(row_high):.1f}m0 -4v8", class_=f"line {row.colour}"))
+        parts.append(_dot(x(row.ratio), y, f"{row.label}: {row.ratio:.3f} [{row_low:.3f}, {row_high:.3f}]", row.colour, 3))
+    chart = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {bottom + 24}", role="img", aria_label=title)
+    return tag("figure", tag("h3", title), chart)
+
+
+def bar(share: float, title: str) -> Html:
+    """A horizontal bar of this share of the width, for a table cell."""
+    drawn = tag("rect", tag("title", title), width=f"{100 * share:.1f}", height=10, class_="bar c0")
+    return tag("svg", drawn, viewBox="0 0 100 10", preserveAspectRatio="none", role="img", aria_label=title)

@@ -1,0 +1,100 @@
+"""A model made ready to train: on its device or spread over several, in micro-batches that fit, compiled where that pays."""
+
+import math
+import shutil
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from cbtm_pipeline import config
+from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.training import checkpoint, distributed, micro_batch, model, sharding
+from cbtm_pipeline.training import step as train_step
+from cbtm_pipeline.training.loss import NextToken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARDED_ABOVE = 0.6  # of a GPU's memory for weights and optimiser: less is faster whole
+
+
+class Placed(NamedTuple):
+    """A model ready to train: what gives its loss, how many sequences it takes at once, and its layers on the device."""
+
+    loss_of: NextToken
+    micro_batch_size: int
+    bf16: bool
+    device: torch.device
+
+
+def place(net: "PreTrainedModel", how: dict[str, Any], run: config.Run, group: distributed.Group = distributed.ALONE) -> Placed:
+    """Put the model on its device, or its shards on all; choose the micro-batch; compile. Raises ValueError if memory is too small."""
+    bf16, n, world = train_step.use_bf16(how["precision"]), model.n_parameters(net), group.world_size
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    total_bytes = micro_batch.device_bytes(device)
+    sharded = world > 1 and (run.sharded if run.sharded is not None else micro_batch.PER_PARAMETER * n > SHARDED_ABOVE * total_bytes)
+    if sharded and how["batch_size"] % world:
+        raise ValueError(
+            f"train.batch_size: {how['batch_size']} sequences on {world} processes. Expected a multiple, as the model is sharded. "
+            "Change it, or the number of GPUs."
+        )
+    group.same_weights(net.train())
+    loss_of, layers = NextToken(net), model.layers(net)
+    if sharded:  # goes to the device piece by piece
+        sharding.shard(loss_of, layers, bf16, device.type)
+    else:
+        model.to_device(net)
+    chosen = _micro_batch(loss_of, how, bf16, device, total_bytes, -(-how["batch_size"] // world), world if sharded else 1)
+    _recompute(net, chosen.recompute)
+    # without a GPU compiling takes longer than it saves in a small training, so that there people have to ask for it
+    if how["compile"] or (how["compile"] is None and device.type == "cuda" and (shutil.which("cc") or shutil.which("gcc"))):
+        for layer in layers:
+            layer.compile(dynamic=False)
+        loss_of.chunk = torch.compile(loss_of.chunk, dynamic=False)
+    notes = [f"{group.world_size} processes"] if group.world_size > 1 else []
+    notes += [f"{chosen.micro_batch_size} sequences at once", *["activations computed anew"] * chosen.recompute, *["sharded"] * sharded]
+    log.info("%s, %s", device, ", ".join(notes))
+    return Placed(loss_of, chosen.micro_batch_size, bf16, device)
+
+
+def _micro_batch(
+    loss_of: NextToken, how: dict[str, Any], bf16: bool, device: torch.device, total_bytes: float, batch_size: int, n_shards: int
+) -> micro_batch.Plan:
+    """What the config says, or as much as there is memory for."""
+    asked = how["recompute"]
+    if how["micro_batch_size"] is not None:
+        return micro_batch.Plan(min(how["micro_batch_size"], batch_size), bool(asked))
+    if math.isinf(total_bytes):
+        return micro_batch.Plan(micro_batch.even(batch_size, max(1, micro_batch.CPU_TOKENS // how["seq_len"])), bool(asked))
+    sequence_T, net = torch.zeros(how["seq_len"] + 1, dtype=torch.int64, device=device), loss_of.net
+    kept = micro_batch.sequence_bytes(loss_of, sequence_T, bf16)
+    _recompute(net, True)
+    # what all layers keep in between, and what one of them leaves while it is computed anew
+    recomputing = micro_batch.sequence_bytes(loss_of, sequence_T, bf16) + kept // len(model.layers(net))
+    if asked is not None:
+        kept = recomputing = recomputing if asked else kept
+    vocab_size = net.config.get_text_config().vocab_size
+    chosen = micro_batch.choose(batch_size, model.n_parameters(net), vocab_size, kept, recomputing, total_bytes, n_shards)
+    return chosen if asked is None else chosen._replace(recompute=asked)
+
+
+def _recompute(net: "PreTrainedModel", on: bool) -> None:
+    if on:
+        net.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        net.activation_checkpointing_disable()
+
+
+def gathered(net: "PreTrainedModel", keep: bool) -> "PreTrainedModel | None":
+    """The whole model: `net` itself or, of a sharded one, a copy on the host; None in processes that do not `keep` it. All have to ask."""
+    if not any(sharding.is_sharded(p) for p in net.parameters()):
+        return net if keep else None
+    tensors = checkpoint.capture(net, keep=keep)
+    if not keep:
+        return None
+    copy = type(net)(net.config)
+    copy.generation_config = net.generation_config
+    with torch.no_grad():
+        for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+            tensor.copy_(tensors[f"model.{name}"])
+    return copy

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cbtm_pipeline.clustering import distances, kmeans
+
+
+def made(n: int, k: int, rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors of length one, centres among them, and prices."""
+    rng = np.random.default_rng(rng_seed)
+    x_ND = rng.normal(size=(n, 12)).astype(np.float32)
+    x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
+    return x_ND, x_ND[rng.choice(n, k)] + np.float32(0.1), rng.normal(size=k) * 0.2
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 700), st.integers(1, 9), st.integers(0, 99))
+def test_the_two_nearest_are_those_of_the_exact_distances(n: int, k: int, rng_seed: int) -> None:
+    x_ND, centres_KD, prices_K = made(n, k, rng_seed)
+    two = distances.two_nearest(torch.from_numpy(x_ND), centres_KD, prices_K)
+    d2_NK = distances.squared_distances(x_ND, centres_KD)
+    cost_NK, each = d2_NK + prices_K, np.arange(n)
+    in_order_NK = np.sort(cost_NK, axis=1)
+    np.testing.assert_allclose(cost_NK[each, two.first_N], in_order_NK[:, 0], atol=1e-5)
+    np.testing.assert_allclose(two.d2_N, d2_NK[each, two.first_N], atol=1e-5)
+    if k > 1:
+        assert (two.first_N != two.second_N).all()
+        np.testing.assert_allclose(cost_NK[each, two.second_N], in_order_NK[:, 1], atol=1e-5)
+        np.testing.assert_allclose(two.margin_N, in_order_NK[:, 1] - in_order_NK[:, 0], atol=1e-5)
+    else:
+        assert np.isinf(two.margin_N).all()
+
+
+def test_sums_per_cluster() -> None:
+    x_ND, _, _ = made(3000, 1)
+    labels_N, mass_N = np.random.default_rng(1).integers(0, 6, 3000).astype(np.int32), np.random.default_rng(2).uniform(1, 5, 3000)
+    sums_KD = distances.sums(torch.from_numpy(x_ND), mass_N, labels_N, 7)
+    expected = np.array([(mass_N[labels_N == j, None] * x_ND[labels_N == j]).sum(axis=0) for j in range(7)])
+    np.testing.assert_allclose(sums_KD, expected, atol=1e-3)
+    assert not sums_KD[6].any()
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    x_ND, centres_KD, prices_K = made(20_000, 32)
+    before, found = torch.get_num_threads(), []
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        found.append(distances.two_nearest(torch.from_numpy(x_ND), centres_KD, prices_K))
+        assert torch.get_num_threads() == n_threads
+    torch.set_num_threads(before)
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_vectors_whose_distances_do_not_fit_are_clustered_as_well(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x_ND = rng.normal(size=(20_000, 12)) + 3 * rng.normal(size=(30, 12))[rng.choice(30, 20_000, p=rng.dirichlet(np.ones(30)))]
+    x_ND = (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
+    weights_N = rng.lognormal(5, 1, len(x_ND)) if weighted else None
+    how = {"weights_N": weights_N, "rng_seed": 0, "n_init": 2, "max_iterations": 30}
+    exact = kmeans.fit(x_ND, 8, **how)
+    monkeypatch.setattr(kmeans, "DISTANCES", 8 * 5_000)
+    monkeypatch.setattr(kmeans, "PASS_ROWS", 3_000)
+    seen = []
+    found = kmeans.fit(x_ND, 8, **how, progress=lambda run, iteration, inertia, balance: seen.append((iteration, inertia, balance)))
+    assert found.balance < 1.011 and exact.balance < 1.002
+    assert found.inertia < 1.02 * exact.inertia
+    assert found.duality_gap < 0.01
+    assert seen[-1][0] == found.n_iterations
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_finds_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_ND, _, _ = made(60_000, 1)
+    monkeypatch.setattr(kmeans, "DISTANCES", 16 * 20_000)
+    on_cpu, on_gpu = (kmeans.fit(x_ND, 16, rng_seed=0, n_init=2, max_iterations=20, device=device) for device in ("cpu", "cuda"))
+    assert on_gpu.inertia == pytest.approx(on_cpu.inertia, rel=1e-3)
+    assert on_gpu.balance < 1.011 > on_cpu.balance
+    assert (on_gpu.labels_N == on_cpu.labels_N).mean() > 0.95

@@ -1,0 +1,174 @@
+"""A made corpus of token shards for tests: topics with words of their own, words that all topics share, and a tokenizer to match."""
+
+import json
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from cbtm_pipeline import assign, embed, fit_kmeans, route
+from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.corpus import token_files
+
+CONFIG = Path(__file__).parents[2] / "config.yaml"
+N_COMMON, N_OWN = 20, 30  # words that every topic uses, and words of each topic alone
+SEPARATOR = 0
+
+
+def documents(
+    n: int, n_topics: int, rng: np.random.Generator, n_words: tuple[int, int] = (5, 60)
+) -> tuple[token_files.Documents, np.ndarray]:
+    """n documents and their topics: half of a document's words are common ones, half its topic's own."""
+    topics = rng.integers(n_topics, size=n)
+    texts = []
+    for topic in topics:
+        common = rng.integers(1, 1 + N_COMMON, size=rng.integers(*n_words))
+        own = rng.integers(N_OWN, size=rng.integers(*n_words)) + 1 + N_COMMON + N_OWN * topic
+        texts.append(np.concatenate([[SEPARATOR], rng.permutation(np.concatenate([common, own]))]))
+    offsets = np.cumsum([0] + [len(text) for text in texts])
+    values = np.concatenate([np.empty(0), *texts]).astype(np.uint16)
+    return token_files.Documents(values, offsets), topics
+
+
+def words(n_topics: int) -> list[str]:
+    """The vocabulary: the separator, common words, and each topic's words."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    own = [f"{letters[t % 26]}{letters[t // 26]}word{letters[i % 26]}{letters[i // 26]}" for t in range(n_topics) for i in range(N_OWN)]
+    return ["<sep>", *(f"common{letters[i]}" for i in range(N_COMMON)), *own]
+
+
+def write_tokenizer(folder: Path, n_topics: int) -> Path:
+    """A tokenizer whose tokens are the words above."""
+    model = models.WordLevel({word: i for i, word in enumerate(words(n_topics))}, unk_token="<sep>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Fuse()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def write_shards(folder: Path, shards: dict[str, token_files.Documents], vocabulary: list[str], tokenizer: Path) -> Path:
+    """Write shards (`train-00000` ..., `eval-00000` ...) with their token and Parquet files; return the manifest's path."""
+    made_from = {"tokenizer": artifact.identity(tokenizer)}
+    entries = []
+    for name, docs in shards.items():
+        token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), [docs])
+        ranges = zip(docs.offsets[:-1], docs.offsets[1:], strict=True)
+        texts = ["".join(vocabulary[i] for i in docs.values[a + 1 : b]) for a, b in ranges]
+        n_bytes = [len(text.encode()) for text in texts]
+        columns = {
+            "doc_id": pa.array([f"{name}#{i}" for i in range(len(docs))], pa.string()),
+            "text": pa.array(texts, pa.string()),
+            "n_tokens": pa.array(docs.n_tokens, pa.int32()),
+            "n_bytes": pa.array(n_bytes, pa.int64()),
+        }
+        meta: dict[bytes | str, bytes | str] = {"cbtm": json.dumps(artifact.make_meta("documents", made_from))}
+        pq.write_table(pa.table(columns).replace_schema_metadata(meta), folder / f"{name}.parquet", compression="zstd")
+        entries.append(
+            {
+                "name": name,
+                "split": name.split("-")[0],
+                "n_documents": len(docs),
+                "n_tokens": int(docs.n_tokens.sum()),
+                "n_bytes": sum(n_bytes),
+                "identity_tokens": artifact.identity(folder / f"{name}.arrow"),
+            }
+        )
+    more: dict[str, Any] = {"separator_id": SEPARATOR, "vocab_size": len(vocabulary), "n_quarantined": 0, "encoder": "tokenizers"}
+    artifact.write_json(folder / "manifest.json", artifact.make_meta("shards", made_from, shards=entries, **more))
+    return folder / "manifest.json"
+
+
+def write(outdir: Path, n_train: list[int], n_eval: list[int] | None = None, *, n_topics: int = 4, rng_seed: int = 0) -> Path:
+    """Write tokenizer/ and shards/ under `outdir`, with shards of so many documents each; return shards/manifest.json."""
+    rng = np.random.default_rng(rng_seed)
+    shards = {}
+    for split, sizes in (("train", n_train), ("eval", [3] if n_eval is None else n_eval)):
+        for i, n in enumerate(sizes):
+            shards[f"{split}-{i:05d}"] = documents(n, n_topics, rng)[0]
+    tokenizer = write_tokenizer(outdir / "tokenizer", n_topics)
+    return write_shards(outdir / "shards", shards, words(n_topics), tokenizer)
+
+
+def write_config(path: Path, **sections: dict[str, Any]) -> Path:
+    """The default config with some keys changed: `write_config(path, cluster={"k": 2})`."""
+    content = yaml.safe_load(CONFIG.read_text("utf-8"))
+    for section, keys in sections.items():
+        content[section] |= keys
+    path.write_text(yaml.safe_dump(content), "utf-8")
+    return path
+
+
+def run(module: ModuleType, config: Path, *flags: str, **paths: Path) -> None:
+    """Call a rule's main as its command line would, without touching the logging of later tests."""
+    options = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    try:
+        with mock.patch.object(sys, "argv", [module.__name__, "--config", str(config), *flags, *options]):
+            module.main()
+    finally:
+        cli.log.handlers.clear()
+        cli.log.propagate = True
+
+
+def run_embed(outdir: Path, config: Path, *options: str) -> Path:
+    out = outdir / "embed/manifest.json"
+    run(embed, config, *options, shards=outdir / "shards/manifest.json", out=out)
+    return out
+
+
+def run_fit_kmeans(outdir: Path, config: Path) -> Path:
+    inputs = {"vectors": "embed/manifest.json", "shards": "shards/manifest.json", "tokenizer": "tokenizer/tokenizer.json"}
+    out = outdir / "cluster/clusterer.npz"
+    run(fit_kmeans, config, **{name: outdir / path for name, path in inputs.items()}, out=out)
+    return out
+
+
+def run_assign(outdir: Path, config: Path, *options: str) -> Path:
+    inputs = {"shards": "shards/manifest.json", "vectors": "embed/manifest.json", "clusterer": "cluster/clusterer.npz"}
+    out = outdir / "assignments/manifest.json"
+    run(assign, config, *options, **{name: outdir / path for name, path in inputs.items()}, out=out)
+    return out
+
+
+def run_assign_random(outdir: Path, config: Path, *options: str) -> Path:
+    out = outdir / "random/manifest.json"
+    run(assign, config, "--random", *options, shards=outdir / "shards/manifest.json", out=out)
+    return out
+
+
+def run_route(outdir: Path, config: Path) -> Path:
+    inputs = {
+        "shards": "shards/manifest.json",
+        "embedder": "embed/embedder.npz",
+        "clusterer": "cluster/clusterer.npz",
+        "tokenizer": "tokenizer/tokenizer.json",
+    }
+    out = outdir / "route/distances.npz"
+    run(route, config, **{name: outdir / path for name, path in inputs.items()}, out=out)
+    return out
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    """Most memory that Python and NumPy hold while `act` runs, beyond what they hold before.
+
+    The lower of two runs: now and then a cache or another thread of the test process takes some megabytes of its own.
+    """
+    peaks = []
+    for _ in range(2):
+        tracemalloc.start()
+        try:
+            act()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return min(peaks)

@@ -1,0 +1,211 @@
+"""What a training starts from, made small: a tokenizer, shards, assignments, a config. And trainings of it in this process."""
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from cbtm_pipeline import config, plan, train_expert
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.config import Config
+from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.training import expert_folder, training_log, validation
+
+VOCAB_SIZE, SEQ_LEN = 300, 32
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
+MODELS: dict[str, dict[str, Any]] = {  # one of each kind of architecture
+    "llama": LLAMA,
+    "llama-untied": LLAMA | {"tie_word_embeddings": False},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
+    "opt": {
+        **{"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2},
+    },
+    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "qwen2": LLAMA | {"model_type": "qwen2", "num_key_value_heads": 1},
+    "qwen3": LLAMA | {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16},
+    "smollm3": LLAMA | {"model_type": "smollm3", "num_key_value_heads": 1},
+    "phi": {  # its output layer has a bias
+        **{"model_type": "phi", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "tie_word_embeddings": False},
+    },
+}
+NOW, NEVER = {"checkpoint_seconds": 1e-9}, {"checkpoint_seconds": 600}  # section run: save after every step, or not at all
+CONFIG = Path(__file__).parents[2] / "config.yaml"
+
+
+def make_config(
+    k: int = 2, scratch: dict[str, Any] = LLAMA, pretrained: str | None = None, run: dict[str, Any] | None = None, **train: Any
+) -> Config:
+    """The default config for a tiny model: 10 steps of 4 sequences for each expert."""
+    content = config.read(CONFIG).model_dump()
+    content["cluster"]["k"] = k
+    content["model"] = {"pretrained": pretrained, "preset": None, "scratch": scratch}
+    content["train"] |= {
+        "seq_len": SEQ_LEN,
+        "batch_size": 4 * k,
+        "steps": 10,
+        "seed_batch_size": 4,
+        "micro_batch_size": 4,
+        "seed_share": 0.2,
+        "validations": 0,
+        "compile": False,
+    }
+    content["train"] |= {"precision": "float32", "lr": 0.01, "final_lr_ratio": 0.1} | train
+    content["eval"] |= {"stride": 16, "max_document_tokens": None}
+    content["run"] |= run or {}
+    return config.validate(content)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of 300 words, the separator first, as the rule leaves it."""
+    vocabulary = {"<sep>": 0} | {f"w{i}": i for i in range(1, VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<sep>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<sep>", "eos_token": "<sep>", "unk_token": "<sep>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    artifact.write_json(folder / "card.json", artifact.make_meta("tokenizer", {}, separator_id=0, vocab_size=VOCAB_SIZE))
+
+
+def documents(n: int, rng: np.random.Generator, longest: int = 80) -> token_files.Documents:
+    """n documents of 1 to `longest` tokens, each a walk along neighbouring words, so that there is something to learn."""
+    lengths = rng.integers(1, longest + 1, n)
+    texts = [np.r_[0, 1 + (rng.integers(299) + np.cumsum(rng.integers(0, 3, length))) % 299] for length in lengths]
+    return token_files.Documents(np.concatenate(texts).astype(np.uint16), np.cumsum([0, *map(len, texts)]))
+
+
+def write_corpus(outdir: Path, n_train: tuple[int, ...] = (40, 30), longest: int = 80) -> None:
+    """Write tokenizer/, shards/, assignments/ (two clusters: every third document, the others), one/ (one cluster) and random/."""
+    rng = np.random.default_rng(0)
+    write_tokenizer(outdir / "tokenizer")
+    meta = artifact.make_meta("tokens", {"tokenizer": artifact.identity(outdir / "tokenizer/tokenizer.json")})
+    shards = {f"train-{i:05d}": documents(n, rng, longest) for i, n in enumerate(n_train)} | {"eval-00000": documents(12, rng)}
+    entries = []
+    for name, shard in shards.items():
+        path = outdir / f"shards/{name}.arrow"
+        token_files.write(path, meta, [shard])
+        n = {"n_documents": len(shard), "n_tokens": int(shard.n_tokens.sum()), "n_bytes": 4 * int(shard.n_tokens.sum())}
+        entries.append({"name": name, "split": name.split("-")[0], "identity_tokens": artifact.identity(path), **n})
+    more = {"separator_id": 0, "vocab_size": VOCAB_SIZE, "n_quarantined": 0, "encoder": "tokenizers"}
+    artifact.write_json(outdir / "shards/manifest.json", artifact.make_meta("shards", meta["made_from"], shards=entries, **more))
+    train = {name: shard for name, shard in shards.items() if name.startswith("train")}
+    made_from = {"shards": artifact.identity(outdir / "shards/manifest.json")}
+    write_assignments(outdir / "assignments", train, 2, made_from | {"clusterer": "c" * 32})
+    write_assignments(outdir / "one", train, 1, made_from | {"clusterer": "d" * 32})
+    write_assignments(outdir / "random", train, 2, made_from)
+
+
+def write_assignments(folder: Path, shards: dict[str, token_files.Documents], k: int, made_from: dict[str, str]) -> None:
+    n_documents, n_tokens = np.zeros(k, int), np.zeros(k, int)
+    for name, shard in shards.items():
+        labels = np.minimum(np.arange(len(shard)) % 3, k - 1)
+        groups = [shard.take(np.flatnonzero(labels == j)) for j in range(k)]
+        token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), groups)
+        n_documents += [len(group) for group in groups]
+        n_tokens += [group.n_tokens.sum() for group in groups]
+    content = {"shards": [{"name": name} for name in shards], "k": k, "n_documents": n_documents.tolist(), "n_tokens": n_tokens.tolist()}
+    content["identity_validation"] = None
+    artifact.write_json(folder / "manifest.json", artifact.make_meta("assignments", made_from, **content))
+
+
+def write_validation(outdir: Path) -> None:
+    """Add validation documents to assignments/, and names of the held-out documents to shards/."""
+    shards = outdir / "shards/manifest.json"
+    names = pa.table({"doc_id": [f"d{i}" for i in range(12)]})
+    pq.write_table(names, shards.with_name("eval-00000.parquet"))
+    manifest = artifact.read_json(outdir / "assignments/manifest.json", "assignments")
+    chosen = validation.rows(shards, artifact.read_json(shards, "shards"), 1.0, 0)
+    some = validation.documents(shards, chosen)
+    validation.write(outdir / "assignments/manifest.json", some, [np.arange(len(d)) % 2 for d in some], 2, manifest["made_from"])
+    manifest["identity_validation"] = artifact.identity(outdir / "assignments" / validation.NAME)
+    artifact.write_json(outdir / "assignments/manifest.json", manifest)
+
+
+def write_empty_cluster(outdir: Path) -> Path:
+    """Assignments of two clusters, the second without documents; return their manifest."""
+    made_from = {"shards": artifact.identity(outdir / "shards/manifest.json"), "clusterer": "e" * 32}
+    write_assignments(outdir / "empty", {"train-00000": documents(1, np.random.default_rng(0))}, 2, made_from)
+    return outdir / "empty/manifest.json"
+
+
+def files(outdir: Path, name: str, data: str | None = None, to: str = "experts") -> train_expert.Files:
+    """Where the workflow would put things; `data` overrides the folder of the data, `to` that of the experts."""
+    folder = data or {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data_of(name)[0]]
+    return train_expert.Files(
+        data=outdir / folder / "manifest.json",
+        tokenizer=outdir / "tokenizer/tokenizer.json",
+        seed_model=None if name == "seed" else outdir / "experts/seed/model.safetensors",
+        out=outdir / to / name / "model.safetensors",
+        work=outdir / "work" / to / name,
+    )
+
+
+def place(outdir: Path, name: str) -> train_expert.Files:
+    """Files of expert 0 in a folder of their own, work/ and all."""
+    root = outdir / name
+    return files(outdir, "0")._replace(out=root / "experts/0/model.safetensors", work=root / "work/0")
+
+
+@contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """What the project's log says meanwhile."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    log, handler = logging.getLogger("cbtm"), Handler()
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def train(cfg: Config, where: train_expert.Files, name: str, stop: Callable[[], Any] = lambda: False) -> bytes:
+    """Train in this process; return the bytes of the weights, none if it was stopped before the end."""
+    how = config.parameters(cfg, "train_expert", name)
+    return where.out.read_bytes() if train_expert.train_and_publish(how, cfg.run, where, stop) else b""
+
+
+def write_seed(outdir: Path) -> None:
+    """Write a small corpus, and train a seed model on it."""
+    train_expert.make_deterministic(1)
+    write_corpus(outdir)
+    train(make_config(), files(outdir, "seed"), "seed")
+
+
+def stop_after(n_steps: int) -> Callable[[], bool]:
+    """What tells a training to stop after so many steps."""
+    calls = itertools.count(1)
+    return lambda: next(calls) >= n_steps
+
+
+def check_published(where: train_expert.Files, n_steps: int) -> None:
+    """The folder is complete and consistent, its log has every step once, and nothing is left over."""
+    expert_folder.read_card(where.out)
+    assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == list(range(1, n_steps + 1))
+    assert not (where.work / "state").exists()
+    left_over = [path.name for path in [*where.out.parent.rglob(".*"), *where.work.rglob(".*")] if path.name != ".lock"]
+    assert left_over == []

@@ -1,0 +1,226 @@
+"""What a training does between its steps: it looks at validation text, notices a loss that explodes, and saves meanwhile."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import made_training as made
+from cbtm_pipeline import config, train_expert
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.training import batches, checkpoint, distributed, expert_folder, loop, loss, model, placement, training_log, validation
+from cbtm_pipeline.training import step as train_step
+
+
+@pytest.fixture(scope="module")
+def outdir(tmp_path_factory) -> Path:
+    """A small corpus with validation documents for both clusters, and a trained seed model."""
+    out = tmp_path_factory.mktemp("loop")
+    made.write_seed(out)
+    made.write_validation(out)
+    return out
+
+
+def rows_of(where: train_expert.Files) -> list[training_log.Row]:
+    return training_log.read(where.out.with_name("metrics.jsonl"))
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(1, 20))
+def test_looks_are_even_and_the_last_is_at_the_end(n_steps, n):
+    steps = sorted(loop.looks(n_steps, n))
+    assert steps[-1] == n_steps
+    assert len(steps) == min(n, n_steps) or len(steps) == n
+    assert np.ptp(np.diff([0, *steps])) <= 1
+    assert loop.looks(n_steps, 0) == set()
+
+
+def test_validation_loss_is_the_mean_over_the_text(outdir):
+    how = config.parameters(made.make_config(validations=5), "train_expert", "0")
+    net = model.load(outdir / "experts/seed")
+    stream = batches.Stream([made.documents(3, np.random.default_rng(1)).values])
+    n = max(1, min(stream.n_blocks(made.SEQ_LEN), int(loop.VALIDATION_SHARE * 10 * 4 / 5)))
+    found = loop.validate(placement.Placed(loss.NextToken(net), 2, False, torch.device("cpu")), stream, how, distributed.ALONE)
+    blocks = torch.from_numpy(np.stack([stream.read(i * made.SEQ_LEN, made.SEQ_LEN + 1) for i in range(n)]))
+    assert found.item() == pytest.approx(net(input_ids=blocks, labels=blocks).loss.item(), abs=1e-5)
+    assert net.training
+
+
+def test_validation_changes_no_weight_and_is_logged(outdir):
+    plain, looked = (made.files(outdir, "0", to=name) for name in ("unvalidated", "validated"))
+    weights = made.train(made.make_config(), plain, "0")
+    with made.log_lines() as lines:
+        assert made.train(made.make_config(validations=5), looked, "0") == weights
+    assert [row["step"] for row in rows_of(looked) if "valid_loss" in row] == [2, 4, 6, 8, 10]
+    assert sum("validation " in line for line in lines) == 5
+    card = expert_folder.read_card(looked.out)
+    assert card["validation_loss"] == rows_of(looked)[-1]["valid_loss"]
+    assert expert_folder.read_card(plain.out)["validation_loss"] is None
+
+
+def test_seed_and_dense_models_look_at_all_clusters(outdir):
+    where = made.files(outdir, "dense", to="looks")
+    cfg = made.make_config(validations=2, validation_share=0.25, steps=4)
+    made.train(cfg, where, "dense")
+    assert all(math.isfinite(row["valid_loss"]) for row in rows_of(where) if row["step"] in (2, 4))
+    manifest = artifact.read_json(where.data, "shards")
+    stream = validation.stream(where.data, manifest, config.parameters(cfg, "train_expert", "dense"))
+    assert stream is not None
+    assert stream.n_tokens == sum(
+        int(d.offsets[-1]) for d in validation.documents(where.data, validation.rows(where.data, manifest, 0.25, 0))
+    )
+
+
+def test_a_training_that_gets_no_better_ends(outdir):
+    """At a rate of next to nothing the weights do not move, and neither does the loss."""
+    cfg = made.make_config(validations=10, patience=2, lr=1e-30, steps=20)
+    where = made.files(outdir, "0", to="patient")
+    with made.log_lines() as lines:
+        made.train(cfg, where, "0")
+    assert len(rows_of(where)) == 6  # the first look is the best, two more are no better
+    assert any("ends after step 6 of 20" in line for line in lines)
+    card = expert_folder.read_card(where.out)
+    assert (card["n_steps"], card["n_train_tokens"]) == (6, 6 * 4 * made.SEQ_LEN)
+    assert "| steps | 6 with 4 sequences each |" in where.out.with_name("README.md").read_text()
+
+
+def test_patience_survives_a_stop(outdir):
+    cfg = made.make_config(validations=10, patience=2, lr=1e-30, steps=20)
+    for n in (3, 4, 6):
+        where = made.files(outdir, "0", to=f"patient-{n}")
+        assert made.train(cfg, where, "0", made.stop_after(n)) == b""
+        made.train(cfg, where, "0")
+        assert len(rows_of(where)) == 6
+
+
+def test_stalled():
+    def stalled(losses: list[float], patience: int | None) -> bool:
+        return loop.History(10, validation=losses).stalled(patience)
+
+    assert not stalled([], 1)
+    assert not stalled([1.0], 1)
+    assert not stalled([3.0, 2.0], 1)
+    assert stalled([2.0, 2.0], 1)
+    assert stalled([2.0, 3.0], 1)
+    assert not stalled([2.0, 3.0], 2)
+    assert not stalled([2.0, 3.0, 1.9], 2)
+    assert stalled([2.0, 3.0, 2.5], 2)
+    assert not stalled([2.0, 3.0, 2.5], None)
+
+
+# --- a loss that explodes ---------------------------------------------------------------------------------------------
+
+
+def test_usual_loss():
+    assert loop.History(10).usual_loss() == pytest.approx(math.log(10))
+    assert loop.History(10, [5.0]).usual_loss() == 5.0
+    assert loop.History(1000, [2.0] * 50 + [9.0] * 10).usual_loss() == 2.0
+    assert loop.History(1000, [9.0] * 500 + [2.0] * 60).usual_loss() == 2.0  # what is long ago does not count
+
+
+def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
+    """A batch on which the model is far worse than usual, as bad data makes it: the weights are those before it, and are saved."""
+    how = config.parameters(made.make_config(steps=30, max_loss_jump=0.7), "train_expert", "0")
+    stream = train_expert.read_data(made.files(outdir, "0").data, how).stream
+    original = batches.batch
+    nonsense = np.random.default_rng(0).integers(1, made.VOCAB_SIZE, (4, made.SEQ_LEN + 1))
+
+    def batch(stream, order, step, *rest):
+        return nonsense if step == 26 else original(stream, order, step, *rest)
+
+    def train(name: str, stop=lambda: False) -> None:
+        net = model.load(outdir / "experts/seed")
+        loop.train(net, stream, how, made.make_config().run, outdir / name, "f" * 32, stop)
+
+    train("good", made.stop_after(26))
+    monkeypatch.setattr(batches, "batch", batch)
+    with pytest.raises(ValueError, match=r"expert 0, step 27: loss .* train\.max_loss_jump above the usual one\. Lower train\.lr"):
+        train("exploded")
+    good, exploded = (checkpoint.load(outdir / name, "f" * 32) for name in ("good", "exploded"))
+    assert good is not None
+    assert exploded is not None
+    assert exploded.step == good.step == 26
+    assert all(torch.equal(tensor, exploded.tensors[name]) for name, tensor in good.tensors.items())
+    assert len(training_log.read(outdir / "exploded/metrics.jsonl")) == 26
+
+
+# --- saving beside the training ---------------------------------------------------------------------------------------
+
+
+def test_a_state_is_that_of_its_moment(tmp_path, monkeypatch):
+    """Weights that move on while a state is written do not get into it; the next save waits for this one."""
+    net = torch.nn.Linear(3, 3)
+    optimizer = train_step.make_optimizer(net, {"weight_decay": 0, "lr": 0.1, "betas": [0.9, 0.95]})
+    before = net.weight.detach().clone()
+    with checkpoint.Saver() as saver:
+        saver.save(tmp_path, 1, "f" * 32, checkpoint.capture(net, optimizer))
+        with torch.no_grad():
+            net.weight.add_(1)
+        saver.save(tmp_path, 2, "f" * 32, checkpoint.capture(net, optimizer))
+        assert checkpoint.candidates(tmp_path)[-1].name == "step-00000001.safetensors"
+        saver.wait()
+        state = checkpoint.load(tmp_path, "f" * 32)
+        assert state is not None
+        assert torch.equal(state.tensors["model.weight"], before + 1)
+    checkpoint.candidates(tmp_path)[0].unlink()
+    state = checkpoint.load(tmp_path, "f" * 32)
+    assert state is not None
+    assert torch.equal(state.tensors["model.weight"], before)
+
+
+def test_what_went_wrong_while_saving_is_raised(tmp_path):
+    (tmp_path / "state").write_text("a file where a folder should be")
+    with pytest.raises(OSError, match="state"), checkpoint.Saver() as saver:
+        saver.save(tmp_path / "state", 1, "f" * 32, {})
+    with pytest.raises(KeyError), checkpoint.Saver() as saver:  # of two errors, that of the training
+        saver.save(tmp_path / "state", 1, "f" * 32, {})
+        raise KeyError
+
+
+def test_a_state_that_is_damaged_when_read_back_removes_no_other(tmp_path, monkeypatch):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, "f" * 32, {"model.a": torch.ones(3)})
+    save_file = checkpoint.save_file
+
+    def damaging(tensors, path, meta):
+        save_file(tensors, path, meta)
+        data = Path(path).read_bytes()
+        Path(path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    monkeypatch.setattr(checkpoint, "save_file", damaging)
+    with pytest.raises(OSError, match="damaged as soon as it was written"):
+        checkpoint.save(tmp_path, 3, "f" * 32, {"model.a": torch.ones(3)})
+    state = checkpoint.load(tmp_path, "f" * 32)
+    assert state is not None
+    assert state.step == 2
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------------------------
+
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
+
+
+@pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
+def test_without_the_package_a_training_that_wants_it_does_not_begin(outdir):
+    where = made.files(outdir, "0", to="untracked")
+    with pytest.raises(ValueError, match=r"run\.wandb: mine, but the package wandb is missing\. Expected it\. Run pip install wandb\."):
+        made.train(made.make_config(run={"wandb": "mine"}), where, "0")
+    assert not where.out.exists()
+
+
+@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+@pytest.mark.filterwarnings("ignore")  # the package's own
+def test_rows_go_to_weights_and_biases(outdir, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    where = made.files(outdir, "0", to="tracked")
+    assert made.train(made.make_config(run={"wandb": "mine"}), where, "0") == made.train(
+        made.make_config(), made.files(outdir, "0", to="not"), "0"
+    )
+    assert list((where.work / "wandb").glob("offline-run-*/*.wandb"))
