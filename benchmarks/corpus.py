@@ -42,12 +42,16 @@ def plain_copies(patterns: list[str], folder: Path, n_files: int, demo: Path) ->
     paths = [folder / f"text-{i}.jsonl" for i in range(n_files)]
     files = [path.open("wb") for path in paths]
     total, ids = 0, set[str]()
-    for part in corpus_blocks.parts(corpus_files.name(corpus_files.input_files(patterns, demo)), 1 << 23, "text", "id", "file"):
+    for part in corpus_blocks.parts(
+        corpus_files.name(corpus_files.input_files(patterns, demo)), 1 << 23, "text", "id", "file"
+    ):
         for row in corpus_rows.read(part, "text", "id"):
             if isinstance(row, corpus_rows.Document) and row.id not in ids:
                 ids.add(row.id)
                 smallest = min(files, key=lambda file: file.tell())
-                smallest.write(json.dumps({"id": row.id, "text": row.text.decode()}, ensure_ascii=False).encode() + b"\n")
+                smallest.write(
+                    json.dumps({"id": row.id, "text": row.text.decode()}, ensure_ascii=False).encode() + b"\n"
+                )
                 total += len(row.text)
     for file in files:
         file.close()
@@ -70,8 +74,12 @@ def differing(folder: Path) -> tuple[int, int, int]:
     n_documents = n_tokens = n_differ = 0
     for path in sorted((folder / "shards").glob("*.arrow")):
         documents, start = token_files.read(path, 0), 0
-        for batch in pq.ParquetFile(path.with_suffix(".parquet")).iter_batches(COMPARED_AT_ONCE, columns=["text"]):
-            for i, encoding in enumerate(reference.encode_batch_fast(batch["text"].to_pylist(), add_special_tokens=False), start):
+        for batch in pq.ParquetFile(path.with_suffix(".parquet")).iter_batches(
+            COMPARED_AT_ONCE, columns=["text"]
+        ):
+            for i, encoding in enumerate(
+                reference.encode_batch_fast(batch["text"].to_pylist(), add_special_tokens=False), start
+            ):
                 ids = documents.values[documents.offsets[i] + 1 : documents.offsets[i + 1]]
                 n_differ += not np.array_equal(ids, np.array(encoding.ids))
                 n_tokens += len(ids)
@@ -96,14 +104,25 @@ def sample(paths: list[Path], n: int) -> list[str]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--corpus", nargs="+", default=["builtin:demo"], help="files, folders or globs")
-    p.add_argument("--demo", type=Path, default=ROOT / "results/demo/corpus.jsonl.zst", help="the built-in corpus, made by the workflow")
-    p.add_argument("--tokenizer", help="folder with tokenizer.json; without it, one of 16 384 tokens is trained")
+    p.add_argument(
+        "--demo",
+        type=Path,
+        default=ROOT / "results/demo/corpus.jsonl.zst",
+        help="the built-in corpus, made by the workflow",
+    )
+    p.add_argument(
+        "--tokenizer", help="folder with tokenizer.json; without it, one of 16 384 tokens is trained"
+    )
     p.add_argument("--workers", type=int, default=2, help="processes and threads of both sides")
     p.add_argument("--k", type=int, default=16, help="number of clusters")
     p.add_argument(
-        "--fit-documents", type=int, help="documents that both embedders are fitted on; without it, embed.fit_documents of config.yaml"
+        "--fit-documents",
+        type=int,
+        help="documents that both embedders are fitted on; without it, embed.fit_documents of config.yaml",
     )
-    p.add_argument("--compare-ids", action="store_true", help="compare every token id with the reference tokenizer's")
+    p.add_argument(
+        "--compare-ids", action="store_true", help="compare every token id with the reference tokenizer's"
+    )
     p.add_argument("--no-recipe", action="store_true", help="ours alone")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.workers)
@@ -118,18 +137,25 @@ def main() -> None:
         print(f"{n_bytes / MB:.1f} MB of text, {args.workers} workers")
 
         def say(who: str, what: str, seconds: float, note: str = "") -> None:
-            print(f"{who:>7} {what:<28} {seconds:8.2f} s {n_bytes / MB / seconds:8.1f} MB/s  {note}", flush=True)
+            print(
+                f"{who:>7} {what:<28} {seconds:8.2f} s {n_bytes / MB / seconds:8.1f} MB/s  {note}", flush=True
+            )
 
         peaks = dict(rules(folder, content, args.workers))
         fitting = fitting_seconds(folder / "embed.log")
         for rule in ("shard", "embed", "fit_kmeans", "assign"):
-            note = f"peak {peaks[rule].total / MB:.0f} MB" + (f", of which fitting {fitting:.1f} s" if rule == "embed" else "")
+            note = f"peak {peaks[rule].total / MB:.0f} MB" + (
+                f", of which fitting {fitting:.1f} s" if rule == "embed" else ""
+            )
             say("ours", rule, peaks[rule].seconds, note)
         path = sum(peaks[rule].seconds for rule in ("shard", "embed", "assign"))
         say("ours", "shard + embed + assign", path)
         if args.compare_ids:
             print(
-                "        {} documents, {} tokens, {} documents with other ids than the reference's".format(*differing(folder)), flush=True
+                "        {} documents, {} tokens, {} documents with other ids than the reference's".format(
+                    *differing(folder)
+                ),
+                flush=True,
             )
         if not args.no_recipe:
             texts = sample(paths, content["embed"]["fit_documents"])
@@ -144,7 +170,9 @@ def main() -> None:
             total = sum(theirs.values())
             say("recipe", "cluster + tokenise", total)
             print(f"recipe / ours, fitting on neither side: {total / (path - fitting):.1f}")
-            print(f"recipe / ours, fitting of the embedder on both sides: {(total + theirs_fitting) / path:.1f}")
+            print(
+                f"recipe / ours, fitting of the embedder on both sides: {(total + theirs_fitting) / path:.1f}"
+            )
     finally:
         shutil.rmtree(folder)
 

@@ -72,7 +72,15 @@ def rules(folder: Path, content: dict[str, Any], n_workers: int) -> Iterator[tup
         "shard": ("--tokenizer", tokenizer, "--workers", n_workers, "--out", shards),
         "embed": ("--shards", shards, "--threads", n_workers, "--out", vectors),
         "fit_kmeans": (*both, "--tokenizer", tokenizer, "--out", clusterer),
-        "assign": (*both, "--clusterer", clusterer, "--threads", n_workers, "--out", folder / "assignments/manifest.json"),
+        "assign": (
+            *both,
+            "--clusterer",
+            clusterer,
+            "--threads",
+            n_workers,
+            "--out",
+            folder / "assignments/manifest.json",
+        ),
     }.items():
         yield rule, measure(rule, "--config", config, "--log", folder / f"{rule}.log", *arguments)
 
@@ -81,20 +89,31 @@ def configured(k: int, tokenizer: str | None) -> dict[str, Any]:
     """config.yaml with k clusters and this tokenizer, else one of 16 384 tokens trained on 20 MB."""
     content = yaml.safe_load((ROOT / "config.yaml").read_text("utf-8"))
     content["cluster"] |= {"k": k}
-    content["tokenizer"] |= {"pretrained": tokenizer and str(Path(tokenizer).absolute()), "vocab_size": 16384, "train_bytes": 20_000_000}
+    content["tokenizer"] |= {
+        "pretrained": tokenizer and str(Path(tokenizer).absolute()),
+        "vocab_size": 16384,
+        "train_bytes": 20_000_000,
+    }
     content["corpus"] |= {"eval_fraction": 0.02}
     return content
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--corpus", required=True, action="append", nargs="+", help="one corpus; repeat the option for more")
-    p.add_argument("--tokenizer", help="folder with tokenizer.json; without it, one of 16 384 tokens is trained on each corpus")
+    p.add_argument(
+        "--corpus", required=True, action="append", nargs="+", help="one corpus; repeat the option for more"
+    )
+    p.add_argument(
+        "--tokenizer",
+        help="folder with tokenizer.json; without it, one of 16 384 tokens is trained on each corpus",
+    )
     p.add_argument("--workers", type=int, default=2, help="processes and threads")
     p.add_argument("--k", type=int, default=16, help="number of clusters")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.workers)
-    print(f"{'text':>9} {'documents':>9} {'rule':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}   peak MB: parent  workers together")
+    print(
+        f"{'text':>9} {'documents':>9} {'rule':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}   peak MB: parent  workers together"
+    )
     for patterns in args.corpus:
         with tempfile.TemporaryDirectory() as temporary:
             content = configured(args.k, args.tokenizer)
@@ -103,7 +122,9 @@ def main() -> None:
                 if rule == "tokenizer":
                     continue
                 entries = json.loads((Path(temporary) / "shards/manifest.json").read_text("utf-8"))["shards"]
-                n_bytes, n_documents = (sum(shard[key] for shard in entries) for key in ("n_bytes", "n_documents"))
+                n_bytes, n_documents = (
+                    sum(shard[key] for shard in entries) for key in ("n_bytes", "n_documents")
+                )
                 print(
                     f"{n_bytes / MB:6.0f} MB {n_documents:9d} {rule:>10} {peak.seconds:8.1f} {n_bytes / MB / peak.seconds:6.1f}"
                     f" {peak.cpu_seconds:6.1f}            {peak.parent / MB:6.0f} {peak.workers / MB:8.0f} {peak.total / MB:8.0f}",

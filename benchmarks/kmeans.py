@@ -132,8 +132,12 @@ def squared(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
 def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int, source: Path | None) -> str:
     """Fit and say how it went. `source`: where the authors' code is."""
     n = len(x_ND)
-    load = {"published": "torch", "exact": "k_means_constrained", "faiss": "faiss"}.get(who, "cbtm_pipeline.prices")
-    module = authors_module(source) if who == OWN_CODE and source else importlib.import_module(load)  # which is not timed
+    load = {"published": "torch", "exact": "k_means_constrained", "faiss": "faiss"}.get(
+        who, "cbtm_pipeline.prices"
+    )
+    module = (
+        authors_module(source) if who == OWN_CODE and source else importlib.import_module(load)
+    )  # which is not timed
     began = time.perf_counter()
     chunks = list(np.array_split(fresh_ND, 64))
     prices_K = np.zeros(k)
@@ -147,7 +151,9 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int, source: Pa
     elif who == OWN_CODE:
         inertia, load, centres_KD = authors(module, x_ND, k, 0)
     elif who == "exact":
-        exact = module.KMeansConstrained(k, size_min=n // k, size_max=-(-n // k), n_init=N_INIT, max_iter=50, random_state=0).fit(x_ND)
+        exact = module.KMeansConstrained(
+            k, size_min=n // k, size_max=-(-n // k), n_init=N_INIT, max_iter=50, random_state=0
+        ).fit(x_ND)
         centres_KD, labels_N = np.array(exact.cluster_centers_), np.array(exact.labels_)
         inertia, load = quality(x_ND, centres_KD, labels_N)
     else:
@@ -155,10 +161,15 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int, source: Pa
         faiss_kmeans.train(x_ND)
         centres_KD = np.array(faiss_kmeans.centroids, np.float32)
         d2_NK = squared(x_ND, centres_KD)
-        inertia, load = float(d2_NK.min(axis=1).mean()), float(np.bincount(d2_NK.argmin(axis=1)).max() * k / n)
+        inertia, load = (
+            float(d2_NK.min(axis=1).mean()),
+            float(np.bincount(d2_NK.argmin(axis=1)).max() * k / n),
+        )
     seconds = time.perf_counter() - began
     if who.startswith("ours"):
-        prices_K, _ = prices.refine(lambda: [(rows, np.ones(len(rows))) for rows in chunks], centres_KD, prices_K)
+        prices_K, _ = prices.refine(
+            lambda: [(rows, np.ones(len(rows))) for rows in chunks], centres_KD, prices_K
+        )
     labels_N = np.concatenate([(squared(rows, centres_KD) + prices_K).argmin(axis=1) for rows in chunks])
     fresh = float(np.bincount(labels_N, minlength=k).max() * k / len(fresh_ND))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -168,16 +179,26 @@ def measure(who: str, x_ND: np.ndarray, fresh_ND: np.ndarray, k: int, source: Pa
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--vectors", type=Path, help=".npy to use instead of the mixture; its second half is the fresh documents")
+    p.add_argument(
+        "--vectors",
+        type=Path,
+        help=".npy to use instead of the mixture; its second half is the fresh documents",
+    )
     p.add_argument("--sizes", nargs="*", default=SIZES, help="NxK of the comparison")
     p.add_argument("--growth", nargs="*", default=GROWTH, help="NxK that ours alone is measured on")
-    p.add_argument("--published-source", type=Path, help="a checkout of github.com/kernelmachine/balanced-kmeans, to measure it too")
+    p.add_argument(
+        "--published-source",
+        type=Path,
+        help="a checkout of github.com/kernelmachine/balanced-kmeans, to measure it too",
+    )
     p.add_argument("--one", nargs=2, metavar=("WHO", "NxK"), help="measure one row in this process")
     args = p.parse_args()
     if args.one:
         who, (n, k) = args.one[0], map(int, args.one[1].split("x"))
         given = np.load(args.vectors, allow_pickle=False) if args.vectors else None
-        fitted, fresh = (mixture(n, 0), mixture(n, 1)) if given is None else (given[:n].copy(), given[-n:].copy())
+        fitted, fresh = (
+            (mixture(n, 0), mixture(n, 1)) if given is None else (given[:n].copy(), given[-n:].copy())
+        )
         print(measure(who, fitted, fresh, k, args.published_source), flush=True)
         return
     given = {"--vectors": args.vectors, "--published-source": args.published_source}

@@ -45,13 +45,18 @@ def plan(folder: Path) -> None:
     for _ in range(3):
         began = time.monotonic()
         run = subprocess.run(
-            snakemake_command("-n", "--quiet", "rules", "--profile", "slurm"), cwd=project, capture_output=True, text=True, check=True
+            snakemake_command("-n", "--quiet", "rules", "--profile", "slurm"),
+            cwd=project,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         seconds.append(time.monotonic() - began)
     counts = dict(re.findall(r"^(\w+) +(\d+)$", run.stdout + run.stderr, re.M))
     n_jobs = int(counts["total"]) - 1  # all
     print(
-        f"plan, k = 128, 1 000 files: {min(seconds):.1f} s (best of 3; worst {max(seconds):.1f}), {n_jobs} Slurm jobs: {counts}", flush=True
+        f"plan, k = 128, 1 000 files: {min(seconds):.1f} s (best of 3; worst {max(seconds):.1f}), {n_jobs} Slurm jobs: {counts}",
+        flush=True,
     )
 
 
@@ -60,7 +65,9 @@ def counting(folder: Path, box: Box) -> dict[str, str]:
     bin = folder / "bin"
     bin.mkdir()
     for name in ("squeue", "sacct", "scontrol", "sbatch", "scancel"):
-        (bin / name).write_text(f'#!/bin/sh\necho {name} >> {folder}/asked\nexec {box.run("which", name)} "$@"\n')
+        (bin / name).write_text(
+            f'#!/bin/sh\necho {name} >> {folder}/asked\nexec {box.run("which", name)} "$@"\n'
+        )
         (bin / name).chmod(0o755)
     return {**box.env, "PATH": f"{bin}{os.pathsep}{box.env['PATH']}", "OMP_NUM_THREADS": "1"}
 
@@ -74,7 +81,13 @@ def on_box(folder: Path) -> None:
         write_profile(project)
         began = time.time()
         with (project / "log").open("wb") as log:
-            run = subprocess.Popen(snakemake_command("--profile", "slurm"), cwd=project, env=counting(folder, box), stdout=log, stderr=log)
+            run = subprocess.Popen(
+                snakemake_command("--profile", "slurm"),
+                cwd=project,
+                env=counting(folder, box),
+                stdout=log,
+                stderr=log,
+            )
         memory: list[tuple[int, int, int]] = []
         while run.poll() is None:
             memory.append(launchers())
@@ -82,25 +95,47 @@ def on_box(folder: Path) -> None:
         ended = time.time()
         assert run.returncode == 0, (project / "log").read_text()
         happened = {
-            path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in project.rglob("events.jsonl")
+            path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+            for path in project.rglob("events.jsonl")
         }
     finally:
         box.stop()
-    first = {name: next(row["time"] for row in rows if row["event"] == "started") - began for name, rows in happened.items()}
-    last = max(row["time"] for name, rows in happened.items() if name.startswith("expert-") for row in rows if row["event"] == "ended")
-    ran = sum(row["time"] * (1 if row["event"] == "ended" else -1) for row in happened["report"] if row["event"] in ("started", "ended"))
+    first = {
+        name: next(row["time"] for row in rows if row["event"] == "started") - began
+        for name, rows in happened.items()
+    }
+    last = max(
+        row["time"]
+        for name, rows in happened.items()
+        if name.startswith("expert-")
+        for row in rows
+        if row["event"] == "ended"
+    )
+    ran = sum(
+        row["time"] * (1 if row["event"] == "ended" else -1)
+        for row in happened["report"]
+        if row["event"] in ("started", "ended")
+    )
     waits = [
-        rows[1]["time"] - rows[0]["time"] for rows in happened.values() if [row["event"] for row in rows[:2]] == ["submitted", "started"]
+        rows[1]["time"] - rows[0]["time"]
+        for rows in happened.values()
+        if [row["event"] for row in rows[:2]] == ["submitted", "started"]
     ]
-    taken = [rows[-1]["time"] - rows[-2]["time"] for rows in happened.values() if rows[-1]["event"] == "taken"]
+    taken = [
+        rows[-1]["time"] - rows[-2]["time"] for rows in happened.values() if rows[-1]["event"] == "taken"
+    ]
     asked = (folder / "asked").read_text().split()
     n, rss, pss = max(memory)
     print(f"whole run: {ended - began:.0f} s, {len(happened)} jobs")
-    print(f"command -> first training: {first['expert-seed']:.1f} s, -> first expert: {min(first['expert-0'], first['expert-1']):.1f} s")
+    print(
+        f"command -> first training: {first['expert-seed']:.1f} s, -> first expert: {min(first['expert-0'], first['expert-1']):.1f} s"
+    )
     print(f"last training's end -> report there: {ended - last:.1f} s (report itself {ran:.1f} s)")
     print(f"submission -> start on the node: median {sorted(waits)[len(waits) // 2]:.2f} s")
     print(f"end -> result taken: median {sorted(taken)[len(taken) // 2]:.2f} s")
-    print(f"asked Slurm: { {name: asked.count(name) for name in sorted(set(asked))} } in {(ended - began) / 60:.1f} minutes")
+    print(
+        f"asked Slurm: { {name: asked.count(name) for name in sorted(set(asked))} } in {(ended - began) / 60:.1f} minutes"
+    )
     print(f"{n} launchers at once: {rss / n / 2**20:.0f} MB RSS, {pss / n / 2**20:.1f} MB PSS each")
 
 
@@ -118,7 +153,9 @@ def launchers() -> tuple[int, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", action="store_true", help="no cluster")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -33,14 +33,21 @@ class Vectorizer(TfidfVectorizer):
 def fit(texts: Sequence[str], n_components: int) -> Pipeline:
     """The embedder: texts to unit vectors (N, n_components)."""
     vectorizer = Vectorizer(stop_words=[*ENGLISH_STOP_WORDS, NUMBER])
-    return Pipeline([("tfidf", vectorizer), ("svd", TruncatedSVD(n_components)), ("norm", Normalizer(copy=False))]).fit(texts)
+    return Pipeline(
+        [("tfidf", vectorizer), ("svd", TruncatedSVD(n_components)), ("norm", Normalizer(copy=False))]
+    ).fit(texts)
 
 
-def run(files: Sequence[Path], embedder: Pipeline, centres_KD: np.ndarray, tokenizer_json: Path) -> dict[str, float]:
+def run(
+    files: Sequence[Path], embedder: Pipeline, centres_KD: np.ndarray, tokenizer_json: Path
+) -> dict[str, float]:
     """Both steps over the files, one process each, side by side. Returns the seconds of `cluster` and of `tokenise`."""
     seconds = {}
     fork = multiprocessing.get_context("fork")  # so that the embedder need not be written and read
-    for step, target, what in (("cluster", _cluster, (embedder, centres_KD)), ("tokenise", _tokenise, (tokenizer_json,))):
+    for step, target, what in (
+        ("cluster", _cluster, (embedder, centres_KD)),
+        ("tokenise", _tokenise, (tokenizer_json,)),
+    ):
         began = time.perf_counter()
         processes = [fork.Process(target=target, args=(path, *what)) for path in files]
         for process in processes:

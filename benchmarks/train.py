@@ -50,9 +50,19 @@ def text(vocab_size: int, n_tokens: int) -> np.ndarray:
 def ours(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Path) -> list[float]:
     """When each step ended."""
     cfg = config.read(ROOT / "config.yaml")
-    how = config.parameters(cfg, "train_expert", "dense") | {
-        **{"n_steps": args.steps, "batch_size": args.batch_size, "seq_len": args.seq_len, "lr": 3e-4, "validations": 0},
-        **{"micro_batch_size": args.micro_batch_size, "precision": "bf16" if args.bf16 else "float32", "compile": args.compiled},
+    how = plan.train_expert(cfg, "dense") | {
+        **{
+            "n_steps": args.steps,
+            "batch_size": args.batch_size,
+            "seq_len": args.seq_len,
+            "lr": 3e-4,
+            "validations": 0,
+        },
+        **{
+            "micro_batch_size": args.micro_batch_size,
+            "precision": "bf16" if args.bf16 else "float32",
+            "compile": args.compiled,
+        },
     }
     train_expert.make_deterministic(torch.get_num_threads())
     loop.train(net, stream, how, cfg.run, folder / "state", "0" * 32, lambda: False)
@@ -61,7 +71,7 @@ def ours(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Pat
 
 def plain(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Path) -> list[float]:
     """The same."""
-    device = model.to_device(net.train())
+    device = device.move(net.train())
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(net) if args.compiled else net
     micro = args.micro_batch_size or min(args.batch_size, max(1, micro_batch.CPU_TOKENS // args.seq_len))
@@ -133,7 +143,12 @@ def one(who: str, args: argparse.Namespace) -> dict[str, float]:
         times = {"ours": ours, "plain": plain, "trainer": trainer}[who](net, stream, args, Path(folder))
     rate = (len(times) - 1 - args.warmup) * args.batch_size * args.seq_len / (times[-1] - times[args.warmup])
     progress = training_log.Progress(1, 0, 1, flops, 1)
-    return {"rate": rate, "mfu": progress.mfu(rate) or 0.0, "memory": training_log.memory_bytes() / 1e9, "flops": rate * flops}
+    return {
+        "rate": rate,
+        "mfu": progress.mfu(rate) or 0.0,
+        "memory": training_log.memory_bytes() / 1e9,
+        "flops": rate * flops,
+    }
 
 
 def main() -> None:
@@ -143,7 +158,9 @@ def main() -> None:
     p.add_argument("--seq-len", type=int, default=512)
     p.add_argument("--batch-size", type=int, default=16, help="sequences per step")
     p.add_argument(
-        "--micro-batch-size", type=int, help="sequences per forward pass, of all; without it ours chooses, the others take 4096 tokens"
+        "--micro-batch-size",
+        type=int,
+        help="sequences per forward pass, of all; without it ours chooses, the others take 4096 tokens",
     )
     p.add_argument("--steps", type=int, default=13, help="of each run")
     p.add_argument("--warmup", type=int, default=3, help="of them, not counted")
@@ -180,7 +197,9 @@ def main() -> None:
             pairs = list(zip(rates.get(("ours", way), []), rates.get((who, way), []), strict=False))
             if who != "ours" and pairs:
                 ratios = [a / b for a, b in pairs]
-                print(f"ours / {who}, {way}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+                print(
+                    f"ours / {who}, {way}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                )
 
 
 if __name__ == "__main__":

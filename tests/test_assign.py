@@ -38,7 +38,9 @@ def check_grouping(outdir: Path, folder: str) -> dict:
         for j in range(k):
             expected = shard.take(np.flatnonzero(np.array(rows["cluster"]) == j))
             group = token_files.read(path, j)
-            assert np.array_equal(group.values, expected.values) and np.array_equal(group.offsets, expected.offsets)
+            assert np.array_equal(group.values, expected.values) and np.array_equal(
+                group.offsets, expected.offsets
+            )
             n_documents[j] += len(group)
             n_tokens[j] += group.n_tokens.sum()
     assert manifest["n_documents"] == n_documents.tolist() and manifest["n_tokens"] == n_tokens.tolist()
@@ -48,7 +50,9 @@ def check_grouping(outdir: Path, folder: str) -> dict:
 
 def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
     made_corpus.write(tmp_path, [200, 0, 150])
-    config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 3, "n_init": 1})
+    config = made_corpus.write_config(
+        tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 3, "n_init": 1}
+    )
     run_all(tmp_path, config)
     manifest = check_grouping(tmp_path, "assignments")
     assert [entry["name"] for entry in manifest["shards"]] == [f"train-{i:05d}" for i in range(3)]
@@ -61,7 +65,11 @@ def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
     assert manifest["made_from"] == {name: artifact.identity(tmp_path / path) for name, path in paths.items()}
 
     made_corpus.run_assign_random(tmp_path, config)
-    made = {path: path.read_bytes() for folder in ("assignments", "random") for path in (tmp_path / folder).iterdir()}
+    made = {
+        path: path.read_bytes()
+        for folder in ("assignments", "random")
+        for path in (tmp_path / folder).iterdir()
+    }
     for path in made:
         path.unlink()
     made_corpus.run_assign(tmp_path, config, "--threads", "3")
@@ -80,26 +88,36 @@ def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
 def test_validation_documents_are_held_out_and_labelled_as_the_router_does(tmp_path: Path) -> None:
     """They lie among those on which the router's settings are chosen, each in the cluster that `route` finds for all of its text."""
     made_corpus.write(tmp_path, [200, 150], [0, 60, 40])
-    sections = {"embed": {"n_components": 8}, "cluster": {"k": 3, "n_init": 1}, "eval": {"max_document_tokens": None}}
+    sections = {
+        "embed": {"n_components": 8},
+        "cluster": {"k": 3, "n_init": 1},
+        "eval": {"max_document_tokens": None},
+    }
     config = made_corpus.write_config(tmp_path / "config.yaml", **sections, train={"validation_share": 0.2})
     run_all(tmp_path, config)
     made_corpus.run_assign_random(tmp_path, config)
     manifest = check_grouping(tmp_path, "assignments")
-    path = tmp_path / "assignments" / validation.NAME
+    path = tmp_path / "assignments" / heldout.VALIDATION_FILE
     assert manifest["identity_validation"] == artifact.identity(path)
     assert token_files.read_meta(path)["made_from"] == manifest["made_from"]
 
     arrays, _ = artifact.read_npz(made_corpus.run_route(tmp_path, config), "distances")
-    held_out = token_files.join([token_files.read(tmp_path / f"shards/eval-{i:05d}.arrow", 0) for i in range(3)])
-    chosen = sweep.calibration_documents(arrays["doc_id"], 0.2, 0)
+    held_out = token_files.join(
+        [token_files.read(tmp_path / f"shards/eval-{i:05d}.arrow", 0) for i in range(3)]
+    )
+    chosen = heldout.calibration_documents(arrays["doc_id"], 0.2, 0)
     assert chosen.sum() == 20
-    assert not (chosen & ~sweep.calibration_documents(arrays["doc_id"], 0.3, 0)).any()  # none of them is reported on
+    assert not (
+        chosen & ~heldout.calibration_documents(arrays["doc_id"], 0.3, 0)
+    ).any()  # none of them is reported on
     for j in range(3):
         expected = held_out.take(np.flatnonzero(chosen & (arrays["cluster"] == j)))
         group = token_files.read(path, j)
-        assert np.array_equal(group.values, expected.values) and np.array_equal(group.offsets, expected.offsets)
+        assert np.array_equal(group.values, expected.values) and np.array_equal(
+            group.offsets, expected.offsets
+        )
 
-    random = [token_files.read(tmp_path / "random" / validation.NAME, j) for j in range(3)]
+    random = [token_files.read(tmp_path / "random" / heldout.VALIDATION_FILE, j) for j in range(3)]
     assert sorted(map(len, random)) == [6, 7, 7]
     together = token_files.join(random)
     taken = held_out.take(np.flatnonzero(chosen))
@@ -108,12 +126,14 @@ def test_validation_documents_are_held_out_and_labelled_as_the_router_does(tmp_p
 
 def test_no_validation_documents(tmp_path: Path) -> None:
     made_corpus.write(tmp_path, [50], [3])
-    config = made_corpus.write_config(tmp_path / "config.yaml", cluster={"k": 2, "n_init": 1}, train={"validation_share": 0.1})
+    config = made_corpus.write_config(
+        tmp_path / "config.yaml", cluster={"k": 2, "n_init": 1}, train={"validation_share": 0.1}
+    )
     run_all(tmp_path, config)
     manifest = artifact.read_json(tmp_path / "assignments/manifest.json", "assignments")
     assert manifest["identity_validation"] is None
     plan = {"data": "clusters", "group": 0, "validations": 3, "validation_share": 0.1, "rng_seed": 0}
-    assert validation.stream(tmp_path / "assignments/manifest.json", manifest, plan) is None
+    assert data.read_validation(tmp_path / "assignments/manifest.json", manifest, plan) is None
 
 
 def test_one_cluster_is_the_shard_itself(tmp_path: Path) -> None:
@@ -122,14 +142,18 @@ def test_one_cluster_is_the_shard_itself(tmp_path: Path) -> None:
     run_all(tmp_path, config)
     made_corpus.run_assign_random(tmp_path, config)
     for folder, name in itertools.product(("assignments", "random"), ("train-00000", "train-00001")):
-        shard, group = (token_files.read(tmp_path / f"{where}/{name}.arrow", 0) for where in ("shards", folder))
+        shard, group = (
+            token_files.read(tmp_path / f"{where}/{name}.arrow", 0) for where in ("shards", folder)
+        )
         assert np.array_equal(shard.values, group.values) and np.array_equal(shard.offsets, group.offsets)
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 12])
 def test_any_number_of_documents_and_clusters(tmp_path: Path, k: int) -> None:
     """Valid balanced clusters, or one clear line."""
-    config = made_corpus.write_config(tmp_path / "config.yaml", cluster={"k": k, "n_init": 1, "max_iterations": 10})
+    config = made_corpus.write_config(
+        tmp_path / "config.yaml", cluster={"k": k, "n_init": 1, "max_iterations": 10}
+    )
     for n in sorted({1, 2, k - 1, k, k + 1, 4001} - {0}):
         made_corpus.write(tmp_path, [n // 2, n - n // 2], n_topics=5)
         try:
@@ -150,7 +174,9 @@ def test_any_number_of_documents_and_clusters(tmp_path: Path, k: int) -> None:
             random = check_grouping(tmp_path, "random")
             assert max(random["n_documents"]) - min(random["n_documents"]) <= 1
         else:
-            with pytest.raises(ValueError, match=f"cluster.k: {k}. Expected at most {n}, the number of documents"):
+            with pytest.raises(
+                ValueError, match=f"cluster.k: {k}. Expected at most {n}, the number of documents"
+            ):
                 made_corpus.run_assign_random(tmp_path, config)
 
 
@@ -175,7 +201,9 @@ def test_dealt_clusters_are_equal_in_documents(shards: list[list[int]], k: int, 
     counted_K, tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
     for s, sizes in enumerate(shards):
         n_tokens_N = np.array(sizes, np.int64)
-        labels_N = assign.deal([f"{s}-{i}" for i in range(len(sizes))], n_tokens_N, n_documents_K, n_tokens_K, rng_seed)
+        labels_N = assign.deal(
+            [f"{s}-{i}" for i in range(len(sizes))], n_tokens_N, n_documents_K, n_tokens_K, rng_seed
+        )
         counted_K += np.bincount(labels_N, minlength=k)
         tokens_K += np.bincount(labels_N, n_tokens_N, k).astype(np.int64)
     assert np.array_equal(counted_K, n_documents_K) and np.array_equal(tokens_K, n_tokens_K)
@@ -217,9 +245,15 @@ def no_clusterer(outdir: Path, config: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(wrong_shards, "made from another shards"), (wrong_vectors, "made from another vectors"), (no_clusterer, "clusterer.npz: ")],
+    [
+        (wrong_shards, "made from another shards"),
+        (wrong_vectors, "made from another vectors"),
+        (no_clusterer, "clusterer.npz: "),
+    ],
 )
-def test_what_does_not_belong_together_is_refused(tmp_path: Path, spoil: Callable[[Path, Path], None], message: str) -> None:
+def test_what_does_not_belong_together_is_refused(
+    tmp_path: Path, spoil: Callable[[Path, Path], None], message: str
+) -> None:
     made_corpus.write(tmp_path, [40])
     config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 2})
     made_corpus.run_embed(tmp_path, config)
@@ -239,7 +273,8 @@ def test_a_cluster_that_stays_empty(tmp_path: Path) -> None:
     arrays["prices_K"][1] = 99
     artifact.write_npz(path, meta, **arrays)
     with pytest.raises(
-        ValueError, match=r"cluster.k: 3, of which cluster 1 and 0 more are empty. Expected documents in each. Lower cluster.k"
+        ValueError,
+        match=r"cluster.k: 3, of which cluster 1 and 0 more are empty. Expected documents in each. Lower cluster.k",
     ):
         made_corpus.run_assign(tmp_path, config)
     assert not (tmp_path / "assignments/manifest.json").exists()
@@ -255,7 +290,9 @@ def test_command_line_wants_clusters_or_random(tmp_path: Path, capsys: pytest.Ca
 
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
     config = made_corpus.write_config(
-        tmp_path / "config.yaml", embed={"n_components": 8, "fit_documents": 50}, cluster={"k": 2, "fit_documents": 50, "n_init": 1}
+        tmp_path / "config.yaml",
+        embed={"n_components": 8, "fit_documents": 50},
+        cluster={"k": 2, "fit_documents": 50, "n_init": 1},
     )
     peaks = []
     for n_shards in (1, 2, 12):
@@ -263,5 +300,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
         made_corpus.run_embed(tmp_path, config)
         made_corpus.run_fit_kmeans(tmp_path, config)
         clusters = made_corpus.peak_bytes(lambda: made_corpus.run_assign(tmp_path, config))
-        peaks.append((clusters, made_corpus.peak_bytes(lambda: made_corpus.run_assign_random(tmp_path, config))))
+        peaks.append(
+            (clusters, made_corpus.peak_bytes(lambda: made_corpus.run_assign_random(tmp_path, config)))
+        )
     assert peaks[2][0] < 1.2 * peaks[1][0] and peaks[2][1] < 1.2 * peaks[1][1], peaks

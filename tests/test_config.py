@@ -58,13 +58,19 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ({"cluster__k": 0}, r"cluster.k: 0\. Expected greater than or equal to 1"),
         ({"cluster__k": "4"}, r"cluster.k: '4'\. Expected integer"),
         ({"cluster__k": True}, r"cluster.k: True\. Expected integer"),
-        ({"cluster__balance": "token"}, r"cluster.balance: 'token'\. Expected 'documents', 'tokens' or 'none'"),
+        (
+            {"cluster__balance": "token"},
+            r"cluster.balance: 'token'\. Expected 'documents', 'tokens' or 'none'",
+        ),
         ({"train__lr": "fast"}, r"train.lr: 'fast'\. Expected number"),
         ({"train__lr": float("nan")}, "train.lr: nan"),
         ({"corpus__train": []}, "corpus.train: "),
         ({"corpus__eval_fraction": 1.0}, r"corpus.eval_fraction: 1.0\. Expected less than 1"),
         ({"eval__stride": 300}, "eval.stride: 300. Expected at most train.seq_len"),
-        ({"train__validation_share": 0.5}, "train.validation_share: 0.5. Expected at most route.calibration_share, 0.3"),
+        (
+            {"train__validation_share": 0.5},
+            "train.validation_share: 0.5. Expected at most route.calibration_share, 0.3",
+        ),
         ({"model__preset": "1.3B"}, "model.preset: '1.3B'. Expected '10m'"),
         ({"corpus": None}, "corpus: None. Expected"),
     ],
@@ -89,20 +95,41 @@ def test_missing_key() -> None:
 
 
 def test_lenient_where_the_meaning_is_clear() -> None:
-    c = config.validate(changed(train__lr="2e-4", route__top_k=2, route__temperature=0.1, corpus__train="a.jsonl", train__clip_norm=1))
-    assert c.train.lr == 2e-4 and c.route.top_k == [2] and c.corpus.train == ["a.jsonl"] and c.train.clip_norm == 1.0
+    c = config.validate(
+        changed(
+            train__lr="2e-4",
+            route__top_k=2,
+            route__temperature=0.1,
+            corpus__train="a.jsonl",
+            train__clip_norm=1,
+        )
+    )
+    assert (
+        c.train.lr == 2e-4
+        and c.route.top_k == [2]
+        and c.corpus.train == ["a.jsonl"]
+        and c.train.clip_norm == 1.0
+    )
 
 
 def test_a_wrong_key_stops_a_run_within_three_seconds(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("cluster: {kk: 3}\n")
     began = time.monotonic()
     run = subprocess.run(
-        [sys.executable, "-m", "snakemake", "-n", "--configfile", str(tmp_path / "c.yaml")], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "snakemake", "-n", "--configfile", str(tmp_path / "c.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode != 0
-    assert "cluster.kk: unknown key. Expected a key of config.yaml. Did you mean cluster.k?" in run.stdout + run.stderr
+    assert (
+        "cluster.kk: unknown key. Expected a key of config.yaml. Did you mean cluster.k?"
+        in run.stdout + run.stderr
+    )
     assert "Traceback" not in run.stdout + run.stderr
-    assert time.monotonic() - began < 30  # 2 s on a quiet machine; the bound only catches a start of the real work
+    assert (
+        time.monotonic() - began < 30
+    )  # 2 s on a quiet machine; the bound only catches a start of the real work
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 12, 64, 200])
@@ -111,7 +138,7 @@ def test_every_phase_two_system_costs_the_same(k: int) -> None:
     total = c.train.steps * c.train.batch_size
 
     def sequences(expert: str) -> int:
-        p = plan.expert(c, expert)
+        p = plan.train_expert(c, expert)
         return p["n_steps"] * p["batch_size"]
 
     for group in (["dense"], ["dense-steps"], plan.cluster_experts(c), plan.random_experts(c)):
@@ -122,15 +149,15 @@ def test_every_phase_two_system_costs_the_same(k: int) -> None:
 def test_dense_and_seed_do_not_depend_on_k() -> None:
     a, b = (config.validate(changed(cluster__k=k)) for k in (4, 7))
     for expert in ("seed", "dense"):
-        assert plan.expert(a, expert) == plan.expert(b, expert)
-    assert plan.expert(a, "0") != plan.expert(b, "0")
+        assert plan.train_expert(a, expert) == plan.train_expert(b, expert)
+    assert plan.train_expert(a, "0") != plan.train_expert(b, "0")
 
 
 def test_one_cluster_is_the_dense_model() -> None:
     c = config.validate(changed(cluster__k=1))
     differ = {"expert", "data"}
-    dense = {key: value for key, value in plan.expert(c, "dense").items() if key not in differ}
-    assert dense == {key: value for key, value in plan.expert(c, "0").items() if key not in differ}
+    dense = {key: value for key, value in plan.train_expert(c, "dense").items() if key not in differ}
+    assert dense == {key: value for key, value in plan.train_expert(c, "0").items() if key not in differ}
 
 
 def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
@@ -140,7 +167,11 @@ def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
 
     linear, encoded = parameters(), parameters(embed__encoder="me/tiny")
     assert linear == parameters(embed__windows=1, route__window_tokens=8)
-    assert encoded == parameters(embed__encoder="me/tiny", embed__idf_power=0.5, embed__n_components=3, seed=5)[:2] + encoded[2:]
+    assert (
+        encoded
+        == parameters(embed__encoder="me/tiny", embed__idf_power=0.5, embed__n_components=3, seed=5)[:2]
+        + encoded[2:]
+    )
     for key, rule in (("embed__windows", 0), ("route__window_tokens", 1)):
         other = parameters(embed__encoder="me/tiny", **{key: 8})
         assert [a == b for a, b in zip(encoded, other, strict=True)] == [i != rule for i in range(3)]
@@ -149,9 +180,9 @@ def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
 
 def test_seed_share() -> None:
     c = config.validate(changed(train__seed_share=0.75))
-    seed = plan.expert(c, "seed")
+    seed = plan.train_expert(c, "seed")
     assert seed["n_steps"] * seed["batch_size"] == 3 * c.train.steps * c.train.batch_size
-    assert plan.expert(config.validate(changed(model__pretrained="gpt2")), "seed")["n_steps"] == 0
+    assert plan.train_expert(config.validate(changed(model__pretrained="gpt2")), "seed")["n_steps"] == 0
 
 
 def test_experts_are_listed_once_each() -> None:

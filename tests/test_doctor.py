@@ -23,8 +23,20 @@ from made_project import ROOT, make_project, snakemake
 from made_run import make_config
 
 PARTITIONS = {
-    "gpu": {"PartitionName": "gpu", "State": "UP", "MaxTime": "1-00:00:00", "AllowAccounts": "ALL", "MaxNodes": "UNLIMITED"},
-    "lab": {"PartitionName": "lab", "State": "DOWN", "MaxTime": "UNLIMITED", "AllowAccounts": "lab,own", "MaxNodes": "1"},
+    "gpu": {
+        "PartitionName": "gpu",
+        "State": "UP",
+        "MaxTime": "1-00:00:00",
+        "AllowAccounts": "ALL",
+        "MaxNodes": "UNLIMITED",
+    },
+    "lab": {
+        "PartitionName": "lab",
+        "State": "DOWN",
+        "MaxTime": "UNLIMITED",
+        "AllowAccounts": "lab,own",
+        "MaxNodes": "1",
+    },
 }
 SINFO = """\
 gpu|3|64|512000|gpu:a100:4(S:0-1)|mixed
@@ -46,7 +58,12 @@ MOUNTS = """\
 
 def job(**changes: Any) -> Job:
     resources = {"slurm_partition": "gpu", "runtime": 60, "mem_mb": 16000, "gpus": 1}
-    return Job("train_expert", {**resources, **changes.pop("resources", {})}, changes.pop("threads", 8), changes.pop("resumable", True))
+    return Job(
+        "train_expert",
+        {**resources, **changes.pop("resources", {})},
+        changes.pop("threads", 8),
+        changes.pop("resumable", True),
+    )
 
 
 def levels(lines: Iterator[Line]) -> list[str]:
@@ -57,11 +74,13 @@ def levels(lines: Iterator[Line]) -> list[str]:
 
 
 def test_records_keep_values_with_spaces_and_equals_signs() -> None:
-    printed = (
-        "NodeName=g1 Gres=gpu:a100:4(S:0-1) OS=Linux 6.1 #1 SMP @0  RealMemory=8192 CfgTRES=cpu=4,gres/gpu=2 Reason=no power [root@x]\n\n"
-    )
+    printed = "NodeName=g1 Gres=gpu:a100:4(S:0-1) OS=Linux 6.1 #1 SMP @0  RealMemory=8192 CfgTRES=cpu=4,gres/gpu=2 Reason=no power [root@x]\n\n"
     (record,) = site.records(printed)
-    assert (record["OS"], record["RealMemory"], record["CfgTRES"]) == ("Linux 6.1 #1 SMP @0", "8192", "cpu=4,gres/gpu=2")
+    assert (record["OS"], record["RealMemory"], record["CfgTRES"]) == (
+        "Linux 6.1 #1 SMP @0",
+        "8192",
+        "cpu=4,gres/gpu=2",
+    )
     assert site.settings("Configuration data as of today\nKillWait                = 30 sec\nX = a=b\n") == {
         "KillWait": "30 sec",
         "X": "a=b",
@@ -76,7 +95,13 @@ def test_nodes_and_their_gpus() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "minutes"),
-    [("1-01:00:30", 1500.5), ("00:01:00", 1), ("100:00:00", 6000), ("UNLIMITED", float("inf")), ("NONE", float("inf"))],
+    [
+        ("1-01:00:30", 1500.5),
+        ("00:01:00", 1),
+        ("100:00:00", 6000),
+        ("UNLIMITED", float("inf")),
+        ("NONE", float("inf")),
+    ],
 )
 def test_minutes(limit: str, minutes: float) -> None:
     assert site.minutes(limit) == minutes
@@ -93,11 +118,23 @@ def test_minutes(limit: str, minutes: float) -> None:
         ({"resources": {"gpus": 4, "gpu_model": "a100"}}, None, ""),
         ({"resources": {"gpus": 4, "gpu_model": "a100", "nodes": 3}}, None, ""),
         ({"resources": {"runtime": 1441}}, "FAIL", "runtime: 1441 minutes. Expected 1440 or less"),
-        ({"resources": {"slurm_partition": "gpus"}}, "FAIL", "slurm_partition: gpus. Expected one of gpu, lab"),
+        (
+            {"resources": {"slurm_partition": "gpus"}},
+            "FAIL",
+            "slurm_partition: gpus. Expected one of gpu, lab",
+        ),
         ({"resources": {"gpus": 5}}, "FAIL", "gpus: 5. Expected 4 or less"),
-        ({"resources": {"gpus": 4, "gpu_model": "v100"}, "threads": 2}, "FAIL", "gpus: 4. Expected 2 or less"),
+        (
+            {"resources": {"gpus": 4, "gpu_model": "v100"}, "threads": 2},
+            "FAIL",
+            "gpus: 4. Expected 2 or less",
+        ),
         ({"resources": {"gpu_model": "A100"}}, "FAIL", "gpu_model: A100. Expected a100 or v100"),
-        ({"resources": {"gpus": 4}, "threads": 17}, "FAIL", "threads: 68 (17 for each of 4 tasks). Expected 64 or less"),
+        (
+            {"resources": {"gpus": 4}, "threads": 17},
+            "FAIL",
+            "threads: 68 (17 for each of 4 tasks). Expected 64 or less",
+        ),
         ({"resources": {"gpus": 4}, "threads": 17, "resumable": False}, None, ""),
         ({"resources": {"mem_mb": 512001}}, "FAIL", "mem_mb: 512001. Expected 512000 or less"),
         (
@@ -106,19 +143,39 @@ def test_minutes(limit: str, minutes: float) -> None:
             "gpus, threads, mem_mb: 1, 8, 64001. Expected a node of gpu with all",
         ),
         ({"resources": {"nodes": 5, "gpus": 3}}, "FAIL", "nodes: 5. Expected 4 or less"),
-        ({"resources": {"nodes": 4, "gpus": 3}}, "warn", "slurm_partition: the nodes of gpu that fit are down. Expected 4 up"),
+        (
+            {"resources": {"nodes": 4, "gpus": 3}},
+            "warn",
+            "slurm_partition: the nodes of gpu that fit are down. Expected 4 up",
+        ),
     ],
 )
 def test_a_job_and_its_partition(changes: dict, level: str | None, words: str) -> None:
-    found = list(site.unfit(job(**copy.deepcopy(changes)), str(job(**changes).resources["slurm_partition"]), PARTITIONS, NODES))
+    found = list(
+        site.unfit(
+            job(**copy.deepcopy(changes)), str(job(**changes).resources["slurm_partition"]), PARTITIONS, NODES
+        )
+    )
     assert [lev for lev, _ in found] == ([level] if level else [])
     assert words in " ".join(text for _, text in found)
 
 
 def test_a_partition_for_others_only() -> None:
-    found = dict(site.unfit(job(resources={"slurm_partition": "lab", "slurm_account": "me", "nodes": 2}), "lab", PARTITIONS, NODES))
+    found = dict(
+        site.unfit(
+            job(resources={"slurm_partition": "lab", "slurm_account": "me", "nodes": 2}),
+            "lab",
+            PARTITIONS,
+            NODES,
+        )
+    )
     assert list(found) == ["FAIL"]
-    texts = [text for _, text in site.unfit(job(resources={"slurm_account": "me", "nodes": 2}), "lab", PARTITIONS, NODES)]
+    texts = [
+        text
+        for _, text in site.unfit(
+            job(resources={"slurm_account": "me", "nodes": 2}), "lab", PARTITIONS, NODES
+        )
+    ]
     assert [text.partition(":")[0] for text in texts] == ["slurm_partition", "slurm_account", "nodes"]
     assert "Expected one of lab,own" in texts[1]
     cpu = {"cpu": {**PARTITIONS["gpu"], "DenyAccounts": "me"}}
@@ -182,17 +239,27 @@ def test_what_would_be_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     jobs = {job.rule: job for job in planned.submitted(planned.dry_run("mine", ["small.yaml"]))}
     assert set(jobs) == set(cost.n_jobs(make_config(corpus={"train": ["corpus.jsonl"]}))) - {"route"}
     train = jobs["train_expert"]
-    assert (train.threads, train.n_gpus, train.n_nodes, train.resumable, train.partitions) == (8, 1, 1, True, ["gpu"])
+    assert (train.threads, train.n_gpus, train.n_nodes, train.resumable, train.partitions) == (
+        8,
+        1,
+        1,
+        True,
+        ["gpu"],
+    )
     assert (train.sbatch["time"], train.sbatch["gpus_per_node"]) == (60, "a100:1")
     assert not jobs["score_expert"].resumable
     groups = [{job.rule for job in group} for group in planned.alike(list(jobs.values()))]
     assert {"assign", "assign_random", "tokenizer"} in groups and {"embed", "fit_kmeans"} in groups
-    with pytest.raises(ValueError, match=r"(?s)^profile: mine: snakemake says: .*no-such-option.* Mend the profile\.$"):
+    with pytest.raises(
+        ValueError, match=r"(?s)^profile: mine: snakemake says: .*no-such-option.* Mend the profile\.$"
+    ):
         Path("mine/config.yaml").write_text(yaml.safe_dump({**content, "no-such-option": 1}))
         planned.dry_run("mine", ["small.yaml"])
 
 
-def test_profiles_are_found_where_snakemake_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profiles_are_found_where_snakemake_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(make_project(tmp_path / "project"))
     home = tmp_path / "home"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home))
@@ -201,11 +268,19 @@ def test_profiles_are_found_where_snakemake_finds_them(tmp_path: Path, monkeypat
     (home / "snakemake/slurm/config.v8+.yaml").write_text("cores: 2\n")
     assert planned.profile_file("slurm") == home / "snakemake/slurm/config.v8+.yaml"
     Path("slurm").symlink_to("profiles/slurm")
-    assert planned.profile_file("slurm") == planned.profile_file("slurm/config.yaml") == Path("slurm/config.yaml")
+    assert (
+        planned.profile_file("slurm")
+        == planned.profile_file("slurm/config.yaml")
+        == Path("slurm/config.yaml")
+    )
     assert "train_expert" in snakemake(Path(), "-n", "--profile", "slurm")
 
 
-trees = st.recursive(st.integers() | st.none(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=12)
+trees = st.recursive(
+    st.integers() | st.none(),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=12,
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -237,7 +312,8 @@ def test_mounts(path: str, point: str, shared: bool, locks_stay_here: bool) -> N
 
 def test_files_that_compute_nodes_do_not_see() -> None:
     mounts = {
-        name: reach.find_mount(Path(path), MOUNTS) for name, path in (("outdir", "/home/x"), ("Python", "/usr"), ("this folder", "/opt"))
+        name: reach.find_mount(Path(path), MOUNTS)
+        for name, path in (("outdir", "/home/x"), ("Python", "/usr"), ("this folder", "/opt"))
     }
     ((first, text), (second, _)) = reach.seen_by(["node1", "node2"], mounts)
     assert (first, second) == ("ok", "warn") and "outdir on /home (nfs4)" in text
@@ -302,7 +378,9 @@ def hub(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def models(pretrained: str, *submitted: str, tokenizer: str | None = None) -> list[Line]:
-    facts = doctor.Facts([], None, make_config(model={"pretrained": pretrained}, tokenizer={"pretrained": tokenizer}))
+    facts = doctor.Facts(
+        [], None, make_config(model={"pretrained": pretrained}, tokenizer={"pretrained": tokenizer})
+    )
     facts.jobs = [job()._replace(rule=rule) for rule in submitted]
     return list(doctor.check_model(facts))
 
@@ -318,8 +396,16 @@ def test_models_have_to_be_here_where_jobs_may_have_no_network() -> None:
     assert level == "ok" and "the hub has it" in text
     ((level, text),) = models("me/nobody")
     assert level == "FAIL" and "no public me/nobody" in text
-    assert [level for level, _ in models("me/tiny", "tokenizer", tokenizer="me/other")] == ["ok", "FAIL", "ok"]
-    assert [level for level, _ in models("me/tiny", "train_expert", tokenizer="me/other")] == ["ok", "ok", "ok"]
+    assert [level for level, _ in models("me/tiny", "tokenizer", tokenizer="me/other")] == [
+        "ok",
+        "FAIL",
+        "ok",
+    ]
+    assert [level for level, _ in models("me/tiny", "train_expert", tokenizer="me/other")] == [
+        "ok",
+        "ok",
+        "ok",
+    ]
 
 
 def encoders(encoder: str | None, *submitted: str) -> doctor.Facts:
@@ -357,25 +443,31 @@ def test_the_disk_holds_vectors_of_the_encoder(tmp_path: Path) -> None:
 
     (linear, _), (tiny, known), (other, assumed) = disk(None), disk("me/tiny"), disk("me/other")
     assert tiny - linear == pytest.approx(cost.DEMO_BYTES / cost.DOCUMENT_BYTES * (64 - 7) * 4 / 1e6, abs=0.1)
-    assert other - linear == pytest.approx(cost.DEMO_BYTES / cost.DOCUMENT_BYTES * (768 - 7) * 4 / 1e6, abs=0.1)
+    assert other - linear == pytest.approx(
+        cost.DEMO_BYTES / cost.DOCUMENT_BYTES * (768 - 7) * 4 / 1e6, abs=0.1
+    )
     assert "taken to have" not in known and "the encoder's vectors are taken to have 768 numbers" in assumed
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "does not answer" in str(reach.hub_problem("me/other"))
+    assert "does not answer" in str(hub.problem("me/other"))
 
 
 def test_a_folder_that_lacks_something(tiny: Path, tmp_path: Path) -> None:
     whole = next(tiny.glob("*/snapshots/*"))
-    assert reach.lacks_weights(whole) == reach.lacks_tokenizer(whole) == []
-    assert reach.lacks_weights(tmp_path) == ["config.json", "model.safetensors"] and reach.lacks_tokenizer(tmp_path)
+    assert hub.lacks_weights(whole) == hub.lacks_tokenizer(whole) == []
+    assert hub.lacks_weights(tmp_path) == ["config.json", "model.safetensors"] and hub.lacks_tokenizer(
+        tmp_path
+    )
     (tmp_path / "config.json").touch()
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
+    )
     (tmp_path / "1.safetensors").touch()
-    assert reach.lacks_weights(tmp_path) == ["2.safetensors"]
+    assert hub.lacks_weights(tmp_path) == ["2.safetensors"]
     (tmp_path / "model.safetensors.index.json").write_text('{"weight')
-    assert reach.lacks_weights(tmp_path) == ["a whole model.safetensors.index.json"]
+    assert hub.lacks_weights(tmp_path) == ["a whole model.safetensors.index.json"]
     ((level, text),) = models(str(tmp_path))
     assert level == "FAIL" and text.endswith("Complete it")
 
@@ -448,4 +540,8 @@ def test_a_missing_config_and_a_broken_check_are_findings(
 
     monkeypatch.setattr(doctor, "CHECKS", (check_moon, doctor.check_config))
     found = list(doctor.run(doctor.Facts(["small.yaml"], None)))
-    assert [level for level, _ in found] == ["ok", "warn", "ok"] and "check_moon: not done (KeyError: 'far side')" in found[1][1]
+    assert [level for level, _ in found] == [
+        "ok",
+        "warn",
+        "ok",
+    ] and "check_moon: not done (KeyError: 'far side')" in found[1][1]

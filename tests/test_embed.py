@@ -95,7 +95,9 @@ def test_no_training_documents(tmp_path: Path, config: Path) -> None:
 def test_a_reader_is_told_of_a_parquet_file_that_is_not_the_manifests(tmp_path: Path) -> None:
     shards = made_corpus.write(tmp_path, [5])
     (entry,) = shard_files.entries(shards, artifact.read_json(shards), "train")
-    assert shard_files.attributes(shards.parent, entry, ["doc_id"]).to_pydict() == {"doc_id": [f"train-00000#{i}" for i in range(5)]}
+    assert shard_files.attributes(shards.parent, entry, ["doc_id"]).to_pydict() == {
+        "doc_id": [f"train-00000#{i}" for i in range(5)]
+    }
     with pytest.raises(ValueError, match=r"Expected the columns nothing"):
         shard_files.attributes(shards.parent, entry, ["nothing"])
     with pytest.raises(ValueError, match=r"5 rows. Expected 6, as in the manifest"):
@@ -106,7 +108,9 @@ def test_a_reader_is_told_of_a_parquet_file_that_is_not_the_manifests(tmp_path: 
 
 
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
-    config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 50, "fit_documents": 50})
+    config = made_corpus.write_config(
+        tmp_path / "config.yaml", embed={"n_components": 50, "fit_documents": 50}
+    )
     peaks = []
     for n_shards in (1, 2, 12):
         made_corpus.write(tmp_path, [500] * n_shards, n_topics=20)
@@ -118,15 +122,24 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
 def encoded(tmp_path: Path) -> Path:
     """A config with an encoder that stands in the folder `encoder` beside it."""
     made_encoder.write(tmp_path / "encoder")
-    return made_corpus.write_config(tmp_path / "encoded.yaml", embed={"encoder": str(tmp_path / "encoder"), "windows": 2}, cluster={"k": 4})
+    return made_corpus.write_config(
+        tmp_path / "encoded.yaml",
+        embed={"encoder": str(tmp_path / "encoder"), "windows": 2},
+        cluster={"k": 4},
+    )
 
 
-def test_vectors_are_those_of_the_encoder_row_by_row(tmp_path: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_are_those_of_the_encoder_row_by_row(
+    tmp_path: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embed, "CHUNK_TEXTS", 16)
     shards = made_corpus.write(tmp_path, [40, 0, 25])
     path = made_corpus.run_embed(tmp_path, encoded)
     manifest, embedder = embed.read_manifest(path, shards), path.with_name("embedder.npz")
-    assert manifest["made_from"]["embedder"] == artifact.identity(embedder) and manifest["n_components"] == made_encoder.HIDDEN
+    assert (
+        manifest["made_from"]["embedder"] == artifact.identity(embedder)
+        and manifest["n_components"] == made_encoder.HIDDEN
+    )
     found = encoder_files.load(str(tmp_path / "encoder"), 2)
     arrays, meta = artifact.read_npz(embedder, "embedder")
     assert not arrays and meta["encoder"] == {"name": found.name, "identity": found.identity, "n_windows": 2}
@@ -144,7 +157,9 @@ def test_an_encoder_that_has_changed_is_refused(tmp_path: Path, encoded: Path) -
     shards = made_corpus.write(tmp_path, [40])
     embedder = made_corpus.run_embed(tmp_path, encoded).with_name("embedder.npz")
     made_encoder.bert(1).save_pretrained(tmp_path / "encoder")
-    with pytest.raises(ValueError, match=r"encoder: its files have changed .* Expected those that the vectors were made with"):
+    with pytest.raises(
+        ValueError, match=r"encoder: its files have changed .* Expected those that the vectors were made with"
+    ):
         embed.read_embedder(embedder, shards)
 
 
@@ -172,10 +187,14 @@ def test_an_encoder_has_clusters_with_terms(tmp_path: Path, encoded: Path) -> No
 
 def test_term_weights(tmp_path: Path, config: Path, encoded: Path) -> None:
     shards = made_corpus.write(tmp_path, [40])
-    counts_NV = sparse.csr_array(np.array([[0, 1, 1, 1, 5], [0, 0, 2, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 2]], np.float32))
+    counts_NV = sparse.csr_array(
+        np.array([[0, 1, 1, 1, 5], [0, 0, 2, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 2]], np.float32)
+    )
     embedder = made_corpus.run_embed(tmp_path, config).with_name("embedder.npz")
     linear = embed.read_embedder(embedder, shards)
     assert isinstance(linear, tfidf.Embedder)
     assert np.array_equal(embed.term_weights(embedder, shards, counts_NV), linear.idf_V)
     made_corpus.run_embed(tmp_path, encoded)
-    np.testing.assert_allclose(embed.term_weights(embedder, shards, counts_NV), [0, 0, np.log(5 / 3) + 1, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        embed.term_weights(embedder, shards, counts_NV), [0, 0, np.log(5 / 3) + 1, 0, 0], rtol=1e-6
+    )

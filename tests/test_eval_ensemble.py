@@ -55,32 +55,50 @@ def rows(metrics: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
 def test_every_system_has_its_rows(run: Files):
     metrics = evaluate(run)
     names = [row["system"] for row in metrics["systems"] if row["system"] != "ensemble"]
-    assert names == ["seed", "dense", "dense-steps", "random", "random", "uniform", "oracle", "expert-0", "expert-1", "expert-2"]
+    assert names == [
+        "seed",
+        "dense",
+        "dense-steps",
+        "random",
+        "random",
+        "uniform",
+        "oracle",
+        "expert-0",
+        "expert-1",
+        "expert-2",
+    ]
     grid = [(row["router"], row["top_k"], row["temperature"]) for row in rows(metrics, system="ensemble")]
     assert grid == [(router, k, t) for router in ("paper", "filter") for k in (1, 2, 3) for t in (0.1, 0.5)]
     for router in ("paper", "filter"):
         assert [row["top_k"] for row in rows(metrics, router=router, calibrated=True)] == [1, 2, 3]
         (headline,) = rows(metrics, router=router, headline=True)
-        assert headline["calibration_nll"] == min(row["calibration_nll"] for row in rows(metrics, router=router))
+        assert headline["calibration_nll"] == min(
+            row["calibration_nll"] for row in rows(metrics, router=router)
+        )
         assert headline["calibrated"]
     assert all(row["epsilon"] is None for row in rows(metrics, router="paper"))
     assert all(row["epsilon"] in (0.01, 0.1) and row["beta"] == 1 for row in rows(metrics, router="filter"))
     assert {frozenset(row) for row in metrics["systems"]} == {frozenset(metrics["systems"][0])}
-    assert metrics["kind"] == "metrics" and metrics["made_from"]["distances"] == artifact.identity(run.distances)
+    assert metrics["kind"] == "metrics" and metrics["made_from"]["distances"] == artifact.identity(
+        run.distances
+    )
     assert metrics["made_from"]["scores-random-2"] == artifact.identity(run.scores["random-2"])
 
 
 def test_numbers_are_those_of_the_reported_documents(run: Files):
     metrics = evaluate(run)
     distances, _ = artifact.read_npz(run.distances, "distances")
-    reported = ~sweep.calibration_documents(distances["doc_id"], 0.3, 0)
+    reported = ~heldout.calibration_documents(distances["doc_id"], 0.3, 0)
     n_tokens, n_bytes = np.diff(distances["offsets"])[reported].sum(), distances["n_bytes"][reported].sum()
     assert [metrics[key] for key in ("n_documents", "n_tokens", "n_bytes")] == [28, n_tokens, n_bytes]
     assert metrics["calibration"]["n_documents"] == 12
 
     def nll(name: str, where: np.ndarray) -> float:
         logprob_N = artifact.read_npz(run.scores[name], "scores")[0]["logprob_N"].astype(float)
-        return -sum(logprob_N[distances["offsets"][i] : distances["offsets"][i + 1]].sum() for i in np.flatnonzero(where))
+        return -sum(
+            logprob_N[distances["offsets"][i] : distances["offsets"][i + 1]].sum()
+            for i in np.flatnonzero(where)
+        )
 
     for system, name in (("seed", "seed"), ("dense", "dense"), ("expert-1", "1")):
         (row,) = rows(metrics, system=system)
@@ -136,7 +154,12 @@ def test_renaming_the_clusters_renames_the_results(run: Files):
     before = evaluate(run)
     distances, _ = artifact.read_npz(run.distances, "distances")
     new = np.array([2, 0, 1])  # cluster i is now called new[i]
-    change_npz(run.distances, "distances", d2_NK=distances["d2_NK"][:, np.argsort(new)], cluster=new[distances["cluster"]].astype(np.int32))
+    change_npz(
+        run.distances,
+        "distances",
+        d2_NK=distances["d2_NK"][:, np.argsort(new)],
+        cluster=new[distances["cluster"]].astype(np.int32),
+    )
     for old in range(3):
         change_npz(run.scores[str(old)], "scores", meta={"expert": str(new[old])})
         change_json(run.cards[str(old)], expert=str(new[old]))
@@ -145,8 +168,14 @@ def test_renaming_the_clusters_renames_the_results(run: Files):
         assert b["nll"] == pytest.approx(a["nll"], abs=1e-12)
         assert b["ci95"] == pytest.approx(a["ci95"], abs=1e-9)
     for old in range(3):
-        assert rows(after, system=f"expert-{new[old]}")[0]["nll"] == rows(before, system=f"expert-{old}")[0]["nll"]
-        assert np.array(after["matrix"]["perplexity"])[new[old], new].tolist() == before["matrix"]["perplexity"][old]
+        assert (
+            rows(after, system=f"expert-{new[old]}")[0]["nll"]
+            == rows(before, system=f"expert-{old}")[0]["nll"]
+        )
+        assert (
+            np.array(after["matrix"]["perplexity"])[new[old], new].tolist()
+            == before["matrix"]["perplexity"][old]
+        )
     assert after["systems"][:5] == before["systems"][:5]
 
 
@@ -156,13 +185,19 @@ def test_one_cluster_is_its_expert_exactly(tmp_path: Path):
     mixtures = [row for row in metrics["systems"] if row["system"] in ("ensemble", "uniform", "oracle")]
     assert len(mixtures) == 2 * 2 + 2
     for row in mixtures:
-        assert (row["nll"], row["ratio_to_dense"], row["ci95"]) == (expert["nll"], expert["ratio_to_dense"], expert["ci95"])
+        assert (row["nll"], row["ratio_to_dense"], row["ci95"]) == (
+            expert["nll"],
+            expert["ratio_to_dense"],
+            expert["ci95"],
+        )
     assert metrics["matrix"]["perplexity"] == [[expert["perplexity"]]]
 
 
 def test_identical_experts_are_one_expert(run: Files):
     for name in ("1", "2"):
-        change_npz(run.scores[name], "scores", logprob_N=artifact.read_npz(run.scores["0"], "scores")[0]["logprob_N"])
+        change_npz(
+            run.scores[name], "scores", logprob_N=artifact.read_npz(run.scores["0"], "scores")[0]["logprob_N"]
+        )
     metrics = evaluate(run)
     for row in metrics["systems"]:
         if row["system"] in ("ensemble", "uniform", "oracle"):
@@ -172,14 +207,24 @@ def test_identical_experts_are_one_expert(run: Files):
 def test_without_controls_there_are_no_rows_for_them(tmp_path: Path):
     cfg = make_config(outdir=str(tmp_path), cluster={"k": 2}, train={"controls": []}, **QUICK)
     metrics = evaluate(make(tmp_path, cfg))
-    assert {row["system"] for row in metrics["systems"]} == {"seed", "dense", "uniform", "ensemble", "oracle", "expert-0", "expert-1"}
+    assert {row["system"] for row in metrics["systems"]} == {
+        "seed",
+        "dense",
+        "uniform",
+        "ensemble",
+        "oracle",
+        "expert-0",
+        "expert-1",
+    }
     assert set(metrics["systems"][0]["ratios"]) == {"dense"}
     assert set(metrics["flops"]) == {"seed", "experts", "dense", "forward_per_token"}
 
 
 def test_an_empty_cluster_has_no_perplexity(run: Files):
     distances, _ = artifact.read_npz(run.distances, "distances")
-    change_npz(run.distances, "distances", cluster=np.where(distances["cluster"] == 1, 0, distances["cluster"]))
+    change_npz(
+        run.distances, "distances", cluster=np.where(distances["cluster"] == 1, 0, distances["cluster"])
+    )
     matrix = evaluate(run)["matrix"]
     assert [line[1] for line in [*matrix["perplexity"], matrix["dense"]]] == [None] * 4
     assert matrix["n_tokens"][1] == 0
@@ -189,7 +234,9 @@ def test_two_documents_are_enough_and_one_is_not(tmp_path: Path, capsys: pytest.
     cfg = make_config(outdir=str(tmp_path), cluster={"k": 2}, **QUICK)
     assert evaluate(make(tmp_path / "two", cfg, n_documents=2))["n_documents"] == 1
     capsys.readouterr()
-    assert "1 held-out document. Expected at least 2" in refusal(make(tmp_path / "one", cfg, n_documents=1), capsys)
+    assert "1 held-out document. Expected at least 2" in refusal(
+        make(tmp_path / "one", cfg, n_documents=1), capsys
+    )
 
 
 def test_table_fits_a_terminal_and_says_all(run: Files, capsys: pytest.CaptureFixture[str]):
@@ -201,14 +248,19 @@ def test_table_fits_a_terminal_and_says_all(run: Files, capsys: pytest.CaptureFi
     assert len(shown) == 3 + 2 + 1 + 6 + 1
     for row, line in zip(shown, text.splitlines()[2:], strict=False):
         assert line.startswith(verdict.label(row))
-        assert f"{row['perplexity']:.2f}" in line and verdict.interval(row["ratio_to_dense"], row["ci95"]) in line
+        assert (
+            f"{row['perplexity']:.2f}" in line
+            and verdict.interval(row["ratio_to_dense"], row["ci95"]) in line
+        )
         assert ("*" in line) == row["headline"]
     assert " ".join(metrics["verdict"]) in " ".join(text.split())
 
 
 def test_table_fits_with_the_widest_numbers(tmp_path: Path):
     route = {**QUICK["route"], "temperature": [0.000123456], "epsilon": [0.000123456], "beta": [0.123456]}
-    cfg = make_config(outdir=str(tmp_path), cluster={"k": 40}, route=route, eval={"bootstrap": 10}, train={"dense": "steps"})
+    cfg = make_config(
+        outdir=str(tmp_path), cluster={"k": 40}, route=route, eval={"bootstrap": 10}, train={"dense": "steps"}
+    )
     files = make(tmp_path, cfg)
     evaluate(files)
     text = files.out.with_name("table.txt").read_text()
@@ -226,11 +278,19 @@ def test_verdict_says_who_wins(run: Files):
     assert [s.split(", ")[-1] for s in evaluate(run)["verdict"][:2]] == ["the ensemble wins."] * 2
     worse(3.0, "0", "1", "2")
     said = evaluate(run)["verdict"]
-    assert said[0].endswith("dense wins.") and "against dense (k x batch, 1.00 x the training FLOPs)" in said[0]
+    assert (
+        said[0].endswith("dense wins.") and "against dense (k x batch, 1.00 x the training FLOPs)" in said[0]
+    )
     assert said[1].endswith("dense-steps wins.") and "against dense-steps (k x steps" in said[1]
-    assert said[-1].startswith("random, posterior against dense: ") and said[-1].endswith("a gain without clusters.")
+    assert said[-1].startswith("random, posterior against dense: ") and said[-1].endswith(
+        "a gain without clusters."
+    )
     for name in (*"012", "random-0", "random-1", "random-2"):
-        change_npz(run.scores[name], "scores", logprob_N=artifact.read_npz(run.scores["dense"], "scores")[0]["logprob_N"])
+        change_npz(
+            run.scores[name],
+            "scores",
+            logprob_N=artifact.read_npz(run.scores["dense"], "scores")[0]["logprob_N"],
+        )
     said = evaluate(run)["verdict"]
     assert said[0].endswith("no clear difference.") and said[-1].endswith("no clear difference.")
 
@@ -247,13 +307,19 @@ def other_k(run: Files) -> None:
 
 
 REFUSED = {
-    "retrained": (lambda r: change_json(r.cards["2"], weights="f" * 32), "scores/2.npz: made from another expert"),
+    "retrained": (
+        lambda r: change_json(r.cards["2"], weights="f" * 32),
+        "scores/2.npz: made from another expert",
+    ),
     "other seed": (
         lambda r: change_json(r.cards["2"], made_from={"seed": "f" * 32}),
         "experts/2/card.json: made from another seed",
     ),
     "other shards": (other_shards, "scores/1.npz: made from another shards"),
-    "other stride": (lambda r: change_npz(r.scores["0"], "scores", meta={"stride": 7}), "scores/0.npz: made with stride 7. Expected 128"),
+    "other stride": (
+        lambda r: change_npz(r.scores["0"], "scores", meta={"stride": 7}),
+        "scores/0.npz: made with stride 7. Expected 128",
+    ),
     "other cut": (
         lambda r: change_npz(r.scores["0"], "scores", meta={"max_document_tokens": 9}),
         "max_document_tokens 9. Expected 256",
@@ -263,29 +329,48 @@ REFUSED = {
         "distances.npz: made with max_document_tokens 9. Expected 256",
     ),
     "other clusters": (
-        lambda r: change_json(r.cards["2"], made_from={**json.loads(r.cards["2"].read_text())["made_from"], "assignments": "a" * 32}),
+        lambda r: change_json(
+            r.cards["2"],
+            made_from={**json.loads(r.cards["2"].read_text())["made_from"], "assignments": "a" * 32},
+        ),
         "experts/2/card.json: made from another assignments",
     ),
     "no scores": (lambda r: r.scores.pop("1"), "scores/1.npz: not given."),
     "no card": (lambda r: r.cards.pop("random-0"), "experts/random-0/card.json: not given."),
     "twice": (lambda r: change_npz(r.scores["1"], "scores", meta={"expert": "0"}), "expert 0 again"),
-    "unknown": (lambda r: change_npz(r.scores["1"], "scores", meta={"expert": "17"}), "scores/1.npz: expert 17. Expected one of seed, 0,"),
-    "fewer tokens": (lambda r: change_npz(r.scores["1"], "scores", logprob_N=np.zeros(3, np.float32)), "scores/1.npz: 3 tokens."),
+    "unknown": (
+        lambda r: change_npz(r.scores["1"], "scores", meta={"expert": "17"}),
+        "scores/1.npz: expert 17. Expected one of seed, 0,",
+    ),
+    "fewer tokens": (
+        lambda r: change_npz(r.scores["1"], "scores", logprob_N=np.zeros(3, np.float32)),
+        "scores/1.npz: 3 tokens.",
+    ),
     "not a number": (
         lambda r: change_npz(
-            r.scores["1"], "scores", logprob_N=artifact.read_npz(r.scores["1"], "scores")[0]["logprob_N"] * np.float32(np.nan)
+            r.scores["1"],
+            "scores",
+            logprob_N=artifact.read_npz(r.scores["1"], "scores")[0]["logprob_N"] * np.float32(np.nan),
         ),
         "scores/1.npz: log-probabilities down to nan.",
     ),
     "other k": (other_k, "distances.npz: 3 clusters. Expected cluster.k, 2."),
-    "card as scores": (lambda r: r.scores.update({"1": r.distances}), "distances.npz: distances. Expected scores."),
-    "damaged": (lambda r: r.scores["1"].write_bytes(r.scores["1"].read_bytes()[:200]), "scores/1.npz: damaged"),
+    "card as scores": (
+        lambda r: r.scores.update({"1": r.distances}),
+        "distances.npz: distances. Expected scores.",
+    ),
+    "damaged": (
+        lambda r: r.scores["1"].write_bytes(r.scores["1"].read_bytes()[:200]),
+        "scores/1.npz: damaged",
+    ),
     "gone": (lambda r: r.scores["1"].unlink(), "scores/1.npz: No such file or directory."),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_belong_together_is_refused_in_one_line(case: str, run: Files, capsys: pytest.CaptureFixture[str]):
+def test_what_does_not_belong_together_is_refused_in_one_line(
+    case: str, run: Files, capsys: pytest.CaptureFixture[str]
+):
     change, expected = REFUSED[case]
     change(run)
     line = refusal(run, capsys)

@@ -15,13 +15,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of four topics in three shards, one of them empty, with its vectors."""
     outdir = tmp_path_factory.mktemp("made")
     made_corpus.write(outdir, [200, 0, 150], n_topics=4)
-    config = made_corpus.write_config(outdir / "config.yaml", embed={"n_components": 8}, cluster={"n_init": 1})
+    config = made_corpus.write_config(
+        outdir / "config.yaml", embed={"n_components": 8}, cluster={"n_init": 1}
+    )
     made_corpus.run_embed(outdir, config)
     return outdir
 
 
 def clusterer(outdir: Path, folder: Path, **cluster: object) -> tuple[dict[str, np.ndarray], dict]:
-    config = made_corpus.write_config(folder / "config.yaml", embed={"n_components": 8}, cluster={"n_init": 1, **cluster})
+    config = made_corpus.write_config(
+        folder / "config.yaml", embed={"n_components": 8}, cluster={"n_init": 1, **cluster}
+    )
     return artifact.read_npz(made_corpus.run_fit_kmeans(outdir, config), "clusterer")
 
 
@@ -31,7 +35,8 @@ def test_clusters_are_balanced_and_certified(made: Path, tmp_path: Path) -> None
     assert arrays["centres_KD"].shape == (4, 8) and arrays["centres_KD"].dtype == np.float32
     assert arrays["prices_K"].dtype == arrays["loads_K"].dtype == np.float64
     assert meta["made_from"] == {
-        name: artifact.identity(made / path) for name, path in (("vectors", "embed/manifest.json"), ("embedder", "embed/embedder.npz"))
+        name: artifact.identity(made / path)
+        for name, path in (("vectors", "embed/manifest.json"), ("embedder", "embed/embedder.npz"))
     }
     assert certificate["n_documents"] == 350 and certificate["balance"] == "tokens"
     assert 1 <= certificate["max_load"] < 1.02 and 0.98 < certificate["min_load"] <= 1
@@ -47,7 +52,9 @@ def test_clusters_are_balanced_and_certified(made: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("n_counted", [1000, 100])
-def test_top_terms_name_the_topics(made: Path, tmp_path: Path, n_counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_terms_name_the_topics(
+    made: Path, tmp_path: Path, n_counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fit_kmeans, "TERM_DOCUMENTS", n_counted)
     _, _ = clusterer(made, tmp_path, k=4, balance="none")
     content = artifact.read_json(made / "cluster/top_terms.json", "top_terms")
@@ -100,7 +107,9 @@ def test_fewer_distinct_vectors_than_clusters(tmp_path: Path) -> None:
     tokenizer = made_corpus.write_tokenizer(tmp_path / "tokenizer", 2)
     made_corpus.write_shards(tmp_path / "shards", {"train-00000": same}, made_corpus.words(2), tokenizer)
     made_corpus.run_embed(tmp_path, made_corpus.write_config(tmp_path / "config.yaml"))
-    with pytest.raises(ValueError, match=r"cluster.k: 5. Expected at most 4, the number of distinct vectors") as caught:
+    with pytest.raises(
+        ValueError, match=r"cluster.k: 5. Expected at most 4, the number of distinct vectors"
+    ) as caught:
         clusterer(tmp_path, tmp_path, k=5)
     assert "\n" not in str(caught.value)
 

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def pins(text: str) -> dict[str, str]:
-    return {name.lower().replace("_", "-"): version for name, version in re.findall(r"([\w.-]+)==([\w.]+)", text)}
+    return {
+        name.lower().replace("_", "-"): version for name, version in re.findall(r"([\w.-]+)==([\w.]+)", text)
+    }
 
 
 def requirement_names(requirements: list[str]) -> set[str]:
@@ -33,7 +35,12 @@ def test_every_dependency_is_pinned_and_the_conda_environment_agrees() -> None:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    return {**base, **{key: merged(base[key], value) if isinstance(value, dict) else value for key, value in over.items()}}
+    return {
+        **base,
+        **{
+            key: merged(base[key], value) if isinstance(value, dict) else value for key, value in over.items()
+        },
+    }
 
 
 def test_config_in_the_readme_is_valid() -> None:

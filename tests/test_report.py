@@ -134,7 +134,8 @@ def test_the_claim_has_its_controls_beside_it_and_says_who_wins(made: Made):
     text = " ".join(Page(render(made)).text.split("Systems")[0].split())
     best = verdict.headline(made.metrics)
     assert (
-        f"{best['ratio_to_dense']:.3f} times that of the dense model with a k times larger batch and 1.00 times its training FLOPs" in text
+        f"{best['ratio_to_dense']:.3f} times that of the dense model with a k times larger batch and 1.00 times its training FLOPs"
+        in text
     )
     assert text.count("The ensemble wins.") == 1
     for name in ("seed", "dense", "dense-steps", "random, uniform", "uniform", "paper top-1", "oracle"):
@@ -158,10 +159,17 @@ def test_the_run_is_described(made: Made):
     parsed = Page(render(made))
     assert "17 rows of the input were left out" in parsed.text
     assert "balanced by tokens" in parsed.text
-    for cells in (["training text", "1\u202f234", "370\u202f200"], ["held-out text", "40"], ["reported on", "28"], ["chosen on", "12"]):
+    for cells in (
+        ["training text", "1\u202f234", "370\u202f200"],
+        ["held-out text", "40"],
+        ["reported on", "28"],
+        ["chosen on", "12"],
+    ):
         at = parsed.cells.index(cells[0])
         assert parsed.cells[at : at + len(cells)] == cells
-    assert "train.lr" in parsed.cells and "cluster.k" in parsed.cells and "run.log_seconds" not in parsed.cells
+    assert (
+        "train.lr" in parsed.cells and "cluster.k" in parsed.cells and "run.log_seconds" not in parsed.cells
+    )
     assert str(made.folder) not in parsed.text
 
 
@@ -206,16 +214,30 @@ def test_an_empty_cluster_has_a_dash(made: Made):
 
 
 REFUSED = {
-    "other terms": ("cluster/top_terms.json", {"made_from": {"clusterer": "0"}}, "top_terms.json: made from another clusterer"),
-    "other shards": ("shards/manifest.json", {"n_quarantined": 3}, "assignments/manifest.json: made from another shards"),
-    "other assignments": ("assignments/manifest.json", {"k": 4}, "experts/0/card.json: made from another assignments"),
+    "other terms": (
+        "cluster/top_terms.json",
+        {"made_from": {"clusterer": "0"}},
+        "top_terms.json: made from another clusterer",
+    ),
+    "other shards": (
+        "shards/manifest.json",
+        {"n_quarantined": 3},
+        "assignments/manifest.json: made from another shards",
+    ),
+    "other assignments": (
+        "assignments/manifest.json",
+        {"k": 4},
+        "experts/0/card.json: made from another assignments",
+    ),
     "retrained": ("experts/1/card.json", {"weights": "0"}, "experts/1/card.json: not the 1 of"),
     "not metrics": ("eval/metrics.json", {"kind": "scores"}, "metrics.json: scores. Expected metrics."),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_of_one_run_is_refused_in_one_line(case: str, made: Made, capsys: pytest.CaptureFixture[str]):
+def test_what_is_not_of_one_run_is_refused_in_one_line(
+    case: str, made: Made, capsys: pytest.CaptureFixture[str]
+):
     path, change, expected = REFUSED[case]
     change_json(made.folder / path, **change)
     capsys.readouterr()
@@ -245,7 +267,9 @@ def test_downsampling_keeps_range_and_mean(n_points: int, n: int):
     assert len(kept) == min(n, n_points)
     assert kept == sorted(kept)
     if n_points % n == 0 and n_points:
-        assert sum(b for _, b in kept) / len(kept) == pytest.approx(sum(b for _, b in points) / n_points, abs=1e-9)
+        assert sum(b for _, b in kept) / len(kept) == pytest.approx(
+            sum(b for _, b in points) / n_points, abs=1e-9
+        )
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -262,9 +286,19 @@ def test_ticks_are_few_round_and_inside(low: float, width: float):
 
 def test_numbers_are_written_for_people():
     assert report.count(1234567.0) == "1\u202f234\u202f567"
-    assert report.flops(3.93e13) == "3.93·10¹³" and report.flops(0) == "0" and report.flops(2.5e-3) == "2.50·10⁻³"
+    assert (
+        report.flops(3.93e13) == "3.93·10¹³"
+        and report.flops(0) == "0"
+        and report.flops(2.5e-3) == "2.50·10⁻³"
+    )
     assert report.decimals(None) == "–" and report.decimals(12345.678) == "12\u202f345.68"
-    assert [charts.brief(x) for x in (0.05, 27.5, 12_000, 1.25e6, 3e13)] == ["0.05", "27.5", "12k", "1.25M", "30T"]
+    assert [charts.brief(x) for x in (0.05, 27.5, 12_000, 1.25e6, 3e13)] == [
+        "0.05",
+        "27.5",
+        "12k",
+        "1.25M",
+        "30T",
+    ]
 
 
 points = st.lists(st.tuples(st.floats(0.01, 1e7), st.floats(0.5, 1e5)), min_size=1, max_size=20)
@@ -273,17 +307,30 @@ points = st.lists(st.tuples(st.floats(0.01, 1e7), st.floats(0.5, 1e5)), min_size
 @given(st.lists(points, min_size=1, max_size=4), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_everything_is_drawn_inside_the_picture(series: list[list[tuple[float, float]]], log_x: bool):
-    drawn = charts.lines("t", "x", "y", [charts.Series(str(i), "c0", sorted(p), dots=True) for i, p in enumerate(series)], log_x)
+    drawn = charts.lines(
+        "t",
+        "x",
+        "y",
+        [charts.Series(str(i), "c0", sorted(p), dots=True) for i, p in enumerate(series)],
+        log_x,
+    )
     Page(drawn)
     marks = re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', drawn)
     assert len(marks) == sum(map(len, series))
     for x, y in marks:
-        assert charts.LEFT <= float(x) <= charts.WIDTH - charts.RIGHT and charts.TOP <= float(y) <= charts.HEIGHT - charts.BOTTOM
+        assert (
+            charts.LEFT <= float(x) <= charts.WIDTH - charts.RIGHT
+            and charts.TOP <= float(y) <= charts.HEIGHT - charts.BOTTOM
+        )
 
 
 def test_lines_place_points_where_they_belong():
-    drawn = charts.lines("t", "x", "y", [charts.Series("a", "c0", [(1, 10), (10, 20), (100, 30)], dots=True)], log_x=True)
-    (x1, y1), (x2, y2), (x3, y3) = ((float(x), float(y)) for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', drawn))
+    drawn = charts.lines(
+        "t", "x", "y", [charts.Series("a", "c0", [(1, 10), (10, 20), (100, 30)], dots=True)], log_x=True
+    )
+    (x1, y1), (x2, y2), (x3, y3) = (
+        (float(x), float(y)) for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', drawn)
+    )
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and x1 < x2
     assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2) and y1 > y2
     cut = charts.lines("t", "x", "y", [charts.Series("a", "c0", [(1, 1000), (2, 20), (3, 30)])], y_top=30)

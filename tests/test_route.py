@@ -31,7 +31,9 @@ def some_model(rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_a_token_and_what_follows_it_change_no_bit_of_its_row(text: list[int], data: st.DataObject) -> None:
     E_VD, centres_KD = some_model(len(text))
     t = data.draw(st.integers(0, len(text) - 1))
-    other = text[:t] + data.draw(st.lists(st.integers(1, VOCAB - 1), min_size=len(text) - t, max_size=len(text) - t))
+    other = text[:t] + data.draw(
+        st.lists(st.integers(1, VOCAB - 1), min_size=len(text) - t, max_size=len(text) - t)
+    )
     d2_TK, other_TK = (route.prefix_distances(np.array([0, *x]), E_VD, centres_KD) for x in (text, other))
     assert d2_TK.shape == (len(text), K) and d2_TK.dtype == np.float32
     assert d2_TK[: t + 1].tobytes() == other_TK[: t + 1].tobytes()
@@ -56,7 +58,9 @@ def test_no_evidence_is_the_same_distance_to_all() -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outdir = tmp_path_factory.mktemp("made")
     made_corpus.write(outdir, [120], [10, 0, 7])
-    config = made_corpus.write_config(outdir / "config.yaml", embed={"n_components": 8}, cluster={"k": 4, "n_init": 1})
+    config = made_corpus.write_config(
+        outdir / "config.yaml", embed={"n_components": 8}, cluster={"k": 4, "n_init": 1}
+    )
     made_corpus.run_embed(outdir, config)
     made_corpus.run_fit_kmeans(outdir, config)
     return outdir
@@ -67,7 +71,11 @@ def test_rows_documents_and_bytes(made: Path, tmp_path: Path, cut: int | None) -
     config = made_corpus.write_config(tmp_path / "config.yaml", eval={"max_document_tokens": cut})
     arrays, meta = artifact.read_npz(made_corpus.run_route(made, config), "distances")
     shards, manifest = made / "shards", artifact.read_json(made / "shards/manifest.json")
-    paths = {"shards": "shards/manifest.json", "embedder": "embed/embedder.npz", "clusterer": "cluster/clusterer.npz"}
+    paths = {
+        "shards": "shards/manifest.json",
+        "embedder": "embed/embedder.npz",
+        "clusterer": "cluster/clusterer.npz",
+    }
     assert meta["made_from"] == {name: artifact.identity(made / path) for name, path in paths.items()}
     assert meta["max_document_tokens"] == cut
 
@@ -75,11 +83,17 @@ def test_rows_documents_and_bytes(made: Path, tmp_path: Path, cut: int | None) -
     assert len(held_out) == 17
     assert np.diff(arrays["offsets"]).tolist() == [len(document) - 1 for document in held_out]
     assert arrays["d2_NK"].shape == (arrays["offsets"][-1], 4) and arrays["d2_NK"].dtype == np.float32
-    assert {name: arrays[name].dtype for name in ("offsets", "n_bytes", "cluster")} == {"offsets": "i8", "n_bytes": "i8", "cluster": "i4"}
+    assert {name: arrays[name].dtype for name in ("offsets", "n_bytes", "cluster")} == {
+        "offsets": "i8",
+        "n_bytes": "i8",
+        "cluster": "i4",
+    }
     tables = [pq.read_table(shards / f"eval-{i:05d}.parquet") for i in (0, 2)]
     assert arrays["doc_id"].tolist() == [doc_id for table in tables for doc_id in table["doc_id"].to_pylist()]
     words = made_corpus.words(4)
-    assert arrays["n_bytes"].tolist() == [len("".join(words[i] for i in document[1:]).encode()) for document in held_out]
+    assert arrays["n_bytes"].tolist() == [
+        len("".join(words[i] for i in document[1:]).encode()) for document in held_out
+    ]
 
     # row t of the third document
     embedder, _ = artifact.read_npz(made / "embed/embedder.npz", "embedder")
@@ -91,15 +105,24 @@ def test_rows_documents_and_bytes(made: Path, tmp_path: Path, cut: int | None) -
 
 
 def test_cluster_is_that_of_the_whole_document_with_prices(made: Path, tmp_path: Path) -> None:
-    whole, cut = (made_corpus.write_config(tmp_path / f"{n}.yaml", eval={"max_document_tokens": n}) for n in (None, 2))
-    clusters = [artifact.read_npz(made_corpus.run_route(made, config), "distances")[0]["cluster"] for config in (whole, cut)]
+    whole, cut = (
+        made_corpus.write_config(tmp_path / f"{n}.yaml", eval={"max_document_tokens": n}) for n in (None, 2)
+    )
+    clusters = [
+        artifact.read_npz(made_corpus.run_route(made, config), "distances")[0]["cluster"]
+        for config in (whole, cut)
+    ]
     assert np.array_equal(clusters[0], clusters[1])
     embedder, _ = artifact.read_npz(made / "embed/embedder.npz", "embedder")
     clusterer, _ = artifact.read_npz(made / "cluster/clusterer.npz", "clusterer")
     manifest = made / "shards/manifest.json"
     entries = shard_files.entries(manifest, artifact.read_json(manifest), "eval")
-    h_ND = np.concatenate([tfidf.embed(shard_files.documents(manifest.parent, entry), embedder["E_VD"]) for entry in entries])
-    expected = (kmeans.squared_distances(h_ND, clusterer["centres_KD"]) + clusterer["prices_K"]).argmin(axis=1)
+    h_ND = np.concatenate(
+        [tfidf.embed(shard_files.documents(manifest.parent, entry), embedder["E_VD"]) for entry in entries]
+    )
+    expected = (kmeans.squared_distances(h_ND, clusterer["centres_KD"]) + clusterer["prices_K"]).argmin(
+        axis=1
+    )
     assert np.array_equal(clusters[0], expected)
 
 
@@ -143,7 +166,9 @@ TOKENS = st.lists(st.integers(1, VOCAB - 1), max_size=30)
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(TOKENS, max_size=6), st.integers(1, 9), st.integers(1, 12))
-def test_windows_of_text_stand_for_the_tokens_after_them(documents: list[list[int]], window_tokens: int, n_last: int) -> None:
+def test_windows_of_text_stand_for_the_tokens_after_them(
+    documents: list[list[int]], window_tokens: int, n_last: int
+) -> None:
     found = by_text(documents, window_tokens, n_last)
     assert [d2_TK.shape for d2_TK in found] == [(len(x), K) for x in documents]
     for x, d2_TK in zip(documents, found, strict=True):
@@ -154,12 +179,16 @@ def test_windows_of_text_stand_for_the_tokens_after_them(documents: list[list[in
                 assert np.array_equal(d2_TK[t], np.full(K, route.NO_EVIDENCE))
             else:
                 h = np.random.default_rng([9, *seen]).normal(size=(1, 6)).astype(np.float32)
-                np.testing.assert_allclose(d2_TK[t], kmeans.squared_distances(h, some_model()[1])[0], rtol=1e-5)
+                np.testing.assert_allclose(
+                    d2_TK[t], kmeans.squared_distances(h, some_model()[1])[0], rtol=1e-5
+                )
 
 
 @settings(deadline=None, max_examples=100)
 @given(TOKENS.filter(bool), TOKENS, st.integers(1, 9), st.data())
-def test_no_token_helps_to_choose_its_own_weights_with_windows(text: list[int], more: list[int], window_tokens: int, data: Any) -> None:
+def test_no_token_helps_to_choose_its_own_weights_with_windows(
+    text: list[int], more: list[int], window_tokens: int, data: Any
+) -> None:
     t = data.draw(st.integers(0, len(text) - 1))
     (d2_TK,), (other_TK,) = by_text([text], window_tokens), by_text([text[:t] + more], window_tokens)
     n = min(t + 1, len(other_TK))
@@ -175,7 +204,15 @@ def test_documents_are_embedded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_array_equal(d2_TK, other)
     arrays = [np.array([0, *x]) for x in documents]
     centres_KD = some_model()[1]
-    list(route.text_distances(arrays, centres_KD, 4, 99, lambda runs: sizes.append(len(runs)) or np.zeros((len(runs), 6), np.float32)))
+    list(
+        route.text_distances(
+            arrays,
+            centres_KD,
+            4,
+            99,
+            lambda runs: sizes.append(len(runs)) or np.zeros((len(runs), 6), np.float32),
+        )
+    )
     assert len(sizes) > 3 and sum(sizes) == sum((len(x) - 1) // 4 for x in documents if x)
 
 
@@ -213,7 +250,9 @@ def test_distances_with_an_encoder(encoded: tuple[Path, Path]) -> None:
         for t in (7, 8, 17, len(document) - 2):
             seen = document[1 : 1 + t // 8 * 8]
             h_1D = encoder.embed_ends(found, ["".join(words[i] for i in seen)])
-            expected = kmeans.squared_distances(h_1D, centres_KD)[0] if len(seen) else np.full(4, route.NO_EVIDENCE)
+            expected = (
+                kmeans.squared_distances(h_1D, centres_KD)[0] if len(seen) else np.full(4, route.NO_EVIDENCE)
+            )
             np.testing.assert_allclose(arrays["d2_NK"][start + t], expected, atol=1e-4)
     tables = [pq.read_table(outdir / f"shards/eval-{i:05d}.parquet") for i in (0, 2)]
     h_ND = encoder.embed(found, [text for table in tables for text in table["text"].to_pylist()])
@@ -239,7 +278,9 @@ def test_with_an_encoder_what_follows_changes_nothing_but_rounding(encoded: tupl
         assert np.abs(d2_TK[changed:] - alone[0][changed:]).max(initial=0) > 1e-3 or changed >= 60
 
 
-def test_an_encoder_other_than_that_of_the_clusters_is_refused(encoded: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_encoder_other_than_that_of_the_clusters_is_refused(
+    encoded: tuple[Path, Path], tmp_path: Path
+) -> None:
     outdir, config = encoded
     weights = outdir / "encoder/model.safetensors"
     content = weights.read_bytes()

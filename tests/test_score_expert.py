@@ -55,7 +55,9 @@ def test_batches_hold_every_window_and_no_more_tokens_than_allowed():
     batches = list(batched(found, 70))
     assert sorted(w.rows.start for batch in batches for w in batch) == sorted(w.rows.start for w in found)
     assert all(len(batch) * (len(batch[0].tokens) - 1) <= 70 for batch in batches)
-    assert [len(batch[0].tokens) for batch in batches] == sorted((len(batch[0].tokens) for batch in batches), reverse=True)
+    assert [len(batch[0].tokens) for batch in batches] == sorted(
+        (len(batch[0].tokens) for batch in batches), reverse=True
+    )
     assert [len(batch) for batch in batched(found, 1)] == [1] * len(found)
 
 
@@ -152,10 +154,22 @@ def test_published_folder_loads_in_transformers_and_scores_the_same(outdir, net,
     assert abs(loss + score(net, [document], CONTEXT, STRIDE).mean()) < 1e-5
 
 
-def run(outdir: Path, out: str = "scores/seed.npz", weights: str = "experts/seed/model.safetensors") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cbtm_pipeline.score_expert", "--config", "config.json", "--expert-weights", weights]
+def run(
+    outdir: Path, out: str = "scores/seed.npz", weights: str = "experts/seed/model.safetensors"
+) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "cbtm_pipeline.score_expert",
+        "--config",
+        "config.json",
+        "--expert-weights",
+        weights,
+    ]
     command += ["--shards", "shards/manifest.json", "--out", out, "--threads", "1"]
-    return subprocess.run(command, cwd=outdir, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, cwd=outdir, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def test_command_line(outdir, net, documents):
@@ -165,7 +179,10 @@ def test_command_line(outdir, net, documents):
     assert arrays["logprob_N"].dtype == np.float32
     assert np.abs(arrays["logprob_N"] - score(net, documents, CONTEXT, STRIDE)).max() < 1e-5
     card = json.loads((outdir / "experts/seed/card.json").read_text())
-    assert meta["made_from"] == {"expert": card["weights"], "shards": artifact.identity(outdir / "shards/manifest.json")}
+    assert meta["made_from"] == {
+        "expert": card["weights"],
+        "shards": artifact.identity(outdir / "shards/manifest.json"),
+    }
     assert {key: meta[key] for key in ("expert", "context", "stride", "max_document_tokens")} == {
         "expert": "seed",
         "context": CONTEXT,

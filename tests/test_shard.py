@@ -33,7 +33,9 @@ class Result:
     def __init__(self, folder: Path, tokenizer_json: Path):
         self.folder = folder
         self.manifest = artifact.read_json(folder / "manifest.json", "shards")
-        self.quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text("utf-8").splitlines()]
+        self.quarantine = [
+            json.loads(line) for line in (folder / "quarantine.jsonl").read_text("utf-8").splitlines()
+        ]
         self.train: dict[str, str] = {}
         self.eval: dict[str, str] = {}
         self.ids: dict[str, list[int]] = {}
@@ -69,13 +71,18 @@ class Result:
         return self.train | self.eval
 
     def reasons(self) -> list[tuple[str, int, str]]:
-        return [(Path(row["source"]).name, row["line"], row["reason"].partition(":")[0]) for row in self.quarantine]
+        return [
+            (Path(row["source"]).name, row["line"], row["reason"].partition(":")[0])
+            for row in self.quarantine
+        ]
 
 
 def make(tokenizer_json: Path, out: Path, *train: Path, workers: int = 1, **corpus: Any) -> Result:
     """Run the rule on files; eval_fraction defaults to a half, and any share of the rows may be bad."""
     corpus = {"train": [str(path) for path in train], "eval_fraction": 0.5, "max_bad_share": 1.0, **corpus}
-    shard.make(made_texts.parameters("shard", corpus=corpus), tokenizer_json, out / "manifest.json", workers, None)
+    shard.make(
+        made_texts.parameters("shard", corpus=corpus), tokenizer_json, out / "manifest.json", workers, None
+    )
     return Result(out, tokenizer_json)
 
 
@@ -84,7 +91,12 @@ def make(tokenizer_json: Path, out: Path, *train: Path, workers: int = 1, **corp
 
 def test_documents_arrive_whole_in_order_and_tokenised(tmp_path: Path, tokenizer_json: Path) -> None:
     rows = made_texts.rows(200)
-    result = make(tokenizer_json, tmp_path / "s", made_texts.write_jsonl(tmp_path / "a.jsonl", rows), shard_bytes=1 << 13)
+    result = make(
+        tokenizer_json,
+        tmp_path / "s",
+        made_texts.write_jsonl(tmp_path / "a.jsonl", rows),
+        shard_bytes=1 << 13,
+    )
     assert result.all == {row["id"]: row["text"] for row in rows}
     order = [row["id"] for row in rows]
     assert list(result.train) == [name for name in order if name in result.train]
@@ -100,7 +112,12 @@ def test_documents_arrive_whole_in_order_and_tokenised(tmp_path: Path, tokenizer
 def test_split_is_by_text(tmp_path: Path, tokenizer_json: Path) -> None:
     rows = made_texts.rows(300)
     copies = [{"id": f"copy-{row['id']}", "text": row["text"]} for row in rows]
-    result = make(tokenizer_json, tmp_path / "s", made_texts.write_jsonl(tmp_path / "a.jsonl", rows + copies), eval_fraction=0.2)
+    result = make(
+        tokenizer_json,
+        tmp_path / "s",
+        made_texts.write_jsonl(tmp_path / "a.jsonl", rows + copies),
+        eval_fraction=0.2,
+    )
     assert len(result.all) == 600, "exact duplicates are kept"
     for row in rows:
         held_out = corpus_rows.uniform(corpus_rows.text_hash(row["text"].encode())) < 0.2
@@ -117,13 +134,24 @@ def test_split_is_by_text(tmp_path: Path, tokenizer_json: Path) -> None:
     fraction=st.sampled_from([0.3, 0.6]),
 )
 def test_split_depends_on_nothing_but_the_text(
-    tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory, order: list[int], cut: int, shard_bytes: int, fraction: float
+    tokenizer_json: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    order: list[int],
+    cut: int,
+    shard_bytes: int,
+    fraction: float,
 ) -> None:
     rows, folder = made_texts.rows(40), tmp_path_factory.mktemp("split")
     made_texts.write_jsonl(folder / "in/a.jsonl", [rows[i] for i in order[:cut]])
     made_texts.write_jsonl(folder / "in/b.jsonl", [rows[i] for i in order[cut:]])
-    result = make(tokenizer_json, folder / "s", folder / "in", shard_bytes=shard_bytes, eval_fraction=fraction)
-    expected = {row["id"] for row in rows if corpus_rows.uniform(corpus_rows.text_hash(row["text"].encode())) < fraction}
+    result = make(
+        tokenizer_json, folder / "s", folder / "in", shard_bytes=shard_bytes, eval_fraction=fraction
+    )
+    expected = {
+        row["id"]
+        for row in rows
+        if corpus_rows.uniform(corpus_rows.text_hash(row["text"].encode())) < fraction
+    }
     assert result.eval.keys() == expected
     assert result.train.keys() == {row["id"] for row in rows} - expected
 
@@ -132,11 +160,24 @@ def test_shards_are_the_same_for_any_number_of_workers(tmp_path: Path, tokenizer
     rows = made_texts.rows(300)
     rows[250]["id"] = rows[3]["id"]
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", [*rows[:100], b"broken", *rows[100:]])
-    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 1 << 13})
+    cfg = made_texts.write_config(
+        tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 1 << 13}
+    )
     for workers in (1, 2):
         out = tmp_path / f"s{workers}/manifest.json"
         log = tmp_path / "shard.log"
-        args = ("--config", cfg, "--tokenizer", tokenizer_json, "--out", out, "--workers", workers, "--log", log)
+        args = (
+            "--config",
+            cfg,
+            "--tokenizer",
+            tokenizer_json,
+            "--out",
+            out,
+            "--workers",
+            workers,
+            "--log",
+            log,
+        )
         done = made_texts.run("shard", *args)
         assert done.returncode == 0, done.stderr
         assert "gigatoken encoded" in log.read_text()
@@ -185,7 +226,11 @@ def test_text_files_as_documents_and_as_blocks(tmp_path: Path, tokenizer_json: P
     for i in range(10):
         (tmp_path / f"in/{i}").mkdir(parents=True)
         content = "\r\n\r\n".join(texts[3 * i : 3 * i + 3]).encode()
-        name, data = (("a.txt.gz", gzip.compress(content)), ("a.txt.zst", zstandard.compress(content)), ("a.txt", content))[i % 3]
+        name, data = (
+            ("a.txt.gz", gzip.compress(content)),
+            ("a.txt.zst", zstandard.compress(content)),
+            ("a.txt", content),
+        )[i % 3]
         (tmp_path / f"in/{i}" / name).write_bytes(data)
     files = make(tokenizer_json, tmp_path / "s1", tmp_path / "in")
     assert files.all["2/a.txt:1"] == "\n\n".join(texts[6:9])
@@ -197,18 +242,41 @@ def test_text_files_as_documents_and_as_blocks(tmp_path: Path, tokenizer_json: P
 
 def test_files_of_different_schemas_together(tmp_path: Path, tokenizer_json: Path) -> None:
     made_texts.write_jsonl(
-        tmp_path / "in/a.jsonl", [{"doc": {"body": "nested text", "key": 1}}, {"doc.body": "dotted text", "doc": 5, "more": []}]
+        tmp_path / "in/a.jsonl",
+        [{"doc": {"body": "nested text", "key": 1}}, {"doc.body": "dotted text", "doc": 5, "more": []}],
     )
     pq.write_table(pa.table({"doc": [{"body": "in a struct", "key": "p"}]}), tmp_path / "in/b.parquet")
-    pq.write_table(pa.table({"n": [1.5], "doc.body": pa.array(["in a column"], pa.large_string())}), tmp_path / "in/c.parquet")
-    result = make(tokenizer_json, tmp_path / "s", tmp_path / "in", text_field="doc.body", id_field="doc.key", eval_fraction=0.3)
-    assert result.all == {"1": "nested text", "a.jsonl:2": "dotted text", "p": "in a struct", "c.parquet:1": "in a column"}
+    pq.write_table(
+        pa.table({"n": [1.5], "doc.body": pa.array(["in a column"], pa.large_string())}),
+        tmp_path / "in/c.parquet",
+    )
+    result = make(
+        tokenizer_json,
+        tmp_path / "s",
+        tmp_path / "in",
+        text_field="doc.body",
+        id_field="doc.key",
+        eval_fraction=0.3,
+    )
+    assert result.all == {
+        "1": "nested text",
+        "a.jsonl:2": "dotted text",
+        "p": "in a struct",
+        "c.parquet:1": "in a column",
+    }
 
 
 def test_held_out_files(tmp_path: Path, tokenizer_json: Path) -> None:
     rows = made_texts.rows(80)
-    train = [*rows[20:], {"id": "leak", "text": rows[5]["text"]}, {"id": rows[7]["id"], "text": "another text"}]
-    a, b = made_texts.write_jsonl(tmp_path / "a.jsonl", train), made_texts.write_jsonl(tmp_path / "b.jsonl", rows[:20])
+    train = [
+        *rows[20:],
+        {"id": "leak", "text": rows[5]["text"]},
+        {"id": rows[7]["id"], "text": "another text"},
+    ]
+    a, b = (
+        made_texts.write_jsonl(tmp_path / "a.jsonl", train),
+        made_texts.write_jsonl(tmp_path / "b.jsonl", rows[:20]),
+    )
     for shard_bytes in (4096, 1 << 20):
         result = make(tokenizer_json, tmp_path / f"s{shard_bytes}", a, eval=[str(b)], shard_bytes=shard_bytes)
         assert list(result.eval) == [row["id"] for row in rows[:20]]
@@ -226,7 +294,7 @@ def test_file_on_both_sides_is_refused(tmp_path: Path, tokenizer_json: Path) -> 
 def test_demo_file_stands_for_the_built_in_corpus(tmp_path: Path, tokenizer_json: Path) -> None:
     demo = made_texts.write_jsonl(tmp_path / "demo.jsonl", made_texts.rows(100))
     how = made_texts.parameters("shard")
-    assert how["train"] == ["builtin:demo"]
+    assert how.train == ["builtin:demo"]
     shard.make(how, tokenizer_json, tmp_path / "s/manifest.json", 1, demo)
     assert len(Result(tmp_path / "s", tokenizer_json).all) == 100
     with pytest.raises(ValueError, match="--demo"):
@@ -252,7 +320,10 @@ def test_bad_rows_go_to_the_quarantine_and_nothing_is_lost(tmp_path: Path, token
     }
     content: list[Any] = [*good[:20], *bad, *good[20:], b"", b'{"id": "nul", "text": "NUL \\u0000 stays"}']
     made_texts.write_jsonl(tmp_path / "in/a.jsonl", content)
-    made_texts.write_jsonl(tmp_path / "in/b.jsonl", [{"id": 17, "text": "a number as id"}, {"id": "17", "text": "the same id as text"}])
+    made_texts.write_jsonl(
+        tmp_path / "in/b.jsonl",
+        [{"id": 17, "text": "a number as id"}, {"id": "17", "text": "the same id as text"}],
+    )
     for shard_bytes in (4096, 1 << 20):
         result = make(tokenizer_json, tmp_path / f"s{shard_bytes}", tmp_path / "in", shard_bytes=shard_bytes)
         assert {name: text for name, text in result.all.items() if name in {row["id"] for row in good}} == {
@@ -260,14 +331,20 @@ def test_bad_rows_go_to_the_quarantine_and_nothing_is_lost(tmp_path: Path, token
         }
         assert result.all["nul"] == "NUL \0 stays"
         assert result.all["17"] == "a number as id"
-        expected = [("a.jsonl", 21 + i, reason) for i, reason in enumerate(bad.values())] + [("b.jsonl", 2, "duplicate id")]
+        expected = [("a.jsonl", 21 + i, reason) for i, reason in enumerate(bad.values())] + [
+            ("b.jsonl", 2, "duplicate id")
+        ]
         assert sorted(result.reasons()) == sorted(expected)
         assert len(result.all) + len(result.quarantine) == len(content) - 1 + 2, "the empty line is no row"
 
 
 @pytest.mark.parametrize(("shard_bytes", "row_group_bytes"), [(4096, 1 << 23), (1 << 20, 1000)])
 def test_duplicate_ids_keep_the_first(
-    tmp_path: Path, tokenizer_json: Path, shard_bytes: int, row_group_bytes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tokenizer_json: Path,
+    shard_bytes: int,
+    row_group_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(shard_block, "_ROW_GROUP_BYTES", row_group_bytes)
     rows = made_texts.rows(100)
@@ -311,12 +388,22 @@ def test_single_long_document(tmp_path: Path, tokenizer_json: Path) -> None:
     page = "\n".join(made_texts.texts(500)) + "\n"
     text = page * (50_000_000 // len(page))
     made_texts.write_jsonl(tmp_path / "a.jsonl", [*made_texts.rows(20), {"id": "long", "text": text}])
-    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(tmp_path / "a.jsonl")], "eval_fraction": 0.4})
-    done = made_texts.run("shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json")
+    cfg = made_texts.write_config(
+        tmp_path / "c.json", corpus={"train": [str(tmp_path / "a.jsonl")], "eval_fraction": 0.4}
+    )
+    done = made_texts.run(
+        "shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json"
+    )
     assert done.returncode == 0, done.stderr
-    (entry,) = [e for e in artifact.read_json(tmp_path / "s/manifest.json", "shards")["shards"] if e["n_bytes"] > 40_000_000]
+    (entry,) = [
+        e
+        for e in artifact.read_json(tmp_path / "s/manifest.json", "shards")["shards"]
+        if e["n_bytes"] > 40_000_000
+    ]
     ids = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", columns=["doc_id"])["doc_id"].to_pylist()
-    (stored,) = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", filters=[("doc_id", "=", "long")])["text"].to_pylist()
+    (stored,) = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", filters=[("doc_id", "=", "long")])[
+        "text"
+    ].to_pylist()
     assert stored == text
     documents, row = token_files.read(tmp_path / f"s/{entry['name']}.arrow", 0), ids.index("long")
     expected = tokenizer.Encoder(tokenizer_json).encode(text.encode(), fast=True)
@@ -330,9 +417,16 @@ def test_document_without_tokens(tmp_path: Path) -> None:
     made.normalizer = tokenizers.normalizers.Replace("\u200b", "")
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.save(str(tmp_path / "tokenizer.json"))
-    about = {"separator_id": 0, "vocab_size": 2, "source": "test", "identity": artifact.identity(tmp_path / "tokenizer.json")}
+    about = {
+        "separator_id": 0,
+        "vocab_size": 2,
+        "source": "test",
+        "identity": artifact.identity(tmp_path / "tokenizer.json"),
+    }
     artifact.write_json(tmp_path / "card.json", artifact.make_meta("tokenizer", {}, **about))
-    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", [{"text": "a " * (i + 1)} for i in range(10)] + [{"text": "\u200b"}])
+    corpus = made_texts.write_jsonl(
+        tmp_path / "a.jsonl", [{"text": "a " * (i + 1)} for i in range(10)] + [{"text": "\u200b"}]
+    )
     result = make(tmp_path / "tokenizer.json", tmp_path / "s", corpus)
     assert result.reasons() == [("a.jsonl", 11, "no tokens")]
     assert result.manifest["encoder"] == "tokenizers"
@@ -348,11 +442,15 @@ def refused(tmp_path: Path, tokenizer_json: Path, match: str, *train: Path, **co
     assert not (tmp_path / "s/manifest.json").exists()
 
 
-def test_too_many_bad_rows_stop_the_run_and_the_quarantine_stays(tmp_path: Path, tokenizer_json: Path) -> None:
+def test_too_many_bad_rows_stop_the_run_and_the_quarantine_stays(
+    tmp_path: Path, tokenizer_json: Path
+) -> None:
     content = [*made_texts.rows(90), *[b"broken"] * 7, *[b'{"text": 1}'] * 3]
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", content)
     cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "max_bad_share": 0.09})
-    done = made_texts.run("shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json")
+    done = made_texts.run(
+        "shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json"
+    )
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert f"10 of 100 rows (10.00%) cannot be used: 7 x broken JSON ({corpus}:91: broken JSON: " in line
@@ -369,7 +467,13 @@ def test_corpora_without_documents(tmp_path: Path, tokenizer_json: Path) -> None
     empty.touch()
     refused(tmp_path, tokenizer_json, "no rows in its 1 files", empty)
     blank = made_texts.write_jsonl(tmp_path / "blank.jsonl", [{"text": " \n"}, {"text": ""}])
-    refused(tmp_path, tokenizer_json, r"2 of 2 rows \(100.00%\) cannot be used: 2 x empty text", blank, max_bad_share=0.5)
+    refused(
+        tmp_path,
+        tokenizer_json,
+        r"2 of 2 rows \(100.00%\) cannot be used: 2 x empty text",
+        blank,
+        max_bad_share=0.5,
+    )
     refused(tmp_path, tokenizer_json, "2 of 2 rows", blank)
     (tmp_path / "empty.txt").touch()
     refused(tmp_path, tokenizer_json, "1 x empty text", tmp_path / "empty.txt", max_bad_share=0.5)
@@ -379,17 +483,39 @@ def test_corpora_without_documents(tmp_path: Path, tokenizer_json: Path) -> None
 
 def test_nothing_held_out_or_nothing_to_train_on(tmp_path: Path, tokenizer_json: Path) -> None:
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(3))
-    refused(tmp_path, tokenizer_json, "none of the 3 documents is held out.*Raise corpus.eval_fraction", corpus, eval_fraction=1e-6)
-    refused(tmp_path, tokenizer_json, "none of the 3 documents is left to train on", corpus, eval_fraction=0.999999)
+    refused(
+        tmp_path,
+        tokenizer_json,
+        "none of the 3 documents is held out.*Raise corpus.eval_fraction",
+        corpus,
+        eval_fraction=1e-6,
+    )
+    refused(
+        tmp_path,
+        tokenizer_json,
+        "none of the 3 documents is left to train on",
+        corpus,
+        eval_fraction=0.999999,
+    )
     blank = made_texts.write_jsonl(tmp_path / "b.jsonl", [{"text": ""}])
     refused(tmp_path, tokenizer_json, "is held out.*Add documents to corpus.eval", corpus, eval=[str(blank)])
 
 
 def test_column_of_numbers_and_missing_column(tmp_path: Path, tokenizer_json: Path) -> None:
     pq.write_table(pa.table({"text": [1, 2, 3], "body": ["a", "b", "c"]}), tmp_path / "a.parquet")
-    refused(tmp_path, tokenizer_json, "3 of 3 rows.*text is not a string: a number", tmp_path / "a.parquet", max_bad_share=0.05)
     refused(
-        tmp_path, tokenizer_json, "no column words. Expected one of its columns, text, body", tmp_path / "a.parquet", text_field="words"
+        tmp_path,
+        tokenizer_json,
+        "3 of 3 rows.*text is not a string: a number",
+        tmp_path / "a.parquet",
+        max_bad_share=0.05,
+    )
+    refused(
+        tmp_path,
+        tokenizer_json,
+        "no column words. Expected one of its columns, text, body",
+        tmp_path / "a.parquet",
+        text_field="words",
     )
 
 
@@ -417,17 +543,34 @@ def test_file_that_cannot_be_read_is_named(tmp_path: Path, tokenizer_json: Path)
 def test_tokenizer_that_does_not_match_its_card(tmp_path: Path, tokenizer_json: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
     with pytest.raises((ValueError, OSError), match=r"card\.json"):
-        make(tmp_path / "tokenizer.json", tmp_path / "s", made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(5)))
+        make(
+            tmp_path / "tokenizer.json",
+            tmp_path / "s",
+            made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(5)),
+        )
 
 
 # what may happen to a run
 
 
-def started(tmp_path: Path, tokenizer_json: Path, n_rows: int, workers: int, awaited: str) -> tuple[subprocess.Popen[str], list[Any], Path]:
+def started(
+    tmp_path: Path, tokenizer_json: Path, n_rows: int, workers: int, awaited: str
+) -> tuple[subprocess.Popen[str], list[Any], Path]:
     """A run that has written shards named like `awaited`, its arguments and its corpus."""
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(n_rows))
-    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096, "eval_fraction": 0.2})
-    args = ["--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json", "--workers", workers]
+    cfg = made_texts.write_config(
+        tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096, "eval_fraction": 0.2}
+    )
+    args = [
+        "--config",
+        cfg,
+        "--tokenizer",
+        tokenizer_json,
+        "--out",
+        tmp_path / "s/manifest.json",
+        "--workers",
+        workers,
+    ]
     run = made_texts.start("shard", *args)
     while not list((tmp_path / "s").glob(awaited)):
         assert run.poll() is None
@@ -442,10 +585,21 @@ def limited() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_disk_full_is_one_line_and_leaves_nothing_damaged(tmp_path: Path, tokenizer_json: Path, workers: int) -> None:
+def test_disk_full_is_one_line_and_leaves_nothing_damaged(
+    tmp_path: Path, tokenizer_json: Path, workers: int
+) -> None:
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(8000))
     cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)]})
-    args = ("--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json", "--workers", workers)
+    args = (
+        "--config",
+        cfg,
+        "--tokenizer",
+        tokenizer_json,
+        "--out",
+        tmp_path / "s/manifest.json",
+        "--workers",
+        workers,
+    )
     done = made_texts.run("shard", *args, preexec_fn=limited)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -498,7 +652,9 @@ def test_killed_worker_is_one_line(tmp_path: Path, tokenizer_json: Path) -> None
     import psutil
 
     run, _, _ = started(tmp_path, tokenizer_json, 4000, 2, "train-0000*.arrow")
-    workers = [child for child in psutil.Process(run.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = [
+        child for child in psutil.Process(run.pid).children() if "spawn_main" in " ".join(child.cmdline())
+    ]
     assert workers
     workers[0].kill()
     _, stderr = run.communicate()

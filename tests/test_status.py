@@ -61,7 +61,13 @@ def last_time(out: Path) -> float:
     return rows_of(out, "0")[-1]["time"]
 
 
-def look(out: Path, name: str, queue: dict[str, commands.Job] | None = None, now: float | None = None, kind: str = "expert") -> Row:
+def look(
+    out: Path,
+    name: str,
+    queue: dict[str, commands.Job] | None = None,
+    now: float | None = None,
+    kind: str = "expert",
+) -> Row:
     """One row; by default an hour after the last step."""
     rows = status.gather(out, queue, last_time(out) + HOUR if now is None else now).rows
     return next(row for row in rows if (row.kind, row.name) == (kind, name))
@@ -74,7 +80,9 @@ def test_a_finished_an_interrupted_and_a_waiting_expert(out):
     seed, zero, one = (look(out, name) for name in ("seed", "0", "1"))
     card = json.loads((out / "experts/seed/card.json").read_text())
     assert (seed.state, seed.step, seed.n_steps, seed.loss) == ("done", 5, 5, card["final_loss"])
-    assert seed.tokens_per_s == statistics.median(row["tokens_per_s"] for row in training_log.read(out / "experts/seed/metrics.jsonl"))
+    assert seed.tokens_per_s == statistics.median(
+        row["tokens_per_s"] for row in training_log.read(out / "experts/seed/metrics.jsonl")
+    )
     assert (zero.state, zero.step, zero.n_steps, zero.eta_s) == ("stopped", 6, 10, None)
     assert zero.loss == pytest.approx(statistics.fmean(row["loss"] for row in rows_of(out, "0")))
     newest = max(path.stat().st_mtime for path in (out / "work/0/state").glob("step-*.safetensors"))
@@ -127,7 +135,10 @@ def test_an_expert_of_another_plan_or_without_weights_is_not_done(out):
 def test_mfu_is_shown_where_it_is_known(out):
     assert look(out, "0").mfu is None
     path = out / "work/0/state/metrics.jsonl"
-    rows = [row | {"mfu": mfu} for row, mfu in zip(rows_of(out, "0"), [None, 0.1, 0.4, 0.41, 0.42, 0.43], strict=True)]
+    rows = [
+        row | {"mfu": mfu}
+        for row, mfu in zip(rows_of(out, "0"), [None, 0.1, 0.4, 0.41, 0.42, 0.43], strict=True)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert look(out, "0").mfu == 0.41
     assert "41.0 %" in status_table.render(status.gather(out, None, 0.0))
@@ -151,7 +162,9 @@ def test_stages_are_the_rules_of_the_workflow():
 def holding(folder: Path) -> Iterator[subprocess.Popen]:
     """A process that holds the lock of `folder`."""
     code = "import sys; from cbtm_pipeline.base import lock; lock.hold(sys.argv[1]); print('held', flush=True); input()"
-    process = subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdin and process.stdout
     try:
         assert process.stdout.readline() == "held\n"
@@ -241,7 +254,9 @@ def test_a_failed_rule_says_why(out, kind, name, log, label):
     say(out / "logs" / log, label, "x.npz: damaged.\nExpected better. Make it again.")
     row = look(out, name, kind=kind)
     assert (row.state, row.error) == ("failed", "x.npz: damaged. Expected better. Make it again.")
-    assert f"{name}: x.npz: damaged. Expected better. Make it again.\n" in status_table.render(status.gather(out, None, 0.0))
+    assert f"{name}: x.npz: damaged. Expected better. Make it again.\n" in status_table.render(
+        status.gather(out, None, 0.0)
+    )
     began = (out / "logs" / log).stat().st_mtime + 1
     os.utime(out / "config.json", (began, began))  # the run was started again since
     assert look(out, name, kind=kind).error is None
@@ -262,7 +277,9 @@ def job(state: str, reason: str = "None", nodes: str = "") -> dict[str, commands
     return {"17": commands.Job("17", "expert-0", state, reason, nodes, 0, "token", "", "")}
 
 
-def submit(out: Path, name: str, *kinds: str, job_id: str = "17", fingerprint: str = "f", record: bool = True) -> Path:
+def submit(
+    out: Path, name: str, *kinds: str, job_id: str = "17", fingerprint: str = "f", record: bool = True
+) -> Path:
     """The folder of a job with these events, as launch.py and task.py write them; "ended 1" is an ended with exit status 1."""
     folder = out / "slurm" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +289,10 @@ def submit(out: Path, name: str, *kinds: str, job_id: str = "17", fingerprint: s
         more |= {"node": "gpu3"} if event in ("started", "ended") else {}
         events.add(folder, event, job_id=job_id, fingerprint=fingerprint, **more)
     if record:
-        events.write_json(folder / "job.json", {"job_id": job_id, "name": name, "token": "token", "fingerprint": fingerprint})
+        events.write_json(
+            folder / "job.json",
+            {"job_id": job_id, "name": name, "token": "token", "fingerprint": fingerprint},
+        )
     return folder
 
 
@@ -303,11 +323,15 @@ def test_states_of_a_job(out, queue, expected):
 def test_without_slurm_a_training_still_runs_if_its_files_say_so(out):
     submit(out, "expert-0", "submitted", "started")
     assert look(out, "0", None, now=last_time(out) + 10).state == "running"
-    assert look(out, "0", job("PENDING"), now=last_time(out) + 10).state == "waiting"  # preempted, its rows are of just now
+    assert (
+        look(out, "0", job("PENDING"), now=last_time(out) + 10).state == "waiting"
+    )  # preempted, its rows are of just now
 
 
 def test_restarts_are_those_of_the_newest_work(out):
-    submit(out, "expert-0", "submitted", "started", "started", "taken 0", fingerprint="f", record=False)  # trained, then deleted
+    submit(
+        out, "expert-0", "submitted", "started", "started", "taken 0", fingerprint="f", record=False
+    )  # trained, then deleted
     submit(out, "expert-0", "submitted", "started", fingerprint="of another config", record=False)
     assert look(out, "0").n_restarts == 0
     submit(out, "expert-0", "submitted")
@@ -337,7 +361,10 @@ def test_failures_by_events(out, kinds, state):
     folder = submit(out, "expert-0", "submitted", "started", *kinds)
     (folder / "17_0_log.out").touch()
     row = look(out, "0", {})
-    assert (row.state, row.error) == (state, f"its job ended with an error, see {folder}/17_0_log.out" if state == "failed" else None)
+    assert (row.state, row.error) == (
+        state,
+        f"its job ended with an error, see {folder}/17_0_log.out" if state == "failed" else None,
+    )
     began = last_time(out) + HOUR
     os.utime(out / "config.json", (began, began))
     assert look(out, "0", {}, began).state == "stopped"
@@ -373,14 +400,45 @@ def all_files(trained, tmp_path_factory) -> Path:
 
 
 READ = [
-    *("config.json", ".lock", "work/0/.lock", "work/0/state/metrics.jsonl", "experts/seed/card.json", "experts/seed/metrics.jsonl"),
-    *("slurm/expert-0/job.json", "slurm/expert-0/events.jsonl", "slurm/expert-0/result.json", "slurm/embed/events.jsonl"),
+    *(
+        "config.json",
+        ".lock",
+        "work/0/.lock",
+        "work/0/state/metrics.jsonl",
+        "experts/seed/card.json",
+        "experts/seed/metrics.jsonl",
+    ),
+    *(
+        "slurm/expert-0/job.json",
+        "slurm/expert-0/events.jsonl",
+        "slurm/expert-0/result.json",
+        "slurm/embed/events.jsonl",
+    ),
     *("slurm/score-1/job.json", "logs/train_expert/0.log", "logs/embed.log", "logs/score_expert/1.log"),
 ]
-KEYS = st.sampled_from(["step", "loss", "time", "plan", "n_steps", "job_id", "token", "status", "error", "event", "node", "fingerprint"])
+KEYS = st.sampled_from(
+    [
+        "step",
+        "loss",
+        "time",
+        "plan",
+        "n_steps",
+        "job_id",
+        "token",
+        "status",
+        "error",
+        "event",
+        "node",
+        "fingerprint",
+    ]
+)
 WORDS = st.sampled_from(["started", "taken", "ended", "17", "token", "\x1b[2J", "two\nlines"])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6), max_leaves=9)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6),
+    max_leaves=9,
+)
 ROWS = st.lists(st.dictionaries(KEYS, JSON, max_size=8).map(json.dumps), max_size=5).map("\n".join)
 GARBAGE = st.binary() | ROWS.map(str.encode) | JSON.map(lambda value: json.dumps(value).encode())
 
@@ -395,7 +453,10 @@ def test_nothing_that_lies_there_is_an_error(all_files, data):
     try:
         path.write_bytes(content)
         found = status.gather(all_files, queue, data.draw(st.sampled_from([0.0, before.st_mtime + 1, 4e9])))
-        assert all(len(line) <= status_table.WIDTH and line.isprintable() for line in status_table.render(found).splitlines())
+        assert all(
+            len(line) <= status_table.WIDTH and line.isprintable()
+            for line in status_table.render(found).splitlines()
+        )
         json.dumps([row._asdict() for row in found.rows], allow_nan=False)
     finally:
         path.write_bytes(whole)
@@ -420,7 +481,13 @@ def test_without_a_config_there_is_still_something_to_see(out):
     submit(out, "expert-11", "submitted")
     found = status.gather(out, {}, 0.0)
     assert "config.json: unexpected" in found.notes[0]
-    assert [row.name for row in found.rows if row.kind == "expert"] == ["seed", "0", "11", "random-9", "random-10"]
+    assert [row.name for row in found.rows if row.kind == "expert"] == [
+        "seed",
+        "0",
+        "11",
+        "random-9",
+        "random-10",
+    ]
     assert (look(out, "seed").step, look(out, "seed").n_steps) == (5, 5)
     assert (look(out, "0").step, look(out, "0").n_steps) == (6, None)
     (out / "config.json").unlink()
@@ -440,7 +507,10 @@ def test_no_run_yet(tmp_path, make):
     make(out)
     found = status.gather(out, None, 0.0)
     assert found.rows == []
-    assert status_table.render(found) == f"{out}: no run yet. Expected config.json, which a run writes when it starts.\n"
+    assert (
+        status_table.render(found)
+        == f"{out}: no run yet. Expected config.json, which a run writes when it starts.\n"
+    )
 
 
 @given(st.lists(st.integers(0, 10**9), max_size=30), st.integers(1, 400), st.integers(0, 12))
@@ -455,12 +525,25 @@ def test_the_end_of_a_log_is_its_newest_whole_rows(tmp_path, values, n_bytes, n_
     # whole rows (a last one without its newline is whole, too) that begin after the first newline of what is read
     begins = [0, *lengths]
     start = 0 if len(cut) <= n_bytes else next((b for b in begins if b > len(cut) - n_bytes), len(cut) + 1)
-    expected = [{"step": v} for v, b, e in zip(values, begins, lengths, strict=False) if b >= start and e - 1 <= len(cut)]
+    expected = [
+        {"step": v}
+        for v, b, e in zip(values, begins, lengths, strict=False)
+        if b >= start and e - 1 <= len(cut)
+    ]
     assert lenient.rows(path, n_bytes) == expected
 
 
 @pytest.mark.parametrize(
-    ("value", "number"), [(3, 3.0), (2.5, 2.5), (True, None), ("3", None), (None, None), (float("inf"), None), (float("nan"), None)]
+    ("value", "number"),
+    [
+        (3, 3.0),
+        (2.5, 2.5),
+        (True, None),
+        ("3", None),
+        (None, None),
+        (float("inf"), None),
+        (float("nan"), None),
+    ],
 )
 def test_what_is_a_number(value, number):
     assert lenient.number(value) == number
@@ -477,16 +560,32 @@ def test_text_stays_on_its_line_and_moves_no_cursor():
 
 def test_a_wide_table_stays_within_its_width():
     widest = Row(
-        *("expert", "random-127", "running", 123456, 1234567, 12.3456, 12345678.9, 0.9999, 99 * HOUR, 99 * HOUR),
+        *(
+            "expert",
+            "random-127",
+            "running",
+            123456,
+            1234567,
+            12.3456,
+            12345678.9,
+            0.9999,
+            99 * HOUR,
+            99 * HOUR,
+        ),
         *("123456789012", "PENDING", "AssocGrpGRESMinutes", "gpu-a100-[1-128].example", 1234, "x" * 200),
     )
     rows = [widest, widest._replace(kind="stage", name="score_expert")] * 20
-    lines = status_table.render(status.Status("results", "process 1 on " + "h" * 200, rows, ["n" * 300])).splitlines()
+    lines = status_table.render(
+        status.Status("results", "process 1 on " + "h" * 200, rows, ["n" * 300])
+    ).splitlines()
     assert max(map(len, lines)) <= status_table.WIDTH
 
 
 def test_columns_are_aligned_and_empty_ones_left_out():
-    rows = [Row("expert", "seed", "done", 5, 5, 2.0), Row("expert", "random-10", "running", 10, 2000, 3.25, eta_s=75.0)]
+    rows = [
+        Row("expert", "seed", "done", 5, 5, 2.0),
+        Row("expert", "random-10", "running", 10, 2000, 3.25, eta_s=75.0),
+    ]
     table = status_table.render(status.Status("results", None, rows, [])).splitlines()
     assert table == [
         "results: no snakemake runs",
@@ -498,14 +597,25 @@ def test_columns_are_aligned_and_empty_ones_left_out():
         "2 experts: 1 done, 1 running. ETA: 1m15s",
     ]
     rows.append(Row("expert", "1", "waiting", 0, 2000))
-    assert status_table.summary(rows) == "3 experts: 1 done, 1 running, 1 waiting. ETA of those that run: 1m15s"
+    assert (
+        status_table.summary(rows) == "3 experts: 1 done, 1 running, 1 waiting. ETA of those that run: 1m15s"
+    )
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.9, "0s"), (59, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (172799, "47h59m"), (172800, "2d00h")]
+    ("seconds", "text"),
+    [
+        (0.9, "0s"),
+        (59, "59s"),
+        (60, "1m00s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (172799, "47h59m"),
+        (172800, "2d00h"),
+    ],
 )
 def test_durations(seconds, text):
-    assert status_table.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_a_bar_is_full_only_at_the_end():
@@ -521,7 +631,9 @@ def test_a_bar_is_full_only_at_the_end():
 
 
 def run(*args: object, cwd: Path, module: str = "cbtm_pipeline", **more: Any) -> str:
-    done = subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=cwd, capture_output=True, text=True, **more)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)], cwd=cwd, capture_output=True, text=True, **more
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -538,7 +650,9 @@ def test_the_command_finds_the_run(out, tmp_path):
     assert run("status", "--configfile", "mine.yaml", "steps.yaml", cwd=tmp_path).startswith("results: ")
     both = run("status", out, "nowhere", "--configfile", "mine.yaml", cwd=tmp_path)
     assert both.startswith(f"{out}: ")
-    assert both.endswith("\n\nnowhere: no run yet. Expected config.json, which a run writes when it starts.\n")
+    assert both.endswith(
+        "\n\nnowhere: no run yet. Expected config.json, which a run writes when it starts.\n"
+    )
 
 
 def test_json_says_it_all(out, tmp_path):
@@ -564,7 +678,11 @@ def test_where_there_is_no_slurm_it_says_so(out, tmp_path):
 
 def test_whoever_reads_may_stop_reading(out, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "cbtm_pipeline", "status"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "cbtm_pipeline", "status"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout and process.stderr
     process.stdout.close()
@@ -574,10 +692,18 @@ def test_whoever_reads_may_stop_reading(out, tmp_path):
 
 
 def test_colours_on_a_terminal_only(out, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")} | {"TERM": "xterm"}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")
+    } | {"TERM": "xterm"}
     assert "\x1b" not in run("status", cwd=tmp_path, env=environment)
     ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-m", "cbtm_pipeline", "status"], cwd=tmp_path, stdout=theirs, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "cbtm_pipeline", "status"],
+        cwd=tmp_path,
+        stdout=theirs,
+        env=environment,
+        check=True,
+    )
     os.close(theirs)
     shown = b""
     try:
@@ -591,12 +717,25 @@ def test_colours_on_a_terminal_only(out, tmp_path):
 
 def test_it_starts_fast():
     code = "import sys, cbtm_pipeline.__main__, cbtm_pipeline.status; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "transformers", "scipy", "sklearn", "pyarrow", "rich", "submitit", "snakemake"} & set(loaded)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {
+        "torch",
+        "transformers",
+        "scipy",
+        "sklearn",
+        "pyarrow",
+        "rich",
+        "submitit",
+        "snakemake",
+    } & set(loaded)
 
 
 def test_cbtm_is_a_command_with_two_subcommands(tmp_path):
-    module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["cbtm"].partition(":")
+    module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
+        "cbtm"
+    ].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
     for arguments in (["--help"], ["status", "--help"], ["doctor", "--help"]):
         assert run(*arguments, cwd=tmp_path).startswith("usage: cbtm " + " ".join(arguments[:-1]))
@@ -605,8 +744,18 @@ def test_cbtm_is_a_command_with_two_subcommands(tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_is_done(finished):
     found = status.gather(finished / "results", None, (finished / "results/report.html").stat().st_mtime)
-    assert [row.name for row in found.rows if row.kind == "stage"] == [name for name in status.OUTPUTS if name != "demo_corpus"]
-    assert [row.name for row in found.rows if row.kind == "expert"] == ["seed", "0", "1", "dense", "dense-steps", "random-0", "random-1"]
+    assert [row.name for row in found.rows if row.kind == "stage"] == [
+        name for name in status.OUTPUTS if name != "demo_corpus"
+    ]
+    assert [row.name for row in found.rows if row.kind == "expert"] == [
+        "seed",
+        "0",
+        "1",
+        "dense",
+        "dense-steps",
+        "random-0",
+        "random-1",
+    ]
     assert {row.state for row in found.rows} == {"done"}
     assert all(row.step == row.n_steps for row in found.rows)
     assert (found.active, found.notes) == (None, [])

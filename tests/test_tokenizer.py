@@ -49,16 +49,24 @@ def test_trained_tokenizer_is_what_transformers_loads(trained: Path) -> None:
     assert loaded.decode(loaded.encode("The rose")) == "The rose"
     ids = tokenizer.Encoder(trained).encode(text.encode(), fast=True)
     assert loaded.decode(ids.tolist()) == text
-    assert sorted(path.name for path in trained.parent.iterdir()) == ["card.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in trained.parent.iterdir()) == [
+        "card.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_same_text_gives_the_same_bytes_on_any_number_of_threads(tmp_path: Path, trained: Path) -> None:
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(300, 99))
-    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(corpus)]}, tokenizer={"vocab_size": 320})
+    cfg = made_texts.write_config(
+        tmp_path / "c.json", corpus={"train": [str(corpus)]}, tokenizer={"vocab_size": 320}
+    )
     for n_threads in (1, 3):
         out = tmp_path / f"{n_threads}/tokenizer.json"
         env = {**os.environ, "RAYON_NUM_THREADS": str(n_threads)}
-        done = made_texts.run("tokenizer", "--config", cfg, "--out", out, "--log", tmp_path / "t.log", env=env)
+        done = made_texts.run(
+            "tokenizer", "--config", cfg, "--out", out, "--log", tmp_path / "t.log", env=env
+        )
         assert done.returncode == 0, done.stderr
         assert out.read_bytes() == trained.read_bytes()
         assert (out.parent / "card.json").read_bytes() == (trained.parent / "card.json").read_bytes()
@@ -66,9 +74,13 @@ def test_same_text_gives_the_same_bytes_on_any_number_of_threads(tmp_path: Path,
 
 
 def test_training_never_sees_held_out_text(tmp_path: Path) -> None:
-    texts = [f"{word} " * 50 for word in ("".join(random.Random(i).choices("abcdefghij", k=12)) for i in range(60))]
+    texts = [
+        f"{word} " * 50 for word in ("".join(random.Random(i).choices("abcdefghij", k=12)) for i in range(60))
+    ]
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    how = made_texts.parameters("tokenizer", corpus={"train": [str(corpus)], "eval_fraction": 0.4}, tokenizer={"vocab_size": 4000})
+    how = made_texts.parameters(
+        "tokenizer", corpus={"train": [str(corpus)], "eval_fraction": 0.4}, tokenizer={"vocab_size": 4000}
+    )
     tokenizer.make(how, tmp_path / "t/tokenizer.json", None)
     encoder = tokenizer.Encoder(tmp_path / "t/tokenizer.json")
     for text in texts:
@@ -85,12 +97,16 @@ def test_no_text_to_train_on(tmp_path: Path) -> None:
     assert list((tmp_path / "t").iterdir()) == []
 
 
-DOCUMENTS = st.lists(st.text(alphabet="abé😀", min_size=1, max_size=30).map(str.encode), min_size=1, max_size=30)
+DOCUMENTS = st.lists(
+    st.text(alphabet="abé😀", min_size=1, max_size=30).map(str.encode), min_size=1, max_size=30
+)
 
 
 @settings(max_examples=100, deadline=None)
 @given(documents=DOCUMENTS, n_bytes=st.integers(1, 300), share=st.sampled_from([0.0, 0.3]), seed=st.randoms())
-def test_sample_is_as_large_as_asked_and_does_not_depend_on_order(documents: list[bytes], n_bytes: int, share: float, seed: Any) -> None:
+def test_sample_is_as_large_as_asked_and_does_not_depend_on_order(
+    documents: list[bytes], n_bytes: int, share: float, seed: Any
+) -> None:
     def uniform(text: bytes) -> float:
         return corpus_rows.uniform(corpus_rows.text_hash(text))
 
@@ -134,7 +150,9 @@ def test_special_tokens_in_the_text_are_ordinary_characters(encoder: tokenizer.E
         assert decode(encoder, ids) == "a <|endoftext|><|endoftext|> b"
 
 
-def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path, trained: Path, encoder: tokenizer.Encoder) -> None:
+def test_truncation_and_padding_in_the_file_are_ignored(
+    tmp_path: Path, trained: Path, encoder: tokenizer.Encoder
+) -> None:
     other = tokenizers.Tokenizer.from_file(str(trained))
     other.enable_truncation(5)
     other.enable_padding(length=100)
@@ -150,7 +168,9 @@ def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path, trained:
 
 def other_tokenizer(kind: str) -> tokenizers.Tokenizer:
     trainers, pre = tokenizers.trainers, tokenizers.pre_tokenizers
-    byte_level = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>"], initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
+    byte_level = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>"], initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+    )
     if kind == "wordlevel":
         made = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<s>"))
         made.pre_tokenizer = pre.Whitespace()
@@ -158,7 +178,9 @@ def other_tokenizer(kind: str) -> tokenizers.Tokenizer:
     elif kind == "unigram":
         made = tokenizers.Tokenizer(tokenizers.models.Unigram())
         made.pre_tokenizer = pre.Metaspace()
-        trainer = trainers.UnigramTrainer(special_tokens=["<s>"], unk_token="<s>", vocab_size=200, show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            special_tokens=["<s>"], unk_token="<s>", vocab_size=200, show_progress=False
+        )
     else:
         made = tokenizers.Tokenizer(tokenizers.models.BPE())
         made.pre_tokenizer = pre.ByteLevel(add_prefix_space=False, use_regex=kind != "no words")
@@ -178,10 +200,14 @@ def test_where_gigatoken_cannot_follow_the_reference_it_is_not_used(tmp_path: Pa
     encoder = tokenizer.Encoder(tmp_path / "tokenizer.json")
     assert encoder.why_slow
     text = "The rose, the roses and the Ship"
-    assert encoder.encode(text.encode(), fast=False).tolist() == made.encode(text, add_special_tokens=False).ids
+    assert (
+        encoder.encode(text.encode(), fast=False).tolist() == made.encode(text, add_special_tokens=False).ids
+    )
 
 
-def test_cache_of_gigatoken_is_renewed_without_changing_ids(encoder: tokenizer.Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_gigatoken_is_renewed_without_changing_ids(
+    encoder: tokenizer.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = made_texts.texts(1)[0].encode()
     expected, backend = encoder.encode(text, fast=True), encoder._fast
     monkeypatch.setattr(tokenizer, "_LOOK_BYTES", 2 * len(text))
@@ -266,7 +292,9 @@ def test_pieces_are_short_and_whole(kind: str, short_pieces: None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lines", "words"])
-def test_pieces_give_the_tokens_of_the_whole(encoder: tokenizer.Encoder, kind: str, short_pieces: None) -> None:
+def test_pieces_give_the_tokens_of_the_whole(
+    encoder: tokenizer.Encoder, kind: str, short_pieces: None
+) -> None:
     text = long_text(kind, 50 * tokenizer.PIECE_BYTES)
     assert len(list(tokenizer.pieces(text))) > 40
     assert np.array_equal(encoder.encode(text, fast=True), encoder._encode_fast(text))
@@ -300,7 +328,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     made = other_tokenizer("byte level")
     made.add_special_tokens(["</s>"])
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     folder = tmp_path_factory.mktemp("pretrained") / "model"
     PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder
@@ -328,7 +358,9 @@ def test_seed_models_tokenizer_is_used_unless_another_is_named(tmp_path: Path, p
 
 
 @pytest.mark.parametrize(("bos", "eos", "separator_id"), [(None, "</s>", 400), (None, None, None)])
-def test_separator_is_bos_else_eos_else_an_error(tmp_path: Path, pretrained: Path, bos: str, eos: str, separator_id: int | None) -> None:
+def test_separator_is_bos_else_eos_else_an_error(
+    tmp_path: Path, pretrained: Path, bos: str, eos: str, separator_id: int | None
+) -> None:
     shutil.copytree(pretrained, tmp_path / "source")
     path = tmp_path / "source/tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": bos, "eos_token": eos}))
@@ -359,7 +391,11 @@ def test_new_tokenizer_leaves_nothing_of_an_old_one(tmp_path: Path, trained: Pat
     (folder / ".made").mkdir()
     (folder / ".made/special_tokens_map.json").write_text("half")
     out = make_pretrained(pretrained, folder / "tokenizer.json")
-    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "card.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert tokenizer.read_card(out)["vocab_size"] == 401
 
 

@@ -24,7 +24,7 @@ def outdir(tmp_path_factory) -> Path:
 
 
 def plan(name: str) -> dict:
-    return config.parameters(made.make_config(), "train_expert", name)
+    return plan.train_expert(made.make_config(), name)
 
 
 # --- a training as it should be ---------------------------------------------------------------------------------------
@@ -35,7 +35,14 @@ def test_published_folder(outdir):
     made.train(made.make_config(), where, "0")
     made.check_published(where, 10)
     assert {path.name for path in where.out.parent.iterdir()} == {
-        *("README.md", "card.json", "config.json", "generation_config.json", "metrics.jsonl", "model.safetensors"),
+        *(
+            "README.md",
+            "card.json",
+            "config.json",
+            "generation_config.json",
+            "metrics.jsonl",
+            "model.safetensors",
+        ),
         *("tensorboard", "tokenizer.json", "tokenizer_config.json"),
     }
     card = expert_folder.read_card(where.out)
@@ -64,7 +71,14 @@ def test_tensorboard_reads_the_events(outdir):
     events = [event for event in EventFileLoader(str(path)).Load() if event.summary.value]
     rows = training_log.read(outdir / "experts/seed/metrics.jsonl")
     assert [event.step for event in events] == [row["step"] for row in rows]
-    assert {value.tag for value in events[0].summary.value} == {"loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes", "data_wait_s"}
+    assert {value.tag for value in events[0].summary.value} == {
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "memory_bytes",
+        "data_wait_s",
+    }
 
 
 def test_with_one_cluster_the_expert_is_the_dense_model(outdir):
@@ -77,19 +91,28 @@ def test_with_one_cluster_the_expert_is_the_dense_model(outdir):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_equal_inputs_give_equal_bits(outdir, precision):
     cfg = made.make_config(steps=4, precision=precision)
-    a, b = (made.train(cfg, made.files(outdir, "random-1", to=f"{precision}-{i}"), "random-1") for i in range(2))
+    a, b = (
+        made.train(cfg, made.files(outdir, "random-1", to=f"{precision}-{i}"), "random-1") for i in range(2)
+    )
     assert a == b
 
 
 def test_precisions_differ(outdir):
-    a, b = ((outdir / f"{precision}-0/random-1/model.safetensors").read_bytes() for precision in ("float32", "bf16"))
+    a, b = (
+        (outdir / f"{precision}-0/random-1/model.safetensors").read_bytes()
+        for precision in ("float32", "bf16")
+    )
     assert a != b
-    assert expert_folder.read_card(outdir / "bf16-0/random-1/model.safetensors")["precision"] == "bf16 autocast"
+    assert (
+        expert_folder.read_card(outdir / "bf16-0/random-1/model.safetensors")["precision"] == "bf16 autocast"
+    )
 
 
 @pytest.mark.parametrize("name", made.MODELS)
 def test_any_model_trains_resumes_and_is_trained_on_and_is_what_transformers_loads(outdir, name):
-    scratch = made.MODELS[name] | ({"resid_pdrop": 0.1} if name == "gpt2" else {})  # dropout resumes exactly, too
+    scratch = made.MODELS[name] | (
+        {"resid_pdrop": 0.1} if name == "gpt2" else {}
+    )  # dropout resumes exactly, too
     cfg = made.make_config(k=1, steps=3, seed_share=0.5, scratch=scratch)
     where = made.files(outdir, "seed", to=name)
     undisturbed = made.train(cfg, where, "seed")
@@ -106,7 +129,10 @@ def test_any_model_trains_resumes_and_is_trained_on_and_is_what_transformers_loa
     theirs = AutoModelForCausalLM.from_pretrained(child.out.parent, local_files_only=True).eval()
     assert theirs.dtype == torch.float32
     with torch.inference_mode():
-        logprobs = [theirs(torch.from_numpy(d)[None, :-1]).logits[0].log_softmax(1)[range(20), d[1:]] for d in documents]
+        logprobs = [
+            theirs(torch.from_numpy(d)[None, :-1]).logits[0].log_softmax(1)[range(20), d[1:]]
+            for d in documents
+        ]
     assert found == pytest.approx(torch.cat(logprobs).numpy(), abs=1e-5)
 
 
@@ -123,12 +149,12 @@ def test_a_text_shorter_than_a_block_trains_and_its_repeats_are_told(tmp_path):
     cfg = made.make_config(k=1, steps=3)
     made.train(cfg, made.files(tmp_path, "seed"), "seed")
     where = made.files(tmp_path, "0", data="one")
-    assert train_expert.read_data(where.data, plan("0")).stream.n_tokens < made.SEQ_LEN
+    assert data.read(where.data, plan("0")).stream.n_tokens < made.SEQ_LEN
     with made.log_lines() as lines:
         assert made.train(cfg, where, "0")
     assert any("reads its text" in line and "more than 4 times" in line for line in lines)
     with pytest.raises(ValueError, match=r"no tokens\. .*Lower cluster\.k"):
-        train_expert.read_data(made.write_empty_cluster(tmp_path), plan("1"))
+        data.read(made.write_empty_cluster(tmp_path), plan("1"))
 
 
 def test_full_disk_while_publishing_leaves_no_weights(outdir):
@@ -158,17 +184,23 @@ def test_learning_rate():
     assert rates(1) == pytest.approx([0.1])
     assert rates(5, warmup_ratio=0.4, final_lr_ratio=0.0) == pytest.approx([0.5, 1.0, 2 / 3, 1 / 3, 0.0])
     assert rates(2, schedule="cosine", final_lr_ratio=0.0) == pytest.approx([0.5, 0.0])
-    assert rates(3, schedule="cosine") == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2 for x in (1 / 3, 2 / 3, 1)])
+    assert rates(3, schedule="cosine") == pytest.approx(
+        [0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2 for x in (1 / 3, 2 / 3, 1)]
+    )
     assert rates(4, warmup_ratio=1.0) == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
     net = model.scratch(made.LLAMA, made.VOCAB_SIZE, 0, made.SEQ_LEN, 0)
-    tokens_BT = torch.randint(made.VOCAB_SIZE, (16, made.SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
+    tokens_BT = torch.randint(
+        made.VOCAB_SIZE, (16, made.SEQ_LEN + 1), generator=torch.Generator().manual_seed(0)
+    )
 
     def gradient(micro_batch_size: int) -> tuple[float, torch.Tensor]:
         net.zero_grad()
-        total = train_step.accumulate(loss.NextToken(net), tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False)
+        total = train_step.accumulate(
+            loss.NextToken(net), tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False
+        )
         return total.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
     mean, whole = gradient(16)
@@ -181,7 +213,9 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
 
 def test_weight_decay_is_for_matrices_only():
     net = model.scratch({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, 300, 0, 32, 0)
-    decayed, free = train_step.make_optimizer(net, {"weight_decay": 0.1, "lr": 1, "betas": [0.9, 0.95]}).param_groups
+    decayed, free = train_step.make_optimizer(
+        net, {"weight_decay": 0.1, "lr": 1, "betas": [0.9, 0.95]}
+    ).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in free["params"]} == {1}
@@ -191,7 +225,9 @@ def test_weight_decay_is_for_matrices_only():
 def test_seed_and_experts_read_in_different_orders(outdir, monkeypatch):
     asked = []
     original = batches.batch
-    monkeypatch.setattr(batches, "batch", lambda stream, order, *rest: asked.append(order) or original(stream, order, *rest))
+    monkeypatch.setattr(
+        batches, "batch", lambda stream, order, *rest: asked.append(order) or original(stream, order, *rest)
+    )
     made.train(made.make_config(seed_share=0.5), made.files(outdir, "seed", to="order"), "seed")
     n_seed = len(asked)
     for name in ("0", "dense"):
@@ -231,7 +267,9 @@ def test_who_was_taken_over_writes_nothing_more(outdir, monkeypatch, run, n_save
 
 def test_mfu(monkeypatch):
     monkeypatch.setattr(training_log, "_peak_flops", lambda: 1e12)
-    progress = training_log.Progress(10, 0, n_tokens=1000, flops_per_token=6_000_000, every_s=1e9, n_devices=2)
+    progress = training_log.Progress(
+        10, 0, n_tokens=1000, flops_per_token=6_000_000, every_s=1e9, n_devices=2
+    )
     assert progress.mfu(1e5) == pytest.approx(0.3)
     with made.log_lines() as lines:
         assert progress.say(progress.complete({"step": 10, "loss": 1.0, "lr": 0.1, "data_wait_s": 0.0}))
@@ -245,18 +283,18 @@ def test_mfu(monkeypatch):
 
 def test_data_of_another_kind_is_refused(outdir):
     with pytest.raises(ValueError, match=r"shards/manifest\.json: shards\. Expected assignments"):
-        train_expert.read_data(outdir / "shards/manifest.json", plan("0"))
+        data.read(outdir / "shards/manifest.json", plan("0"))
     with pytest.raises(ValueError, match=r"random/manifest\.json: other clusters\. Expected clusters"):
-        train_expert.read_data(outdir / "random/manifest.json", plan("0"))
+        data.read(outdir / "random/manifest.json", plan("0"))
     with pytest.raises(ValueError, match=r"assignments/manifest\.json: other clusters\. Expected random"):
-        train_expert.read_data(outdir / "assignments/manifest.json", plan("random-0"))
+        data.read(outdir / "assignments/manifest.json", plan("random-0"))
 
 
 def test_shards_of_another_run_are_refused(outdir, tmp_path):
     shutil.copytree(outdir / "assignments", tmp_path / "assignments")
     shutil.copy(outdir / "one/train-00001.arrow", tmp_path / "assignments")
     with pytest.raises(ValueError, match=r"train-00001\.arrow: made from something else than its manifest"):
-        train_expert.read_data(tmp_path / "assignments/manifest.json", plan("0"))
+        data.read(tmp_path / "assignments/manifest.json", plan("0"))
 
 
 def test_missing_tokens_are_noticed(outdir, tmp_path):
@@ -267,7 +305,7 @@ def test_missing_tokens_are_noticed(outdir, tmp_path):
     manifest["shards"][1]["split"] = "train"
     (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"\d+ tokens in its files\. Expected \d+"):
-        train_expert.read_data(tmp_path / "shards/manifest.json", plan("dense"))
+        data.read(tmp_path / "shards/manifest.json", plan("dense"))
 
 
 @pytest.mark.parametrize(
@@ -286,6 +324,8 @@ def test_a_seed_of_something_else_is_refused(outdir, tmp_path, path, message):
     (tmp_path / path).write_bytes(text.replace(corpus, b"0" * 32) if corpus in text else text + b" ")
     for name in ("train-00000.arrow", "train-00001.arrow"):
         data = (tmp_path / "assignments" / name).read_bytes()
-        (tmp_path / "assignments" / name).write_bytes(data.replace(corpus, b"0" * 32) if "assignments" in path else data)
+        (tmp_path / "assignments" / name).write_bytes(
+            data.replace(corpus, b"0" * 32) if "assignments" in path else data
+        )
     with pytest.raises(ValueError, match=message):
         made.train(made.make_config(), made.files(tmp_path, "0"), "0")

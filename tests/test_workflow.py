@@ -78,7 +78,17 @@ def test_whole_run(finished: Path) -> None:
     results = finished / "results"
     metrics = json.loads((results / "eval/metrics.json").read_text())
     systems = {row["system"] for row in metrics["systems"]}
-    assert systems >= {"seed", "dense", "dense-steps", "expert-0", "expert-1", "ensemble", "uniform", "random", "oracle"}
+    assert systems >= {
+        "seed",
+        "dense",
+        "dense-steps",
+        "expert-0",
+        "expert-1",
+        "ensemble",
+        "uniform",
+        "random",
+        "oracle",
+    }
     assert metrics["n_documents"] > 0 and metrics["n_tokens"] > 0 and metrics["n_bytes"] > 0
     assert "<svg" in (results / "report.html").read_text()
     assert not list(results.rglob("*.tmp"))
@@ -90,7 +100,9 @@ def test_finished_run_has_nothing_to_do(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_change_reruns_what_depends_on_it_and_nothing_else(finished: Path, change: str, tmp_path: Path) -> None:
+def test_change_reruns_what_depends_on_it_and_nothing_else(
+    finished: Path, change: str, tmp_path: Path
+) -> None:
     (tmp_path / "change.yaml").write_text(yaml.safe_dump(yaml.safe_load(change)))
     printed = snakemake(finished, "-n", configfiles=["small.yaml", str(tmp_path / "change.yaml")])
     assert jobs(printed) == CHANGES[change]
@@ -105,11 +117,17 @@ def test_an_encoder_instead_of_the_linear_embedder(finished: Path, tmp_path: Pat
     printed = snakemake(project, "--cores", "2", distances, configfiles=["small.yaml", "encoder.yaml"])
     assert jobs(printed) == {"embed", "fit_kmeans", "route"}
     before, after = (artifact.read_npz(folder / distances, "distances")[0] for folder in (finished, project))
-    assert {name: array.shape for name, array in before.items()} == {name: array.shape for name, array in after.items()}
-    assert np.array_equal(before["offsets"], after["offsets"]) and np.array_equal(before["doc_id"], after["doc_id"])
+    assert {name: array.shape for name, array in before.items()} == {
+        name: array.shape for name, array in after.items()
+    }
+    assert np.array_equal(before["offsets"], after["offsets"]) and np.array_equal(
+        before["doc_id"], after["doc_id"]
+    )
     rows = np.flatnonzero((np.diff(after["d2_NK"], axis=0) != 0).any(axis=1)) + 1
     starts = after["offsets"][np.searchsorted(after["offsets"], rows, side="right") - 1]
-    assert {0} < set(rows - starts) <= set(range(0, 1000, 8)), "weights change where documents and windows begin"
+    assert {0} < set(rows - starts) <= set(range(0, 1000, 8)), (
+        "weights change where documents and windows begin"
+    )
 
 
 def test_new_data_reruns_everything(finished: Path, tmp_path: Path) -> None:
@@ -120,7 +138,9 @@ def test_new_data_reruns_everything(finished: Path, tmp_path: Path) -> None:
     assert jobs(snakemake(project, "-n")) == CORPUS
 
 
-def test_forcing_one_expert_trains_it_again_and_rescores_what_depends_on_it(finished: Path, tmp_path: Path) -> None:
+def test_forcing_one_expert_trains_it_again_and_rescores_what_depends_on_it(
+    finished: Path, tmp_path: Path
+) -> None:
     project = tmp_path / "project"
     shutil.copytree(finished, project, symlinks=True)
     weights = project / "results/experts/1/model.safetensors"
@@ -145,7 +165,12 @@ def graph_edges(text: str) -> set[tuple[str, str]]:
 
 
 def test_rule_graph_in_the_readme_is_true() -> None:
-    printed = subprocess.run(snakemake_command("--rulegraph", configfiles=["config.yaml"]), cwd=ROOT, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        snakemake_command("--rulegraph", configfiles=["config.yaml"]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
     diagram = re.search(r"```mermaid\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert diagram
     true = {edge for edge in graph_edges(printed) if "all" not in edge}
@@ -171,7 +196,9 @@ KILL_POINTS = [
 ]
 
 
-def test_killed_at_many_points_and_started_again_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+def test_killed_at_many_points_and_started_again_ends_with_the_same_bytes(
+    finished: Path, tmp_path: Path
+) -> None:
     project = make_project(tmp_path / "project")
     n_killed = 0
     for pattern in KILL_POINTS:
@@ -199,9 +226,20 @@ def test_k_of_one_is_the_dense_model(tmp_path: Path) -> None:
     project = make_project(tmp_path / "project", cluster={"k": 1}, train={"controls": []})
     snakemake(project, "--cores", "2")
     experts = project / "results/experts"
-    assert (experts / "0/model.safetensors").read_bytes() == (experts / "dense/model.safetensors").read_bytes()
+    assert (experts / "0/model.safetensors").read_bytes() == (
+        experts / "dense/model.safetensors"
+    ).read_bytes()
     rows = json.loads((project / "results/eval/metrics.json").read_text())["systems"]
-    assert len({row["nll"] for row in rows if row["system"] in {"dense", "ensemble", "uniform", "oracle", "expert-0"}}) == 1
+    assert (
+        len(
+            {
+                row["nll"]
+                for row in rows
+                if row["system"] in {"dense", "ensemble", "uniform", "oracle", "expert-0"}
+            }
+        )
+        == 1
+    )
 
 
 def test_a_second_run_in_the_same_folder_is_refused(finished: Path, tmp_path: Path) -> None:
@@ -209,7 +247,9 @@ def test_a_second_run_in_the_same_folder_is_refused(finished: Path, tmp_path: Pa
     shutil.copytree(finished, project, symlinks=True)
     hold = "import time; from cbtm_pipeline.base import lock; lock.hold('results'); print('held', flush=True); time.sleep(100)"
     weights = "results/experts/1/model.safetensors"
-    with subprocess.Popen([sys.executable, "-c", hold], cwd=project, stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], cwd=project, stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdout and first.stdout.readline() == "held\n"
         before = (project / weights).read_bytes()
         assert f'"pid": {first.pid}' in snakemake(project, "--cores", "1", "--force", weights, ok=False)

@@ -12,7 +12,9 @@ from cbtm_pipeline.base import cli
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(prog="cbtm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="cbtm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("command", choices=["status", "doctor"], help="its own options: cbtm COMMAND --help")
     command = p.parse_args(sys.argv[1:2]).command
     sys.argv = [f"cbtm {command}", *sys.argv[2:]]

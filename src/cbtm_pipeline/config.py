@@ -1,7 +1,6 @@
-"""The config as data: a strict schema, and for every rule exactly the keys that it depends on.
+"""The config as data: a strict schema without defaults.
 
-`config.yaml` holds every default; the schema below holds none. A rule reruns when `parameters(config, rule, ...)` changes, and its module
-computes with that same dictionary: what a module can read is what it depends on.
+`config.yaml` holds every default. `plan` says which keys each rule depends on.
 """
 
 import difflib
@@ -11,17 +10,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
-from cbtm_pipeline import plan, presets
+from cbtm_pipeline import presets
 from cbtm_pipeline.base import artifact
-
-DEMO = "builtin:demo"
+from cbtm_pipeline.mixture.routers import ROUTERS
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 2e-4 as text; what looks like a number is one."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
+    return (
+        float(value)
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+        else value
+    )
 
 
 def _list(value: Any) -> Any:
@@ -32,6 +35,15 @@ Float = Annotated[float, BeforeValidator(_number)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Positive = Annotated[Float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _router(name: str) -> str:
+    if name not in ROUTERS:
+        raise PydanticCustomError("router", "Input should be " + " or ".join(map(repr, ROUTERS)))  # pyright: ignore
+    return name
+
+
+RouterName = Annotated[str, AfterValidator(_router)]
 Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
 
 
@@ -52,12 +64,14 @@ class Corpus(_Section):
 
 class Tokenizer(_Section):
     pretrained: str | None
+    revision: str | None
     vocab_size: Annotated[int, Field(ge=257)]
     train_bytes: Count
 
 
 class Embed(_Section):
     encoder: str | None
+    revision: str | None
     windows: Count
     n_components: Count
     idf_power: Annotated[Float, Field(ge=0)]
@@ -76,6 +90,7 @@ class Cluster(_Section):
 
 class Model(_Section):
     pretrained: str | None
+    revision: str | None
     preset: Literal[presets.NAMES] | None  # pyright: ignore[reportInvalidTypeForm]
     scratch: dict[str, Any]
 
@@ -107,7 +122,7 @@ class Train(_Section):
 
 class Route(_Section):
     window_tokens: Count
-    routers: Annotated[list[Literal["paper", "filter"]], BeforeValidator(_list), Field(min_length=1)]
+    routers: Annotated[list[RouterName], BeforeValidator(_list), Field(min_length=1)]
     top_k: Annotated[list[Count], BeforeValidator(_list), Field(min_length=1)]
     temperature: Annotated[list[Positive], BeforeValidator(_list), Field(min_length=1)]
     epsilon: Annotated[list[Share], BeforeValidator(_list), Field(min_length=1)]
@@ -147,14 +162,18 @@ def read(path: str | Path) -> Config:
     try:
         content = yaml.safe_load(Path(path).read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({error}). Expected the keys of config.yaml. Mend the file.") from error
+        raise ValueError(
+            f"{path}: not YAML ({error}). Expected the keys of config.yaml. Mend the file."
+        ) from error
     return validate(content)
 
 
 def validate(content: Any) -> Config:
     """Return the typed config. Raises ValueError that names every wrong key with what was found, expected, and to do."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"config: {_show(content)}. Expected sections such as corpus and train. Start from config.yaml.")
+        raise ValueError(
+            f"config: {_show(content)}. Expected sections such as corpus and train. Start from config.yaml."
+        )
     try:
         config = Config.model_validate(dict(content))
     except ValidationError as error:
@@ -182,7 +201,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained")))
+    key = ".".join(
+        str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained"))
+    )
     found = _show(error["input"])
     if error["type"] == "extra_forbidden":
         known = _keys(Config)
@@ -201,49 +222,6 @@ def _explain(error: Any) -> str:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def parameters(config: Config, rule: str, expert: str | None = None) -> dict[str, Any]:
-    """The keys that a rule (for train_expert: that expert) depends on, as plain data. A rule reruns when this changes."""
-    c = config
-    match rule:
-        case "demo_corpus":
-            return {}
-        case "tokenizer":
-            return {
-                **c.corpus.model_dump(exclude={"max_bad_share", "shard_bytes"}),
-                **c.tokenizer.model_dump(),
-                "model": c.model.pretrained,
-            }
-        case "shard":
-            return c.corpus.model_dump()
-        case "embed":
-            encoder = {"encoder", "windows"}
-            if c.embed.encoder:
-                return c.embed.model_dump(include=encoder)
-            return {**c.embed.model_dump(exclude=encoder), "rng_seed": c.seed}
-        case "fit_kmeans":
-            return {**c.cluster.model_dump(), "rng_seed": c.seed}
-        case "assign":
-            return {"validation_share": c.train.validation_share, "rng_seed": c.seed}
-        case "assign_random":
-            return {"k": c.cluster.k, "validation_share": c.train.validation_share, "rng_seed": c.seed}
-        case "train_expert":
-            assert expert is not None
-            return plan.expert(c, expert)
-        case "score_expert":
-            return {
-                **c.eval.model_dump(include={"max_document_tokens", "stride"}),
-                "context": c.train.seq_len,
-            }
-        case "route":
-            windows = c.route.model_dump(include={"window_tokens"}) if c.embed.encoder else {}
-            return {**c.eval.model_dump(include={"max_document_tokens"}), **windows}
-        case "eval_ensemble":
-            return {**c.route.model_dump(exclude={"window_tokens"}), "bootstrap": c.eval.bootstrap, "rng_seed": c.seed}
-        case "report":
-            return {}
-    raise AssertionError(rule)
 
 
 def write(config: Config, path: str | Path) -> None:

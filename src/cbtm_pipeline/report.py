@@ -12,11 +12,11 @@ from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.html import charts
 from cbtm_pipeline.html.page import Html, Number, count, decimals, flops, join, page, table, tag
 from cbtm_pipeline.mixture import verdict
+from cbtm_pipeline.mixture.routers import ROUTERS
 
 Row = dict[str, Any]
 
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
-ROUTERS = {"paper": "c1", "filter": "c0"}
 MAX_POINTS = 80  # of a loss curve
 
 
@@ -31,7 +31,14 @@ class Run(NamedTuple):
     losses: dict[str, list[tuple[float, float]]]
 
 
-def read(cfg: config.Config, metrics: Path, top_terms: Path, assignments: Path, shards: Path, training: Iterable[Path]) -> Run:
+def read(
+    cfg: config.Config,
+    metrics: Path,
+    top_terms: Path,
+    assignments: Path,
+    shards: Path,
+    training: Iterable[Path],
+) -> Run:
     """Read and check that all is of one run. Whose training log it is, the card.json beside it says. Raises ValueError."""
     result, terms = artifact.read_json(metrics, "metrics"), artifact.read_json(top_terms, "top_terms")
     clusters = artifact.read_json(assignments, "assignments")
@@ -50,7 +57,9 @@ def read(cfg: config.Config, metrics: Path, top_terms: Path, assignments: Path, 
             artifact.check_made_from(card_path, card, "assignments", artifact.identity(assignments))
         losses[name] = read_losses(path)
     if missing := [name for name in result["weights"] if name not in losses]:
-        raise ValueError(f"--training: no log of {', '.join(missing)}. Expected the metrics.jsonl of every expert. Name it.")
+        raise ValueError(
+            f"--training: no log of {', '.join(missing)}. Expected the metrics.jsonl of every expert. Name it."
+        )
     return Run(cfg, result, terms["top_terms"], clusters, artifact.read_json(shards, "shards"), losses)
 
 
@@ -62,7 +71,9 @@ def read_losses(path: Path) -> list[tuple[float, float]]:
             row = json.loads(line)
             points.append((float(row["n_tokens"]), float(row["loss"])))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is no row of a training log. Expected n_tokens and loss. Train it again.") from error
+            raise ValueError(
+                f"{path}: line {number} is no row of a training log. Expected n_tokens and loss. Train it again."
+            ) from error
     return points
 
 
@@ -83,7 +94,9 @@ def lead(run: Run) -> Html:
     """The headline, never without its controls beside it."""
     m, best = run.metrics, verdict.headline(run.metrics)
     low, high = best["ci95"]
-    outcome = "The ensemble wins." if high < 1 else "Dense wins." if low > 1 else "There is no clear difference."
+    outcome = (
+        "The ensemble wins." if high < 1 else "Dense wins." if low > 1 else "There is no clear difference."
+    )
     dense = next(row for row in m["systems"] if row["system"] == "dense")
     how = {"batch": "a k times larger batch", "steps": "k times more steps"}[m["dense"]]
     compute = f"{dense['train_flops'] / best['train_flops']:.2f} times its" if best["train_flops"] else "no"
@@ -96,16 +109,35 @@ def lead(run: Run) -> Html:
         f" that of the dense model with {how} and {compute} training FLOPs, 95 % interval {low:.3f} to {high:.3f}. {outcome}",
         class_="claim",
     )
-    rows = [row for row in verdict.main_rows(m) if row["system"] != "ensemble" or row["headline"] or row["top_k"] == 1]
-    cells = [(verdict.label(row), decimals(row["perplexity"]), decimals(row["ratio_to_dense"], 3)) for row in rows]
-    controls = table(["", "perplexity", "to dense"], cells, marked=[i for i, row in enumerate(rows) if row is best])
+    rows = [
+        row
+        for row in verdict.main_rows(m)
+        if row["system"] != "ensemble" or row["headline"] or row["top_k"] == 1
+    ]
+    cells = [
+        (verdict.label(row), decimals(row["perplexity"]), decimals(row["ratio_to_dense"], 3)) for row in rows
+    ]
+    controls = table(
+        ["", "perplexity", "to dense"], cells, marked=[i for i, row in enumerate(rows) if row is best]
+    )
     said = tag("ul", *(tag("li", sentence) for sentence in m["verdict"][1:]))
-    return tag("div", tag("div", claim, said), tag("aside", tag("h3", "With its controls"), controls, class_="controls"), class_="lead")
+    return tag(
+        "div",
+        tag("div", claim, said),
+        tag("aside", tag("h3", "With its controls"), controls, class_="controls"),
+        class_="lead",
+    )
 
 
 def systems_table(rows: Sequence[Row]) -> Html:
     others = [name for name in rows[0]["ratios"] if name != "dense"]
-    header = ["system", "perplexity", "ratio to dense", *(f"ratio to {name}" for name in others), "bits per byte"]
+    header = [
+        "system",
+        "perplexity",
+        "ratio to dense",
+        *(f"ratio to {name}" for name in others),
+        "bits per byte",
+    ]
     body = [
         [
             verdict.label(row) + (" ★" if row["headline"] else ""),
@@ -129,7 +161,12 @@ def systems(m: dict[str, Any]) -> Html:
         "Brackets: 95 % interval, paired bootstrap over documents. FLOPs: all training that the system needed, the seed's included."
     )
     estimates = [
-        charts.Estimate(verdict.label(row), row["ratio_to_dense"], row["ci95"], ROUTERS.get(row["router"], "grey"))
+        charts.Estimate(
+            verdict.label(row),
+            row["ratio_to_dense"],
+            row["ci95"],
+            ROUTERS[row["router"]].colour if row["router"] in ROUTERS else "grey",
+        )
         for row in main
         if row["system"] != "dense"
     ]
@@ -149,23 +186,44 @@ def curves(m: dict[str, Any]) -> Html:
         if row["system"] == name
     ]
     by_top_k = [
-        charts.Series(router, ROUTERS[router], sorted((row["top_k"], row["perplexity"]) for row in chosen), dots=True)
+        charts.Series(
+            router,
+            ROUTERS[router].colour,
+            sorted((row["top_k"], row["perplexity"]) for row in chosen),
+            dots=True,
+        )
         for router in routers
         if (chosen := [row for row in ensembles if row["router"] == router and row["calibrated"]])
     ]
-    drawn = [charts.lines("Experts mixed per token", "top_k, at the chosen settings", "perplexity", [*levels, *by_top_k], log_x=True)]
+    drawn = [
+        charts.lines(
+            "Experts mixed per token",
+            "top_k, at the chosen settings",
+            "perplexity",
+            [*levels, *by_top_k],
+            log_x=True,
+        )
+    ]
     for router in routers:
         top_ks = sorted({row["top_k"] for row in ensembles if row["router"] == router})
         series = [
             charts.Series(
                 f"top_k {top_k}",
                 COLOURS[i % len(COLOURS)],
-                sorted((row["temperature"], row["perplexity"]) for row in ensembles if (row["router"], row["top_k"]) == (router, top_k)),
+                sorted(
+                    (row["temperature"], row["perplexity"])
+                    for row in ensembles
+                    if (row["router"], row["top_k"]) == (router, top_k)
+                ),
                 dots=True,
             )
             for i, top_k in enumerate(top_ks)
         ]
-        drawn.append(charts.lines(f"Temperature of the router {router}", "T", "perplexity", [levels[0], *series], log_x=True))
+        drawn.append(
+            charts.lines(
+                f"Temperature of the router {router}", "T", "perplexity", [levels[0], *series], log_x=True
+            )
+        )
     note = "On the reported documents; the settings were chosen on others."
     return section("Routers", note, tag("div", *drawn, class_="charts"))
 
@@ -178,7 +236,13 @@ def clusters(run: Run) -> Html:
             str(j),
             count(a["n_documents"][j]),
             count(a["n_tokens"][j]),
-            tag("td", charts.bar(a["n_tokens"][j] / max(a["n_tokens"]), f"{a['n_tokens'][j] / total:.1%} of the tokens"), class_="sizes"),
+            tag(
+                "td",
+                charts.bar(
+                    a["n_tokens"][j] / max(a["n_tokens"]), f"{a['n_tokens'][j] / total:.1%} of the tokens"
+                ),
+                class_="sizes",
+            ),
             Number(f"{100 * a['n_tokens'][j] / total:.1f} %"),
             count(matrix["n_documents"][j]),
             tag("td", ", ".join(term.strip() for term in terms), class_="terms"),
@@ -194,7 +258,12 @@ def clusters(run: Run) -> Html:
 def heat_map(m: dict[str, Any]) -> Html:
     """Perplexity of each expert on each cluster, coloured by its ratio to dense there."""
     matrix = m["matrix"]
-    logs = [math.log(p / d) for line in matrix["perplexity"] for p, d in zip(line, matrix["dense"], strict=True) if p and d]
+    logs = [
+        math.log(p / d)
+        for line in matrix["perplexity"]
+        for p, d in zip(line, matrix["dense"], strict=True)
+        if p and d
+    ]
     scale = max(map(abs, logs), default=0) or 1.0
 
     def cell(perplexity: float | None, dense: float | None) -> Html:
@@ -220,11 +289,22 @@ def losses(run: Run) -> Html:
     start = seed[-1][0] if seed else 0.0
     series = [charts.Series("seed", "grey", downsample(seed))] if seed else []
     for i, name in enumerate(plan.cluster_experts(run.cfg)):
-        series.append(charts.Series("" if i else "experts", "c0", [(start + n, loss) for n, loss in downsample(run.losses[name])], "thin"))
+        series.append(
+            charts.Series(
+                "" if i else "experts",
+                "c0",
+                [(start + n, loss) for n, loss in downsample(run.losses[name])],
+                "thin",
+            )
+        )
     for name, colour in zip(plan.dense_experts(run.cfg), ("c1", "c3", "c2"), strict=False):
-        series.append(charts.Series(name, colour, [(start + n, loss) for n, loss in downsample(run.losses[name])]))
+        series.append(
+            charts.Series(name, colour, [(start + n, loss) for n, loss in downsample(run.losses[name])])
+        )
     values = sorted(loss for s in series for _, loss in s.points)
-    chart = charts.lines("Training loss", "tokens seen", "nats per token", series, y_top=values[int(0.97 * (len(values) - 1))])
+    chart = charts.lines(
+        "Training loss", "tokens seen", "nats per token", series, y_top=values[int(0.97 * (len(values) - 1))]
+    )
     note = "Means over runs of steps. Each expert's loss is on its own cluster, so that lines compare in shape, not in height."
     return section("Training", note, tag("div", chart, class_="charts"))
 
@@ -234,7 +314,9 @@ def compute(m: dict[str, Any]) -> Html:
     names = ["seed", "experts", *(name for name in cost if name.startswith("dense")), "random"]
     trained = [(f"{name}, training", flops(cost[name])) for name in names if name in cost]
     actives = sorted({row["n_active"] for row in m["systems"] if row["n_active"]})
-    run = [(f"{n} model{'s' if n > 1 else ''}, per token", flops(n * cost["forward_per_token"])) for n in actives]
+    run = [
+        (f"{n} model{'s' if n > 1 else ''}, per token", flops(n * cost["forward_per_token"])) for n in actives
+    ]
     note = "Training of seed, experts and controls apart. Embedding and clustering need no accelerator and are not counted."
     return section("Compute", note, table(["", "FLOPs"], [*trained, *run]))
 
@@ -244,11 +326,16 @@ def about(run: Run) -> Html:
     splits = [
         [
             {"train": "training text", "eval": "held-out text"}[split],
-            *(count(sum(shard[key] for shard in s["shards"] if shard["split"] == split)) for key in ("n_documents", "n_tokens", "n_bytes")),
+            *(
+                count(sum(shard[key] for shard in s["shards"] if shard["split"] == split))
+                for key in ("n_documents", "n_tokens", "n_bytes")
+            ),
         ]
         for split in ("train", "eval")
     ]
-    splits.append(["chosen on", count(m["calibration"]["n_documents"]), count(m["calibration"]["n_tokens"]), Number("")])
+    splits.append(
+        ["chosen on", count(m["calibration"]["n_documents"]), count(m["calibration"]["n_tokens"]), Number("")]
+    )
     splits.append(["reported on", *(count(m[key]) for key in ("n_documents", "n_tokens", "n_bytes"))])
     left_out = f"{count(s['n_quarantined'])} rows of the input were left out; shards/quarantine.jsonl says which and why. "
     note = left_out + f"Vocabulary: {count(s['vocab_size'])} tokens, encoded by {s['encoder']}."
@@ -276,12 +363,20 @@ def main() -> None:
     p.add_argument("--top-terms", required=True, type=Path, help="cluster/top_terms.json")
     p.add_argument("--assignments", required=True, type=Path, help="assignments/manifest.json")
     p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
-    p.add_argument("--training", required=True, type=Path, nargs="+", help="metrics.jsonl of the seed and of every expert, in any order")
+    p.add_argument(
+        "--training",
+        required=True,
+        type=Path,
+        nargs="+",
+        help="metrics.jsonl of the seed and of every expert, in any order",
+    )
     p.add_argument("--out", required=True, type=Path, help="report.html")
     args = p.parse_args()
     cli.start_logging("report", args.log)
 
-    run = read(config.read(args.config), args.metrics, args.top_terms, args.assignments, args.shards, args.training)
+    run = read(
+        config.read(args.config), args.metrics, args.top_terms, args.assignments, args.shards, args.training
+    )
     with artifact.publish(args.out) as tmp:
         tmp.write_text(render(run), "utf-8")
     cli.log.info("wrote %s", args.out)

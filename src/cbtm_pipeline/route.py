@@ -17,17 +17,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cbtm_pipeline import config, embed
+from cbtm_pipeline import config
+from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.corpus import heldout, shard_files
-from cbtm_pipeline.embedding import encoder, tfidf
+from cbtm_pipeline.embedding import encoder, tfidf, vectors
+from cbtm_pipeline.plan import RoutePlan
 
 # A prefix without a usable term is the zero vector, whose distances to the centres would tell only how long these are: it counts as
 # equally far from all. Any constant gives equal weights; this one is the squared length of every other embedding.
 NO_EVIDENCE = 1.0
 CHUNK_TEXTS = 512  # prefixes that an encoder sorts by length at once
-TOKEN_RATIO = 4  # decoded for an encoder are so many of our tokens per token that it reads: ours may be shorter
+TOKEN_RATIO = (
+    4  # decoded for an encoder are so many of our tokens per token that it reads: ours may be shorter
+)
 
 
 def prefix_distances(document: np.ndarray, E_VD: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
@@ -58,12 +62,18 @@ def text_distances(
     """
     for group in _groups(documents, window_tokens):
         ends = [range(1 + window_tokens, len(document), window_tokens) for document in group]
-        runs = [document[max(1, end - n_last) : end] for document, of_one in zip(group, ends, strict=True) for end in of_one]
+        runs = [
+            document[max(1, end - n_last) : end]
+            for document, of_one in zip(group, ends, strict=True)
+            for end in of_one
+        ]
         h_WD = embed_tokens(runs)
         d2_WK = kmeans.squared_distances(h_WD, centres_KD)
         d2_WK[~h_WD.any(axis=1)] = NO_EVIDENCE
         first = np.full((1, len(centres_KD)), NO_EVIDENCE, np.float32)
-        for document, d2 in zip(group, np.split(d2_WK, np.cumsum([len(of_one) for of_one in ends])[:-1]), strict=True):
+        for document, d2 in zip(
+            group, np.split(d2_WK, np.cumsum([len(of_one) for of_one in ends])[:-1]), strict=True
+        ):
             yield np.repeat(np.concatenate([first, d2]), window_tokens, axis=0)[: len(document) - 1]
 
 
@@ -90,12 +100,12 @@ def read_clusterer(path: Path, embedder: Path) -> dict[str, np.ndarray]:
 def distances(
     documents: Iterable[np.ndarray],
     n_tokens: int,
-    embedder: embed.Embedder,
+    embedder: vectors.Embedder,
     centres_KD: np.ndarray,
     tokenizer: Tokenizer,
-    how: dict[str, Any],
+    plan: RoutePlan,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d2_NK of all tokens of the documents, and the documents' offsets (int64). `how`: the parameters of rule route."""
+    """d2_NK of all tokens of the documents, and the documents' offsets (int64). `plan`: the parameters of rule route."""
     if isinstance(embedder, tfidf.Embedder):
         found = (prefix_distances(document, embedder.E_VD, centres_KD) for document in documents)
     else:
@@ -104,7 +114,10 @@ def distances(
             texts = tokenizer.decode_batch([run.tolist() for run in runs], skip_special_tokens=False)
             return encoder.embed_ends(embedder, texts)
 
-        found = text_distances(documents, centres_KD, how["window_tokens"], TOKEN_RATIO * embedder.size, embed_tokens)
+        assert plan.window_tokens is not None
+        found = text_distances(
+            documents, centres_KD, plan.window_tokens, TOKEN_RATIO * embedder.size, embed_tokens
+        )
     progress = cli.Progress("routed", n_tokens, "tokens")
     d2, lengths = [], [0]
     for d2_TK in found:
@@ -118,7 +131,7 @@ def documents(
     shards: Path,
     manifest: dict[str, Any],
     max_document_tokens: int | None,
-    embedder: embed.Embedder,
+    embedder: vectors.Embedder,
     clusterer: dict[str, np.ndarray],
     tokenizer: Tokenizer,
 ) -> dict[str, np.ndarray]:
@@ -130,17 +143,23 @@ def documents(
     for entry in shard_files.entries(shards, manifest, "eval"):
         group = shard_files.documents(shards.parent, entry)
         columns = shard_files.attributes(shards.parent, entry, ["doc_id", "n_bytes"]).to_pydict()
-        h_ND = np.concatenate(list(embed.vectors(shards.parent, entry, embedder)))
+        h_ND = np.concatenate(list(vectors.embed(shards.parent, entry, embedder)))
         labels_N, _ = kmeans.assign(h_ND, clusterer["centres_KD"], clusterer["prices_K"])
         cut = group.n_tokens > (np.inf if max_document_tokens is None else max_document_tokens)
         for i in np.flatnonzero(cut):
             first = group.offsets[i] + 1
-            text = tokenizer.decode(group.values[first : first + max_document_tokens].tolist(), skip_special_tokens=False)
+            text = tokenizer.decode(
+                group.values[first : first + max_document_tokens].tolist(), skip_special_tokens=False
+            )
             columns["n_bytes"][i] = len(text.encode())
         doc_id += columns["doc_id"]
         n_bytes += columns["n_bytes"]
         cluster.append(labels_N)
-    return {"doc_id": np.array(doc_id, np.str_), "n_bytes": np.array(n_bytes, np.int64), "cluster": np.concatenate(cluster)}
+    return {
+        "doc_id": np.array(doc_id, np.str_),
+        "n_bytes": np.array(n_bytes, np.int64),
+        "cluster": np.concatenate(cluster),
+    }
 
 
 def main() -> None:
@@ -153,17 +172,25 @@ def main() -> None:
     args = p.parse_args()
     cli.start_logging("route", args.log)
 
-    how = config.parameters(config.read(args.config), "route")
+    plan = plans.route(config.read(args.config))
     manifest = artifact.read_json(args.shards, "shards")
-    embedder = embed.read_embedder(args.embedder, args.shards)
+    embedder = vectors.read_embedder(args.embedder, args.shards)
     clusterer = read_clusterer(args.clusterer, args.embedder)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
-    about = documents(args.shards, manifest, how["max_document_tokens"], embedder, clusterer, tokenizer)
-    held_out = (document for _, document in heldout.documents(args.shards.parent, manifest, how["max_document_tokens"]))
+    about = documents(args.shards, manifest, plan.max_document_tokens, embedder, clusterer, tokenizer)
+    held_out = (
+        document for _, document in heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
+    )
     n_tokens = sum(entry["n_tokens"] for entry in manifest["shards"] if entry["split"] == "eval")
-    d2_NK, offsets = distances(held_out, n_tokens, embedder, clusterer["centres_KD"], tokenizer, how)
+    d2_NK, offsets = distances(held_out, n_tokens, embedder, clusterer["centres_KD"], tokenizer, plan)
     made_from = {name: artifact.identity(getattr(args, name)) for name in ("shards", "embedder", "clusterer")}
-    artifact.write_npz(args.out, artifact.make_meta("distances", made_from, **how), d2_NK=d2_NK, offsets=offsets, **about)
+    artifact.write_npz(
+        args.out,
+        artifact.make_meta("distances", made_from, **plan.content()),
+        d2_NK=d2_NK,
+        offsets=offsets,
+        **about,
+    )
     cli.log.info("routed %d documents, %d tokens", len(offsets) - 1, len(d2_NK))
 
 

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from cbtm_pipeline import config
-from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline import plan as plans
+from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout, shard_files
 from cbtm_pipeline.training import expert_folder, model
 
@@ -83,7 +85,11 @@ def logprobs(net: "PreTrainedModel", batch: Sequence[Window]) -> np.ndarray:
 
 
 def score(
-    net: "PreTrainedModel", documents: Sequence[np.ndarray], context: int, stride: int, batch_tokens: int = BATCH_TOKENS
+    net: "PreTrainedModel",
+    documents: Sequence[np.ndarray],
+    context: int,
+    stride: int,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:
     """Log-probability of every token of the documents `[sep, x_0, ..., x_(n-1)]`, separators left out, in order (float32, (N,))."""
     n_tokens = sum(len(document) - 1 for document in documents)
@@ -99,12 +105,17 @@ def score(
 
 def main() -> None:
     p = cli.parser(__doc__)
-    p.add_argument("--expert-weights", required=True, type=Path, help="model.safetensors of the expert, its folder around it")
+    p.add_argument(
+        "--expert-weights",
+        required=True,
+        type=Path,
+        help="model.safetensors of the expert, its folder around it",
+    )
     p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
     p.add_argument("--out", required=True, type=Path, help="npz to write")
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
-    how = config.parameters(config.read(args.config), "score_expert")
+    plan = plans.score_expert(config.read(args.config))
     card = expert_folder.read_card(args.expert_weights)
     cli.start_logging(f"score {card['expert']}", args.log)
     torch.set_num_threads(args.threads)
@@ -113,18 +124,26 @@ def main() -> None:
     if card["corpus"] != shards:
         raise ValueError(
             f"{args.expert_weights}: trained on the corpus of another {args.shards} ({card['corpus']}). Expected {shards}. "
-            f"Make it again: snakemake --cores 2 --force {args.expert_weights}"
+            f"{make_again(args.expert_weights)}"
         )
     for entry in shard_files.entries(args.shards, manifest, "eval"):
-        shard_files.check_file(args.shards.with_name(f"{entry['name']}.arrow"), entry["identity_tokens"], "shard")
-    documents = [document for _, document in heldout.documents(args.shards.parent, manifest, how["max_document_tokens"])]
+        shard_files.check_file(
+            args.shards.with_name(f"{entry['name']}.arrow"), entry["identity_tokens"], "shard"
+        )
+    documents = [
+        document for _, document in heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
+    ]
 
     net = model.load(args.expert_weights.parent).eval()
-    model.to_device(net)
-    logprob_N = score(net, documents, how["context"], how["stride"])
+    device.move(net)
+    logprob_N = score(net, documents, plan.context, plan.stride)
     if not np.isfinite(logprob_N).all():
-        raise ValueError(f"{args.expert_weights}: its log-probabilities are no finite numbers. Expected finite ones. Lower train.lr.")
-    meta = artifact.make_meta("scores", {"expert": card["weights"], "shards": shards}, expert=card["expert"], **how)
+        raise ValueError(
+            f"{args.expert_weights}: its log-probabilities are no finite numbers. Expected finite ones. Lower train.lr."
+        )
+    meta = artifact.make_meta(
+        "scores", {"expert": card["weights"], "shards": shards}, expert=card["expert"], **plan.content()
+    )
     artifact.write_npz(args.out, meta, logprob_N=logprob_N)
     log.info("%d tokens, %.4f nats each", len(logprob_N), -logprob_N.mean() if len(logprob_N) else 0)
 

@@ -28,13 +28,17 @@ import yaml
 
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import cli
+from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import lenient, status_table
 from cbtm_pipeline.ops.status_table import Row, State, Status
+from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.slurm import commands
 
 STALE_S = 180.0  # a training whose lock and log have not changed for so long is not running
-LOG_TAIL, EVENTS_TAIL = 1 << 14, 1 << 18  # bytes at the end of a file that are read: some eighty steps, a thousand events
-SAVED = 85  # exit status of a training that was stopped by a signal and goes on later
+LOG_TAIL, EVENTS_TAIL = (
+    1 << 14,
+    1 << 18,
+)  # bytes at the end of a file that are read: some eighty steps, a thousand events
 ON_NODE = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "SUSPENDED"}
 OUTPUTS = {  # of the stages, in their order
     "demo_corpus": "demo/corpus.jsonl.zst",
@@ -67,23 +71,36 @@ def gather(outdir: Path, queue: Mapping[str, commands.Job] | None, now: float) -
     began = lenient.changed(path)
     try:
         cfg = config.validate(orjson.loads(path.read_bytes()))
-        plans = {name: plan.expert(cfg, name) for name in ["seed", *plan.experts(cfg)]}
-        if config.DEMO not in [*cfg.corpus.train, *(cfg.corpus.eval or [])]:
+        plans = {name: plan.train_expert(cfg, name) for name in ["seed", *plan.experts(cfg)]}
+        if corpus_files.DEMO not in [*cfg.corpus.train, *(cfg.corpus.eval or [])]:
             left_out.add("demo_corpus")
         if not plan.random_experts(cfg):
             left_out.add("assign_random")
     except (OSError, ValueError) as error:
         reason = lenient.text(error.strerror if isinstance(error, OSError) else error)
-        notes.append(f"{path}: {reason}. Expected the config, which a run writes when it starts. Without it, much is unknown.")
+        notes.append(
+            f"{path}: {reason}. Expected the config, which a run writes when it starts. Without it, much is unknown."
+        )
     names = list(plans) or _found(outdir)
     if not names:
         left_out.add("score_expert")
     if began is None and not names:
-        return Status(str(outdir), None, [], [f"{outdir}: no run yet. Expected config.json, which a run writes when it starts."])
+        return Status(
+            str(outdir),
+            None,
+            [],
+            [f"{outdir}: no run yet. Expected config.json, which a run writes when it starts."],
+        )
     active = _holder(outdir / ".lock", now)
     run = _Run(outdir, queue, now, began or 0.0, active is not None)
-    stages = [_scores(run, names) if name == "score_expert" else _stage(run, name) for name in OUTPUTS if name not in left_out]
-    return Status(str(outdir), active, stages + [_expert(run, name, plans.get(name)) for name in names], notes)
+    stages = [
+        _scores(run, names) if name == "score_expert" else _stage(run, name)
+        for name in OUTPUTS
+        if name not in left_out
+    ]
+    return Status(
+        str(outdir), active, stages + [_expert(run, name, plans.get(name)) for name in names], notes
+    )
 
 
 def _stage(run: _Run, name: str, expert: str | None = None) -> Row:
@@ -92,7 +109,9 @@ def _stage(run: _Run, name: str, expert: str | None = None) -> Row:
     done = lenient.changed(run.outdir / OUTPUTS[name].format(expert)) is not None
     logged = lenient.changed(log)
     live = run.active and logged is not None and logged >= run.began  # no better sign where there is no Slurm
-    return _judge(run, Row("stage", name), f"score-{expert}" if expert else name, log, done, live, logged is not None)
+    return _judge(
+        run, Row("stage", name), f"score-{expert}" if expert else name, log, done, live, logged is not None
+    )
 
 
 def _scores(run: _Run, experts: Sequence[str]) -> Row:
@@ -102,32 +121,55 @@ def _scores(run: _Run, experts: Sequence[str]) -> Row:
     expert = min(jobs, key=lambda expert: order.index(jobs[expert].state))
     n_done = sum(job.state == "done" for job in jobs.values())
     error = jobs[expert].error
-    return Row("stage", "score_expert", jobs[expert].state, n_done, len(jobs), error=error and f"expert {expert}: {error}")
+    return Row(
+        "stage",
+        "score_expert",
+        jobs[expert].state,
+        n_done,
+        len(jobs),
+        error=error and f"expert {expert}: {error}",
+    )
 
 
-def _expert(run: _Run, name: str, how: dict[str, Any] | None) -> Row:
-    """An expert's training. `how` is its plan, None where the config cannot be read."""
+def _expert(run: _Run, name: str, planned: TrainingPlan | None) -> Row:
+    """An expert's training. `planned` is its plan, None where the config cannot be read."""
     folder, work = run.outdir / "experts" / name, run.outdir / "work" / name
     card = lenient.json_object(folder / "card.json")
-    as_planned = how is None or card.get("plan") == json.loads(json.dumps(how))
+    as_planned = planned is None or card.get("plan") == planned.content()
     done = lenient.changed(folder / "model.safetensors") is not None and bool(card) and as_planned
     rows = lenient.rows((folder if done else work / "state") / "metrics.jsonl", LOG_TAIL)
     steps, losses, times = (lenient.numbers(rows, key) for key in ("step", "loss", "time"))
-    saved = [at for path in lenient.listed(work / "state") if path.suffix == ".safetensors" and (at := lenient.changed(path)) is not None]
-    known_plan = how or (card.get("plan") if done else None)
-    n_steps = lenient.number(known_plan.get("n_steps")) if isinstance(known_plan, dict) else None
+    saved = [
+        at
+        for path in lenient.listed(work / "state")
+        if path.suffix == ".safetensors" and (at := lenient.changed(path)) is not None
+    ]
+    known = planned.content() if planned else card.get("plan") if done else None
+    n_steps = lenient.number(known.get("n_steps")) if isinstance(known, dict) else None
     step = n_steps if done else steps[-1] if steps else None if n_steps is None else 0
     row = Row(
         *("expert", name),
         step=None if step is None else int(step),
         n_steps=None if n_steps is None else int(n_steps),
-        loss=lenient.number(card.get("final_loss")) if done else statistics.fmean(losses[-10:]) if losses else None,
+        loss=lenient.number(card.get("final_loss"))
+        if done
+        else statistics.fmean(losses[-10:])
+        if losses
+        else None,
         tokens_per_s=lenient.median(lenient.numbers(rows, "tokens_per_s")),
         mfu=lenient.median(lenient.numbers(rows, "mfu")),
         saved_s=None if done or not saved else max(0.0, run.now - max(saved)),
     )
     live = _is_live(work / ".lock", times[-1] if times else None, run.now)
-    row = _judge(run, row, f"expert-{name}", run.outdir / "logs/train_expert" / f"{name}.log", done, live, bool(rows or saved))
+    row = _judge(
+        run,
+        row,
+        f"expert-{name}",
+        run.outdir / "logs/train_expert" / f"{name}.log",
+        done,
+        live,
+        bool(rows or saved),
+    )
     if row.state == "running" and step is not None and n_steps is not None:
         row = row._replace(eta_s=_eta(n_steps - step, times, run.now))
     return row
@@ -141,7 +183,11 @@ def _judge(run: _Run, row: Row, name: str, log: Path, done: bool, live: bool, be
     of_jobs = [event for event in events if event.get("job_id") is not None]
     job_id = lenient.text(record.get("job_id") if record else of_jobs[-1]["job_id"] if of_jobs else None)
     job = (run.queue or {}).get(job_id or "")
-    nodes = [event["node"] for event in of_jobs if event.get("node") is not None and lenient.text(event["job_id"]) == job_id]
+    nodes = [
+        event["node"]
+        for event in of_jobs
+        if event.get("node") is not None and lenient.text(event["job_id"]) == job_id
+    ]
     n_started = sum(event["event"] == "started" for event in events)
     error = None if done else _failure(run, folder, record, events, log)
     state: State
@@ -162,7 +208,9 @@ def _judge(run: _Run, row: Row, name: str, log: Path, done: bool, live: bool, be
         job=job_id,
         job_state=job and lenient.text(job.state),
         reason=lenient.text(job.reason) if job and job.reason not in ("", "None") else None,
-        node=lenient.text(job.nodes if job and job.nodes else nodes[-1] if nodes and state != "waiting" else None),
+        node=lenient.text(
+            job.nodes if job and job.nodes else nodes[-1] if nodes and state != "waiting" else None
+        ),
         n_restarts=n_started - 1 if n_started else None,
         error=error,
     )
@@ -171,15 +219,23 @@ def _judge(run: _Run, row: Row, name: str, log: Path, done: bool, live: bool, be
 def _newest_work(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events under a job's name that belong to the newest piece of work: not to another one, nor to one that was done before."""
     events = [event for event in events if "event" in event]
-    done = [i for i, event in enumerate(events[:-1]) if event["event"] == "taken" and event.get("status") == 0]
+    done = [
+        i for i, event in enumerate(events[:-1]) if event["event"] == "taken" and event.get("status") == 0
+    ]
     events = events[done[-1] + 1 if done else 0 :]
     return [event for event in events if event.get("fingerprint") == events[-1].get("fingerprint")]
 
 
-def _failure(run: _Run, folder: Path, record: dict[str, Any], events: Sequence[dict[str, Any]], log: Path) -> str | None:
+def _failure(
+    run: _Run, folder: Path, record: dict[str, Any], events: Sequence[dict[str, Any]], log: Path
+) -> str | None:
     """Why a job failed, None if it did not: by its result, its newest event, or the last line of its log."""
     lines = lenient.end(log, LOG_TAIL).splitlines() if (lenient.changed(log) or -1.0) >= run.began else []
-    said = re.fullmatch(r"\d\d:\d\d:\d\d E (?:(?:expert|score) )?\S+ +(.+)", lines[-1].decode(errors="replace")) if lines else None
+    said = (
+        re.fullmatch(r"\d\d:\d\d:\d\d E (?:(?:expert|score) )?\S+ +(.+)", lines[-1].decode(errors="replace"))
+        if lines
+        else None
+    )
     if said:
         return lenient.text(said[1])
     newest = events[-1] if events else {}
@@ -187,10 +243,14 @@ def _failure(run: _Run, folder: Path, record: dict[str, Any], events: Sequence[d
     failed = bool(record and result.get("token") == record.get("token") and result.get("status"))
     if newest.get("event") in ("ended", "taken") and (lenient.number(newest.get("time")) or 0.0) >= run.began:
         status = lenient.number(newest.get("status")) or 0.0
-        failed = failed or (status > 0 and status != SAVED)
+        failed = failed or (status > 0 and status != cli.EXIT_SAVED)
     if not failed:
         return None
-    outputs = [(lenient.changed(path) or 0.0, path) for path in lenient.listed(folder) if path.name.endswith("_log.out")]
+    outputs = [
+        (lenient.changed(path) or 0.0, path)
+        for path in lenient.listed(folder)
+        if path.name.endswith("_log.out")
+    ]
     where = f"see {max(outputs)[1]}" if outputs else "see what snakemake printed"
     return lenient.text(result.get("error") or newest.get("error")) or f"its job ended with an error, {where}"
 
@@ -227,8 +287,17 @@ def _found(outdir: Path) -> list[str]:
     """Ids of the experts that have left something, for when the config cannot say."""
     names = {path.name for folder in ("experts", "work") for path in lenient.listed(outdir / folder)}
     names |= {path.name.removeprefix("expert-") for path in lenient.listed(outdir / "slurm")}
-    ids = [found for name in names if (found := re.fullmatch(r"(seed)|(\d{1,9})|(dense(?:-batch|-steps)?)|random-(\d{1,9})", name))]
-    return [found[0] for found in sorted(ids, key=lambda found: (found.lastindex, int(found[2] or found[4] or 0), found[0]))]
+    ids = [
+        found
+        for name in names
+        if (found := re.fullmatch(r"(seed)|(\d{1,9})|(dense(?:-batch|-steps)?)|random-(\d{1,9})", name))
+    ]
+    return [
+        found[0]
+        for found in sorted(
+            ids, key=lambda found: (found.lastindex, int(found[2] or found[4] or 0), found[0])
+        )
+    ]
 
 
 def ask_slurm(outdirs: Sequence[Path]) -> tuple[dict[str, commands.Job] | None, str | None]:
@@ -240,7 +309,10 @@ def ask_slurm(outdirs: Sequence[Path]) -> tuple[dict[str, commands.Job] | None, 
     try:
         return commands.queue(timeout_s=5), None
     except (OSError, ValueError) as error:
-        return None, f"Slurm does not answer ({lenient.text(error)}): of the jobs, only what they have written is known."
+        return (
+            None,
+            f"Slurm does not answer ({lenient.text(error)}): of the jobs, only what they have written is known.",
+        )
 
 
 def configured_outdir(configfiles: Sequence[Path]) -> Path:
@@ -250,7 +322,9 @@ def configured_outdir(configfiles: Sequence[Path]) -> Path:
         try:
             content = yaml.safe_load(path.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML ({error}). Expected the keys of config.yaml. Mend the file or name the outdir.") from error
+            raise ValueError(
+                f"{path}: not YAML ({error}). Expected the keys of config.yaml. Mend the file or name the outdir."
+            ) from error
         if isinstance(content, dict):
             outdir = content.get("outdir", outdir)
     return Path(str(outdir))
@@ -258,8 +332,12 @@ def configured_outdir(configfiles: Sequence[Path]) -> Path:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("outdir", nargs="*", type=Path, help="folders of runs; by default outdir of the config in this folder")
-    p.add_argument("--configfile", nargs="+", type=Path, default=[], help="configs that the run was started with")
+    p.add_argument(
+        "outdir", nargs="*", type=Path, help="folders of runs; by default outdir of the config in this folder"
+    )
+    p.add_argument(
+        "--configfile", nargs="+", type=Path, default=[], help="configs that the run was started with"
+    )
     p.add_argument("--json", action="store_true", help="everything, for programs")
     args = p.parse_args()
     outdirs = args.outdir or [configured_outdir(args.configfile)]
@@ -267,7 +345,12 @@ def main() -> None:
     runs = [gather(outdir, queue, time.time()) for outdir in outdirs]
     runs = [run._replace(notes=[*run.notes, trouble]) if trouble else run for run in runs]
     if args.json:
-        status_table.show(json.dumps([run._asdict() | {"rows": [row._asdict() for row in run.rows]} for run in runs], indent=1) + "\n")
+        status_table.show(
+            json.dumps(
+                [run._asdict() | {"rows": [row._asdict() for row in run.rows]} for run in runs], indent=1
+            )
+            + "\n"
+        )
     else:
         status_table.show("\n".join(status_table.render(run) for run in runs))
 

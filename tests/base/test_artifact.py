@@ -62,7 +62,9 @@ def test_npz_round_trip_and_refusals(tmp_path: Path) -> None:
         artifact.read_npz(path, "clusterer")
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:60] + b"\xff" * 40 + b[100:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:60] + b"\xff" * 40 + b[100:]]
+)
 def test_damaged_npz_is_a_clear_error(tmp_path: Path, damage) -> None:
     path = tmp_path / "a.npz"
     artifact.write_npz(path, artifact.make_meta("vectors", {}), x=np.arange(500))
@@ -73,7 +75,9 @@ def test_damaged_npz_is_a_clear_error(tmp_path: Path, damage) -> None:
 
 def test_npz_bytes_are_a_function_of_the_content(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        artifact.write_npz(tmp_path / name, artifact.make_meta("vectors", {"b": "2", "a": "1"}), x=np.arange(9))
+        artifact.write_npz(
+            tmp_path / name, artifact.make_meta("vectors", {"b": "2", "a": "1"}), x=np.arange(9)
+        )
     assert artifact.identity(tmp_path / "a") == artifact.identity(tmp_path / "b")
 
 

@@ -19,7 +19,10 @@ def test_a_log_file_that_is_deleted_comes_back(tmp_path: Path, monkeypatch, caps
         path.parent.rmdir()
     cli.log.info("three")
     cli.log.warning("four")
-    assert [line.split()[1:] for line in path.read_text().splitlines()] == [["I", "expert", "0", "three"], ["W", "expert", "0", "four"]]
+    assert [line.split()[1:] for line in path.read_text().splitlines()] == [
+        ["I", "expert", "0", "three"],
+        ["W", "expert", "0", "four"],
+    ]
     assert len(capsys.readouterr().err.splitlines()) == 4
     for handler in cli.log.handlers:
         handler.close()

@@ -24,7 +24,9 @@ class Process:
         command = [sys.executable, str(Path(__file__).parents[1] / "helpers/lock_driver.py"), str(folder)]
         options = {**QUICK, "host": host, **options}
         self.folder = folder
-        self.process = subprocess.Popen([*command, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [*command, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def says(self, line: str = "") -> str:
         """Its next line, after it was told this one."""
@@ -121,8 +123,13 @@ def test_in_this_process(tmp_path, start, monkeypatch):
     assert lock.hold(tmp_path) is False
     lock.check()
     for gone in (True, False):
-        (tmp_path / ".lock").unlink() if gone else (tmp_path / ".lock").write_text('{"host": "node2", "pid": 7}')
-        with pytest.raises(ValueError, match=r"taken over by another process \(" + ("its lock file is .* gone" if gone else ".*node2")):
+        (tmp_path / ".lock").unlink() if gone else (tmp_path / ".lock").write_text(
+            '{"host": "node2", "pid": 7}'
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"taken over by another process \(" + ("its lock file is .* gone" if gone else ".*node2"),
+        ):
             lock.check()
 
 

@@ -35,7 +35,10 @@ def test_the_two_nearest_are_those_of_the_exact_distances(n: int, k: int, rng_se
 
 def test_sums_per_cluster() -> None:
     x_ND, _, _ = made(3000, 1)
-    labels_N, mass_N = np.random.default_rng(1).integers(0, 6, 3000).astype(np.int32), np.random.default_rng(2).uniform(1, 5, 3000)
+    labels_N, mass_N = (
+        np.random.default_rng(1).integers(0, 6, 3000).astype(np.int32),
+        np.random.default_rng(2).uniform(1, 5, 3000),
+    )
     sums_KD = distances.sums(torch.from_numpy(x_ND), mass_N, labels_N, 7)
     expected = np.array([(mass_N[labels_N == j, None] * x_ND[labels_N == j]).sum(axis=0) for j in range(7)])
     np.testing.assert_allclose(sums_KD, expected, atol=1e-3)
@@ -54,9 +57,14 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_vectors_whose_distances_do_not_fit_are_clustered_as_well(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_whose_distances_do_not_fit_are_clustered_as_well(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
-    x_ND = rng.normal(size=(20_000, 12)) + 3 * rng.normal(size=(30, 12))[rng.choice(30, 20_000, p=rng.dirichlet(np.ones(30)))]
+    x_ND = (
+        rng.normal(size=(20_000, 12))
+        + 3 * rng.normal(size=(30, 12))[rng.choice(30, 20_000, p=rng.dirichlet(np.ones(30)))]
+    )
     x_ND = (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
     weights_N = rng.lognormal(5, 1, len(x_ND)) if weighted else None
     how = {"weights_N": weights_N, "rng_seed": 0, "n_init": 2, "max_iterations": 30}
@@ -64,7 +72,12 @@ def test_vectors_whose_distances_do_not_fit_are_clustered_as_well(weighted: bool
     monkeypatch.setattr(kmeans, "DISTANCES", 8 * 5_000)
     monkeypatch.setattr(kmeans, "PASS_ROWS", 3_000)
     seen = []
-    found = kmeans.fit(x_ND, 8, **how, progress=lambda run, iteration, inertia, balance: seen.append((iteration, inertia, balance)))
+    found = kmeans.fit(
+        x_ND,
+        8,
+        **how,
+        progress=lambda run, iteration, inertia, balance: seen.append((iteration, inertia, balance)),
+    )
     assert found.balance < 1.011 and exact.balance < 1.002
     assert found.inertia < 1.02 * exact.inertia
     assert found.duality_gap < 0.01
@@ -75,7 +88,10 @@ def test_vectors_whose_distances_do_not_fit_are_clustered_as_well(weighted: bool
 def test_a_gpu_finds_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     x_ND, _, _ = made(60_000, 1)
     monkeypatch.setattr(kmeans, "DISTANCES", 16 * 20_000)
-    on_cpu, on_gpu = (kmeans.fit(x_ND, 16, rng_seed=0, n_init=2, max_iterations=20, device=device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        kmeans.fit(x_ND, 16, rng_seed=0, n_init=2, max_iterations=20, device=device)
+        for device in ("cpu", "cuda")
+    )
     assert on_gpu.inertia == pytest.approx(on_cpu.inertia, rel=1e-3)
     assert on_gpu.balance < 1.011 > on_cpu.balance
     assert (on_gpu.labels_N == on_cpu.labels_N).mean() > 0.95

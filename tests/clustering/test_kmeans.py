@@ -18,7 +18,9 @@ def mixture(n: int, d: int, n_topics: int, seed: int, spread: float = 1.0) -> tu
     rng = np.random.default_rng(seed)
     topics = rng.choice(n_topics, n, p=rng.dirichlet(np.ones(n_topics)))
     x_ND = spread * rng.standard_normal((n_topics, d))[topics] + rng.standard_normal((n, d))
-    return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32), np.ceil(rng.lognormal(5.5, 1, n))
+    return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32), np.ceil(
+        rng.lognormal(5.5, 1, n)
+    )
 
 
 def check(found: kmeans.Clustering, x_ND: np.ndarray, k: int, weights_N: np.ndarray | None = None) -> None:
@@ -27,7 +29,11 @@ def check(found: kmeans.Clustering, x_ND: np.ndarray, k: int, weights_N: np.ndar
     labels_N, d2_N = kmeans.assign(x_ND, found.centres_KD, found.prices_K)
     assert (found.labels_N == labels_N).all()
     assert set(labels_N) == set(range(k))
-    assert (found.centres_KD.dtype, found.prices_K.dtype, found.labels_N.dtype) == (np.float32, np.float64, np.int32)
+    assert (found.centres_KD.dtype, found.prices_K.dtype, found.labels_N.dtype) == (
+        np.float32,
+        np.float64,
+        np.int32,
+    )
     assert found.prices_K.mean() == pytest.approx(0, abs=1e-12 * max(1, np.abs(found.prices_K).max()))
     assert found.loads_K == pytest.approx(np.bincount(labels_N, weights_N, k))
     assert found.balance == pytest.approx(found.loads_K.max() / found.loads_K.mean())
@@ -37,7 +43,9 @@ def check(found: kmeans.Clustering, x_ND: np.ndarray, k: int, weights_N: np.ndar
 
 
 def same(a: kmeans.Clustering, b: kmeans.Clustering) -> bool:
-    return all((getattr(a, name) == getattr(b, name)).all() for name in ("centres_KD", "prices_K", "labels_N"))
+    return all(
+        (getattr(a, name) == getattr(b, name)).all() for name in ("centres_KD", "prices_K", "labels_N")
+    )
 
 
 @QUICK
@@ -62,7 +70,10 @@ def test_squared_distances_of_long_vectors_do_not_cancel():
 @given(st.integers(0, 99), st.integers(1, 60), st.integers(1, 9), st.integers(1, 70))
 def test_assign_is_the_argmin_for_any_chunks_and_any_order_of_clusters(seed, n, k, chunk_rows):
     rng = np.random.default_rng(seed)
-    x_ND, centres_KD = rng.standard_normal((n, 3), dtype=np.float32), rng.standard_normal((k, 3), dtype=np.float32)
+    x_ND, centres_KD = (
+        rng.standard_normal((n, 3), dtype=np.float32),
+        rng.standard_normal((k, 3), dtype=np.float32),
+    )
     prices_K = rng.standard_normal(k)
     d2_NK = kmeans.squared_distances(x_ND, centres_KD)
     labels_N, d2_N = kmeans.assign(x_ND, centres_KD, prices_K, chunk_rows)
@@ -76,7 +87,10 @@ def test_assign_is_the_argmin_for_any_chunks_and_any_order_of_clusters(seed, n, 
 def test_assign_gives_ties_to_the_lowest_index():
     centres_KD = np.array([[1, 0], [-1, 0], [0, 1]], dtype=np.float32)
     assert kmeans.assign(np.zeros((2, 2), np.float32), centres_KD, np.zeros(3))[0].tolist() == [0, 0]
-    assert kmeans.assign(np.zeros((2, 2), np.float32), centres_KD, np.array([0.5, 0.0, 0.0]))[0].tolist() == [1, 1]
+    assert kmeans.assign(np.zeros((2, 2), np.float32), centres_KD, np.array([0.5, 0.0, 0.0]))[0].tolist() == [
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
@@ -102,7 +116,9 @@ def test_every_n_and_k(n, k, balanced):
     rng = np.random.default_rng(n)
     x_ND, weights_N = rng.standard_normal((n, 4), dtype=np.float32), rng.integers(1, 99, n).astype(float)
     if k > n:
-        with pytest.raises(ValueError, match=rf"^cluster\.k: {k}\. Expected at most {n}, the number of documents\. Lower"):
+        with pytest.raises(
+            ValueError, match=rf"^cluster\.k: {k}\. Expected at most {n}, the number of documents\. Lower"
+        ):
             kmeans.fit(x_ND, k, balanced=balanced, **FITTED)
         return
     found = kmeans.fit(x_ND, k, balanced=balanced, **FITTED)
@@ -118,7 +134,15 @@ def test_k_below_1_is_refused():
 
 
 @QUICK
-@given(st.integers(0, 999), st.integers(1, 60), st.integers(1, 8), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 999),
+    st.integers(1, 60),
+    st.integers(1, 8),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_small_inputs_with_ties_and_duplicates(seed, n, k, d, lattice, weighted, balanced):
     rng = np.random.default_rng(seed)
     x_ND = (rng.integers(-1, 2, (n, d)) * 1.0 if lattice else rng.standard_normal((n, d))).astype(np.float32)
@@ -140,7 +164,9 @@ def test_the_balanced_assignment_is_optimal(seed, per_cluster, k):
     assert (labels_N == (d2_NK + prices_K).argmin(axis=1)).all()
     assert (np.bincount(labels_N) == per_cluster).all()
     rows, columns = linear_sum_assignment(np.repeat(d2_NK, per_cluster, axis=1))
-    assert d2_NK[np.arange(len(d2_NK)), labels_N].sum() == pytest.approx(d2_NK[rows, columns // per_cluster].sum(), rel=1e-5)
+    assert d2_NK[np.arange(len(d2_NK)), labels_N].sum() == pytest.approx(
+        d2_NK[rows, columns // per_cluster].sum(), rel=1e-5
+    )
 
 
 def test_the_balanced_assignment_is_optimal_where_clusters_have_no_common_border():
@@ -151,7 +177,9 @@ def test_the_balanced_assignment_is_optimal_where_clusters_have_no_common_border
     assert (labels_N == (d2_NK + prices_K).argmin(axis=1)).all()
     assert (np.bincount(labels_N) == 100).all()
     rows, columns = linear_sum_assignment(np.repeat(d2_NK, 100, axis=1))
-    assert d2_NK[np.arange(1600), labels_N].sum() == pytest.approx(d2_NK[rows, columns // 100].sum(), rel=1e-5)
+    assert d2_NK[np.arange(1600), labels_N].sum() == pytest.approx(
+        d2_NK[rows, columns // 100].sum(), rel=1e-5
+    )
 
 
 def test_prices_of_a_sample_save_moves(monkeypatch):
@@ -159,7 +187,9 @@ def test_prices_of_a_sample_save_moves(monkeypatch):
     d2_NK = kmeans.squared_distances(x_ND, x_ND[:16])
     moves = []
     shortest_paths = transport._shortest_paths
-    monkeypatch.setattr(transport, "_shortest_paths", lambda *args: moves.append(args) or shortest_paths(*args))
+    monkeypatch.setattr(
+        transport, "_shortest_paths", lambda *args: moves.append(args) or shortest_paths(*args)
+    )
     transport.balance(d2_NK, np.ones(3200), np.zeros(16))
     assert 0 < len(moves) < 300  # 1032 from the prices that the Newton steps alone reach
 
@@ -205,7 +235,10 @@ def test_the_duality_gap_is_a_share_and_knows_only_differences_of_prices(cluster
     assert 0 <= gap <= 1 and shifted == pytest.approx(gap, abs=1e-9)
     assert kmeans.duality_gap(np.full(len(loads_K), 7.0), prices_K, 1e9) == pytest.approx(0, abs=1e-15)
     by_price_K = np.sort(prices_K)
-    assert kmeans.duality_gap(np.sort(loads_K), by_price_K, 1e9) <= kmeans.duality_gap(np.sort(loads_K)[::-1], by_price_K, 1e9) + 1e-9
+    assert (
+        kmeans.duality_gap(np.sort(loads_K), by_price_K, 1e9)
+        <= kmeans.duality_gap(np.sort(loads_K)[::-1], by_price_K, 1e9) + 1e-9
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -253,7 +286,9 @@ def test_without_balance_it_is_ordinary_k_means():
 def test_planted_clusters_are_recovered(balanced, n_copies):
     rng = np.random.default_rng(0)
     planted_N = np.repeat(rng.permutation(np.arange(100) % 5), n_copies)
-    x_ND = np.eye(5, 8, dtype=np.float32)[planted_N] + np.repeat(0.05 * rng.standard_normal((100, 8)), n_copies, axis=0).astype(np.float32)
+    x_ND = np.eye(5, 8, dtype=np.float32)[planted_N] + np.repeat(
+        0.05 * rng.standard_normal((100, 8)), n_copies, axis=0
+    ).astype(np.float32)
     found = kmeans.fit(x_ND, 5, balanced=balanced, **FITTED)
     assert len({(int(a), int(b)) for a, b in zip(planted_N, found.labels_N, strict=True)}) == 5
     means_KD = np.stack([x_ND[found.labels_N == j].mean(axis=0) for j in range(5)])
@@ -274,13 +309,25 @@ def test_the_same_inputs_give_the_same_result_in_any_order_of_documents():
 def test_the_best_run_is_taken_and_progress_tells_of_each_iteration(balanced):
     x_ND, _ = mixture(600, 10, 9, 0)
     told: list[tuple[int, int, float, float]] = []
-    found = kmeans.fit(x_ND, 6, balanced=balanced, rng_seed=0, n_init=5, max_iterations=30, progress=lambda *what: told.append(what))
+    found = kmeans.fit(
+        x_ND,
+        6,
+        balanced=balanced,
+        rng_seed=0,
+        n_init=5,
+        max_iterations=30,
+        progress=lambda *what: told.append(what),
+    )
     last_of_run = {run: (iteration, inertia, balance) for run, iteration, inertia, balance in told}
-    assert list(last_of_run) == [0, 1, 2, 3, 4] and len({inertia for _, inertia, _ in last_of_run.values()}) > 1
+    assert (
+        list(last_of_run) == [0, 1, 2, 3, 4] and len({inertia for _, inertia, _ in last_of_run.values()}) > 1
+    )
     best, (n_iterations, inertia, balance) = min(last_of_run.items(), key=lambda item: item[1][1])
     assert found.inertia == pytest.approx(inertia, rel=1e-6)
     assert (found.n_iterations, found.balance) == (n_iterations, pytest.approx(balance))
-    assert [iteration for run, iteration, *_ in told if run == best] == list(range(1, found.n_iterations + 1)) and n_iterations < 30
+    assert [iteration for run, iteration, *_ in told if run == best] == list(
+        range(1, found.n_iterations + 1)
+    ) and n_iterations < 30
     inertias = [inertia for run, _, inertia, _ in told if run == best]
     assert inertias == sorted(inertias, reverse=True)
 
@@ -347,5 +394,7 @@ def test_empty_clusters_are_moved_to_documents(prices_K):
 def test_centres_that_coincide_end_in_two_clusters():
     """All documents tie between these two clusters at first, so no prices can separate them."""
     x_ND = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=np.float32)
-    centres_KD, prices_K, _ = kmeans._lloyd(x_ND, np.ones(4), np.zeros((2, 2), np.float32), np.zeros(2), True, 9, lambda *_: None)
+    centres_KD, prices_K, _ = kmeans._lloyd(
+        x_ND, np.ones(4), np.zeros((2, 2), np.float32), np.zeros(2), True, 9, lambda *_: None
+    )
     assert np.bincount(kmeans.assign(x_ND, centres_KD, prices_K)[0], minlength=2).all()

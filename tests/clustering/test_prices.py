@@ -6,14 +6,20 @@ from cbtm_pipeline.clustering import kmeans, prices
 
 def continuous(n: int, k: int, rng_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(rng_seed)
-    return rng.normal(size=(n, 5)).astype(np.float32), rng.lognormal(sigma=1, size=n), rng.normal(size=(k, 5)).astype(np.float32)
+    return (
+        rng.normal(size=(n, 5)).astype(np.float32),
+        rng.lognormal(sigma=1, size=n),
+        rng.normal(size=(k, 5)).astype(np.float32),
+    )
 
 
 @pytest.mark.parametrize(("k", "rng_seed"), [(2, 0), (5, 1), (16, 2), (40, 3)])
 def test_refined_prices_balance_from_any_start(k: int, rng_seed: int) -> None:
     x_ND, weights_N, centres_KD = continuous(20_000, k, rng_seed)
     prices_K, balance = prices.refine(
-        lambda: [(x_ND[:15_000], weights_N[:15_000]), (x_ND[15_000:], weights_N[15_000:])], centres_KD, np.zeros(k)
+        lambda: [(x_ND[:15_000], weights_N[:15_000]), (x_ND[15_000:], weights_N[15_000:])],
+        centres_KD,
+        np.zeros(k),
     )
     assert balance < 1.05
     labels_N = (np.square(x_ND[:, None].astype(float) - centres_KD).sum(axis=2) + prices_K).argmin(axis=1)
@@ -47,7 +53,9 @@ def test_a_corpus_of_another_kind_is_balanced_too(by_tokens: bool) -> None:
         loads_K = np.bincount(kmeans.assign(other_ND, clustering.centres_KD, prices_K)[0], weights_N, 12)
         return float(loads_K.max() / loads_K.mean())
 
-    chunks = [(other_ND[start : start + 1000], weights_N[start : start + 1000]) for start in range(0, 9000, 1000)]
+    chunks = [
+        (other_ND[start : start + 1000], weights_N[start : start + 1000]) for start in range(0, 9000, 1000)
+    ]
     prices_K, said = prices.refine(lambda: chunks, clustering.centres_KD, clustering.prices_K)
     assert largest(clustering.prices_K) > 1.4 and largest(np.zeros(12)) > 1.4
     assert largest(prices_K) < 1.05

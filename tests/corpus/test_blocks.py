@@ -17,7 +17,12 @@ from cbtm_pipeline.corpus import files as corpus_files
 PLAIN = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 
 
-def parts(path: Path, block_bytes: int = 1 << 20, txt_documents: Any = "file", fields: tuple[str, str] = ("text", "id")) -> list[Any]:
+def parts(
+    path: Path,
+    block_bytes: int = 1 << 20,
+    txt_documents: Any = "file",
+    fields: tuple[str, str] = ("text", "id"),
+) -> list[Any]:
     return list(corpus_blocks.parts(corpus_files.name([path]), block_bytes, *fields, txt_documents))
 
 
@@ -64,14 +69,23 @@ def test_json_file_of_lines(tmp_path: Path, content: bytes) -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet='ab"\\[]{},\n é😀'),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet='ab"\\]}'), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet='ab"\\]}'), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(values=st.lists(VALUES, max_size=6), indent=st.sampled_from([None, 0, 2]), ascii_=st.booleans(), size=st.integers(1, 40))
-def test_array_is_cut_where_json_would_cut_it(values: list[Any], indent: int | None, ascii_: bool, size: int) -> None:
+@given(
+    values=st.lists(VALUES, max_size=6),
+    indent=st.sampled_from([None, 0, 2]),
+    ascii_=st.booleans(),
+    size=st.integers(1, 40),
+)
+def test_array_is_cut_where_json_would_cut_it(
+    values: list[Any], indent: int | None, ascii_: bool, size: int
+) -> None:
     text = ("\n " + json.dumps(values, indent=indent, ensure_ascii=ascii_) + " \n").encode()
     stream = corpus_blocks._Stream(Path("a.json"), None, "", size)  # pyright: ignore[reportArgumentType]
     chunks = iter([text[i : i + size] for i in range(0, len(text), size)])
@@ -81,7 +95,13 @@ def test_array_is_cut_where_json_would_cut_it(values: list[Any], indent: int | N
 
 def test_array_with_defects_inside_keeps_its_other_elements(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": nonsense}, {"text" "c"},, "d"]')
-    assert [r.strip() for r in records(tmp_path / "a.json")] == [b'{"text": "a"}', b'{"text": nonsense}', b'{"text" "c"}', b"", b'"d"']
+    assert [r.strip() for r in records(tmp_path / "a.json")] == [
+        b'{"text": "a"}',
+        b'{"text": nonsense}',
+        b'{"text" "c"}',
+        b"",
+        b'"d"',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +113,9 @@ def test_array_with_defects_inside_keeps_its_other_elements(tmp_path: Path) -> N
         (b"[{}]" + b" " * 100 + b"x", "more data after the end"),
     ],
 )
-def test_array_without_end_or_with_more_behind_it_is_refused(tmp_path: Path, chunk: None, content: bytes, message: str) -> None:
+def test_array_without_end_or_with_more_behind_it_is_refused(
+    tmp_path: Path, chunk: None, content: bytes, message: str
+) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         records(tmp_path / "a.json")
@@ -116,7 +138,9 @@ def test_long_element_of_an_array(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf\n" + b"word\n" * 500, [b"\n".join([b"word"] * 500)]),
     ],
 )
-def test_blocks_of_a_text_file(tmp_path: Path, chunk: None, compression: str, content: bytes, expected: list[bytes]) -> None:
+def test_blocks_of_a_text_file(
+    tmp_path: Path, chunk: None, compression: str, content: bytes, expected: list[bytes]
+) -> None:
     path = tmp_path / f"a.txt{compression}"
     path.write_bytes(PLAIN[compression](content))
     assert records(path, txt_documents="block") == expected
@@ -127,17 +151,27 @@ def test_blocks_of_a_text_file(tmp_path: Path, chunk: None, compression: str, co
 def test_frames_in_a_row_and_padding_are_read_through(tmp_path: Path, chunk: None, compression: str) -> None:
     path = tmp_path / f"a.jsonl{compression}"
     compress = PLAIN[compression]
-    empty = {".gz": b"\0" * 64, ".zst": b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"}[compression]  # padding; a frame that is to be skipped
+    empty = {".gz": b"\0" * 64, ".zst": b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"}[
+        compression
+    ]  # padding; a frame that is to be skipped
     frames = [compress(b"one\nt"), compress(b""), compress(b"wo\nthree\n")]
-    path.write_bytes((empty if compression == ".zst" else b"") + frames[0] + frames[1] + empty + frames[2] + empty)
+    path.write_bytes(
+        (empty if compression == ".zst" else b"") + frames[0] + frames[1] + empty + frames[2] + empty
+    )
     assert records(path) == [b"one", b"two", b"three"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".txt"])
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
-def test_truncated_file_gives_what_came_before_and_says_so(tmp_path: Path, suffix: str, compression: str) -> None:
+def test_truncated_file_gives_what_came_before_and_says_so(
+    tmp_path: Path, suffix: str, compression: str
+) -> None:
     rows = [json.dumps({"text": f"row {i} " + "x" * (i * 7 % 50)}).encode() for i in range(20_000)]
-    content = {".jsonl": b"\n".join(rows), ".json": b"[" + b",".join(rows) + b"]", ".txt": b"\n\n".join(rows)}[suffix]
+    content = {
+        ".jsonl": b"\n".join(rows),
+        ".json": b"[" + b",".join(rows) + b"]",
+        ".txt": b"\n\n".join(rows),
+    }[suffix]
     whole = PLAIN[compression](content)
     path = tmp_path / f"a{suffix}{compression}"
     longest = 0
@@ -187,12 +221,20 @@ def rows_of(found: list[Any]) -> list[dict[str, Any]]:
 
 
 def test_parquet_in_small_batches_by_column(tmp_path: Path) -> None:
-    table = pa.table({"n": range(1000), "text": [f"text {i} " * 20 for i in range(1000)], "id": [str(i) for i in range(1000)]})
+    table = pa.table(
+        {
+            "n": range(1000),
+            "text": [f"text {i} " * 20 for i in range(1000)],
+            "id": [str(i) for i in range(1000)],
+        }
+    )
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=300)
     found = parts(tmp_path / "a.parquet", block_bytes=1 << 12)
     assert rows_of(found) == table.select(["text", "id"]).to_pylist()
     assert len(found) > 10
-    assert [part.first for part in found] == [1 + sum(len(p.records) for p in found[:i]) for i in range(len(found))]
+    assert [part.first for part in found] == [
+        1 + sum(len(p.records) for p in found[:i]) for i in range(len(found))
+    ]
     assert "id" not in parts(tmp_path / "a.parquet", fields=("text", "other"))[0].records.schema.names
 
 
@@ -201,7 +243,11 @@ def test_parquet_fields_within_structs_and_with_dots(tmp_path: Path) -> None:
     pq.write_table(pa.table({"doc": inner, "a.b": ["x", "y", "z"]}), tmp_path / "a.parquet")
     nested = parts(tmp_path / "a.parquet", fields=("doc.body.text", "doc.key"))
     assert rows_of(nested) == [{"text": "one", "id": 1}, {"text": None, "id": None}, {"text": None, "id": 3}]
-    assert rows_of(parts(tmp_path / "a.parquet", fields=("a.b", "doc.none"))) == [{"text": "x"}, {"text": "y"}, {"text": "z"}]
+    assert rows_of(parts(tmp_path / "a.parquet", fields=("a.b", "doc.none"))) == [
+        {"text": "x"},
+        {"text": "y"},
+        {"text": "z"},
+    ]
 
 
 @pytest.mark.parametrize("field", ["text", "n.m", "doc.none"])

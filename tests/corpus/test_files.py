@@ -35,13 +35,21 @@ def test_format_is_read_off_the_name(name: str, expected: tuple[str, str] | None
 
 
 def test_folder_gives_its_corpus_files_sorted_and_no_others(tmp_path: Path) -> None:
-    touch(tmp_path, "b.txt", "a/z.jsonl.gz", "a/y/x.parquet", "c.md", ".hidden.txt", ".git/d.txt", "a/.e.jsonl")
+    touch(
+        tmp_path, "b.txt", "a/z.jsonl.gz", "a/y/x.parquet", "c.md", ".hidden.txt", ".git/d.txt", "a/.e.jsonl"
+    )
     assert found(tmp_path) == [str(tmp_path / name) for name in ("a/y/x.parquet", "a/z.jsonl.gz", "b.txt")]
 
 
 def test_globs_files_and_folders_keep_their_order_and_name_each_file_once(tmp_path: Path) -> None:
     touch(tmp_path, "b-2.txt", "b-1.txt", "a.jsonl", "b-3.md", "folder/c.txt")
-    files = found(tmp_path / "b-*", tmp_path / "a.jsonl", tmp_path / "folder", tmp_path / "b-1.txt", tmp_path / "**/c.txt")
+    files = found(
+        tmp_path / "b-*",
+        tmp_path / "a.jsonl",
+        tmp_path / "folder",
+        tmp_path / "b-1.txt",
+        tmp_path / "**/c.txt",
+    )
     assert files == [str(tmp_path / name) for name in ("b-1.txt", "b-2.txt", "a.jsonl", "folder/c.txt")]
 
 
@@ -59,7 +67,12 @@ def test_linked_folders_are_followed_but_never_in_circles(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("none/*.jsonl", "no matching file"), ("empty", "no matching file"), ("gone", "no such"), ("a.md", "unknown format")],
+    [
+        ("none/*.jsonl", "no matching file"),
+        ("empty", "no matching file"),
+        ("gone", "no such"),
+        ("a.md", "unknown format"),
+    ],
 )
 def test_pattern_without_a_file_is_named(tmp_path: Path, pattern: str, message: str) -> None:
     touch(tmp_path, "a.md", "b.txt")

@@ -13,7 +13,9 @@ from cbtm_pipeline.corpus.blocks import Part
 from cbtm_pipeline.corpus.rows import BadRow, Document
 
 
-def read(*records: bytes, kind: Any = "json", first: int = 1, text_field: str = "text", id_field: str = "id") -> list[Document | BadRow]:
+def read(
+    *records: bytes, kind: Any = "json", first: int = 1, text_field: str = "text", id_field: str = "id"
+) -> list[Document | BadRow]:
     return list(corpus_rows.read(Part(7, "a.jsonl", first, kind, list(records), 0, 0), text_field, id_field))
 
 
@@ -98,12 +100,18 @@ def test_ids(found: str, expected: str) -> None:
 
 def test_rows_without_id_are_named_by_file_and_row() -> None:
     rows = read(b'{"text": "a"}', b"", b" \r", b"nonsense", b'{"text": "b"}', first=10)
-    assert [(row.line, getattr(row, "id", None)) for row in rows] == [(10, "a.jsonl:10"), (13, None), (14, "a.jsonl:14")]
+    assert [(row.line, getattr(row, "id", None)) for row in rows] == [
+        (10, "a.jsonl:10"),
+        (13, None),
+        (14, "a.jsonl:14"),
+    ]
 
 
 def test_fields_may_lie_within_objects_or_have_dots_in_their_name() -> None:
     row = {"a": {"b": {"c": "deep"}, "id": 1}, "a.id": "dotted"}
-    assert one(json.dumps(row).encode(), text_field="a.b.c", id_field="a.id") == Document(7, 1, "dotted", b"deep")
+    assert one(json.dumps(row).encode(), text_field="a.b.c", id_field="a.id") == Document(
+        7, 1, "dotted", b"deep"
+    )
     assert one(b'{"a": "no object"}', text_field="a.b").reason == "no text field: a.b is not among a"
     assert one(b'{"a.b": "flat", "a": {"b": "deep"}}', text_field="a.b").text == b"flat"
 
@@ -124,7 +132,10 @@ def table(**columns: Any) -> list[Any]:
     return list(corpus_rows.read(part, "ignored", "ignored"))
 
 
-@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "type_",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())],
+)
 def test_table_rows_of_every_string_type(type_: pa.DataType) -> None:
     plain = pa.array(["é", None, " "])
     text = plain.dictionary_encode() if pa.types.is_dictionary(type_) else plain.cast(type_)
@@ -137,16 +148,28 @@ def test_table_rows_of_every_string_type(type_: pa.DataType) -> None:
 def test_table_rows_of_other_types() -> None:
     assert {row.reason for row in table(text=pa.array([1, 2]))} == {"text is not a string: a number"}
     assert {row.reason for row in table(text=pa.array([["a"], ["b"]]))} == {"text is not a string: a list"}
-    assert [row.id for row in table(text=pa.array(["a"] * 3), id=pa.array([1, None, 3]))] == ["1", "a.parquet:6", "3"]
-    assert [row.id for row in table(text=pa.array(["a"] * 2), id=pa.array([Decimal("1.50"), Decimal("2")]))] == ["1.50", "2.00"]
-    assert [row.id for row in table(text=pa.array(["a"] * 2), id=pa.array([1.5, float("nan")]))] == ["1.5", "a.parquet:6"]
+    assert [row.id for row in table(text=pa.array(["a"] * 3), id=pa.array([1, None, 3]))] == [
+        "1",
+        "a.parquet:6",
+        "3",
+    ]
+    assert [
+        row.id for row in table(text=pa.array(["a"] * 2), id=pa.array([Decimal("1.50"), Decimal("2")]))
+    ] == ["1.50", "2.00"]
+    assert [row.id for row in table(text=pa.array(["a"] * 2), id=pa.array([1.5, float("nan")]))] == [
+        "1.5",
+        "a.parquet:6",
+    ]
     (dated,) = table(text=pa.array(["a"]), id=pa.array([datetime.date(2020, 1, 1)]))
     assert dated.reason == "id is neither a string nor a number: date"
 
 
 def test_table_with_invalid_utf8() -> None:
     bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ab", b"\xff"], pa.binary()).buffers())
-    assert [getattr(row, "reason", None) for row in table(text=bad)] == [None, "invalid UTF-8: byte 0xff at 0 of the text"]
+    assert [getattr(row, "reason", None) for row in table(text=bad)] == [
+        None,
+        "invalid UTF-8: byte 0xff at 0 of the text",
+    ]
     assert [getattr(row, "reason", None) for row in table(text=pa.array(["x", "y"]), id=bad)] == [
         None,
         "invalid UTF-8: byte 0xff at 0 of the id",
@@ -176,6 +199,9 @@ def test_uniform_is_uniform_and_the_same_for_equal_texts() -> None:
     assert max(numbers) < 1
     for share in (0.01, 0.15, 0.5, 0.9):
         # five standard deviations of a binomial
-        assert abs(sum(u < share for u in numbers) / len(numbers) - share) < 5 * (share * (1 - share) / len(numbers)) ** 0.5
+        assert (
+            abs(sum(u < share for u in numbers) / len(numbers) - share)
+            < 5 * (share * (1 - share) / len(numbers)) ** 0.5
+        )
     assert corpus_rows.uniform(b"\xff" * 16) < 1
     assert numbers[5] == corpus_rows.uniform(corpus_rows.text_hash(b"text 5"))

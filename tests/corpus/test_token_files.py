@@ -13,7 +13,10 @@ META = artifact.make_meta("tokens", {})
 
 def made(lists: list[list[int]], dtype: type[np.unsignedinteger] = np.uint16) -> token_files.Documents:
     lengths = [len(x) for x in lists]
-    return token_files.Documents(np.array([t for x in lists for t in x], dtype), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return token_files.Documents(
+        np.array([t for x in lists for t in x], dtype),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    )
 
 
 documents = st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=6), max_size=5)
@@ -21,13 +24,17 @@ documents = st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=6), ma
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(documents, min_size=1, max_size=4))
-def test_groups_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, groups: list[list[list[int]]]) -> None:
+def test_groups_come_back_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[list[list[int]]]
+) -> None:
     path = tmp_path_factory.mktemp("t") / "x.arrow"
     token_files.write(path, META, [made(g) for g in groups])
     assert token_files.read_meta(path)["n_groups"] == len(groups)
     for i, group in enumerate(groups):
         found = token_files.read(path, i)
-        assert [found.values[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)] == group
+        assert [
+            found.values[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)
+        ] == group
         assert found.n_tokens.tolist() == [len(d) - 1 for d in group]
     with pytest.raises(ValueError, match=f"Expected group {len(groups)} to exist"):
         token_files.read(path, len(groups))
@@ -37,7 +44,9 @@ def test_groups_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory,
 def test_take(lists: list[list[int]], data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=6))
     taken = made(lists).take(np.array(rows, int))
-    assert [taken.values[a:b].tolist() for a, b in zip(taken.offsets, taken.offsets[1:], strict=False)] == [lists[r] for r in rows]
+    assert [taken.values[a:b].tolist() for a, b in zip(taken.offsets, taken.offsets[1:], strict=False)] == [
+        lists[r] for r in rows
+    ]
 
 
 def test_values_are_memory_mapped(tmp_path: Path) -> None:

@@ -31,9 +31,20 @@ import made_encoder
 from cbtm_pipeline.embedding import encoder, encoder_files
 from made_encoder import HIDDEN
 
-TEXTS = ["butter flour", "the ship sails out of the harbour at dawn", "naïve 日本", "x", "rose soil seed prune water " * 6]
+TEXTS = [
+    "butter flour",
+    "the ship sails out of the harbour at dawn",
+    "naïve 日本",
+    "x",
+    "rose soil seed prune water " * 6,
+]
 VOCAB = 400
-SIZES: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +96,21 @@ OLD = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True, "poolin
 
 
 @pytest.mark.parametrize(
-    ("activation", "act"), [("torch.nn.modules.activation.Tanh", np.tanh), ("torch.nn.modules.linear.Identity", np.array)]
+    ("activation", "act"),
+    [("torch.nn.modules.activation.Tanh", np.tanh), ("torch.nn.modules.linear.Identity", np.array)],
 )
 def test_several_poolings_and_a_dense_module(folder: Path, activation: str, act: Callable) -> None:
     made_encoder.add_modules(folder, OLD, {"activation_function": activation})
     found = encoder_files.load(str(folder), 1)
     assert found.pooling == ("cls", "mean") and found.n_components == 8
     weights = load_file(folder / "2_Dense/model.safetensors")
-    pooled = [np.concatenate([by_hand(found, ids(found, text)[:46], how) for how in ("cls", "mean")]) for text in TEXTS]
-    expected = unit(act(np.stack(pooled) @ weights["linear.weight"].numpy().T + weights["linear.bias"].numpy()))
+    pooled = [
+        np.concatenate([by_hand(found, ids(found, text)[:46], how) for how in ("cls", "mean")])
+        for text in TEXTS
+    ]
+    expected = unit(
+        act(np.stack(pooled) @ weights["linear.weight"].numpy().T + weights["linear.bias"].numpy())
+    )
     np.testing.assert_allclose(encoder.embed(found, TEXTS), expected, atol=1e-5)
 
 
@@ -106,7 +123,9 @@ def test_without_sentence_transformers_files_the_mean(plain: Path) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_long_text_is_the_mean_of_its_windows_by_their_tokens(folder: Path, normalize: bool) -> None:
     made_encoder.add_modules(folder, {"pooling_mode": "mean"}, normalize=normalize)
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12, "do_lower_case": True}))
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": 12, "do_lower_case": True})
+    )
     found = encoder_files.load(str(folder), 4)
     assert found.size == 10
     text = "Rose Soil seed prune water bloom leaf root spade worm compost hedge " * 5
@@ -114,7 +133,11 @@ def test_a_long_text_is_the_mean_of_its_windows_by_their_tokens(folder: Path, no
     assert tokens != ids(found, text)
     for text_ids, n in ((tokens[:33], 33), (tokens, len(tokens))):
         assert len(text_ids) == n
-        starts = [0, 10, 20, 30] if n == 33 else [10 * i for i in np.linspace(0, -(-n // 10) - 1, 4).round().astype(int)]
+        starts = (
+            [0, 10, 20, 30]
+            if n == 33
+            else [10 * i for i in np.linspace(0, -(-n // 10) - 1, 4).round().astype(int)]
+        )
         windows = [text_ids[start : start + 10] for start in starts]
         h = np.stack([by_hand(found, window, "mean") for window in windows])
         expected = unit(np.array([len(window) for window in windows]) @ (unit(h) if normalize else h))
@@ -162,7 +185,9 @@ def test_windows_reach_from_the_beginning_to_the_end(n_ids: int, size: int, n: i
     n_all = -(-n_ids // size)
     assert len(windows) == min(n, n_all)
     flat = [i for window in windows for i in window]
-    assert flat == sorted(set(flat)) and all(0 < len(window) <= size and window[0] % size == 0 for window in windows)
+    assert flat == sorted(set(flat)) and all(
+        0 < len(window) <= size and window[0] % size == 0 for window in windows
+    )
     if n_all <= n:
         assert flat == list(range(n_ids))
     else:
@@ -187,7 +212,11 @@ def test_a_very_long_text_is_read_in_parts(plain: Path) -> None:
     words = ["rose soil ", "ship mast ", "oven flour "]
     text = "".join(word * 2000 for word in words)
     starts = (0, (len(text) - 736) // 2, len(text) - 736)  # 16 characters for each of 46 tokens
-    expected = unit(np.sum([by_hand(found, ids(found, text[start : start + 736])[:46], "mean") for start in starts], axis=0))
+    expected = unit(
+        np.sum(
+            [by_hand(found, ids(found, text[start : start + 736])[:46], "mean") for start in starts], axis=0
+        )
+    )
     np.testing.assert_allclose(encoder.embed(found, [text]), expected[None], atol=1e-5)
 
 
@@ -203,11 +232,19 @@ def small_bert(**keys: Any) -> PreTrainedModel:
         (lambda: small_bert(max_position_embeddings=600), {}, 510),
         # position p of RoBERTa is row p + 2 of its table
         (lambda: RobertaModel(RobertaConfig(vocab_size=VOCAB, max_position_embeddings=48, **SIZES)), {}, 44),
-        (lambda: T5EncoderModel(T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=8, num_layers=1, num_heads=1)), {}, 510),
+        (
+            lambda: T5EncoderModel(
+                T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+            ),
+            {},
+            510,
+        ),
     ],
     ids=["positions", "tokenizer", "cap", "roberta", "t5"],
 )
-def test_how_much_a_model_reads(tmp_path: Path, make: Callable[[], PreTrainedModel], tokenizer: dict[str, int], size: int) -> None:
+def test_how_much_a_model_reads(
+    tmp_path: Path, make: Callable[[], PreTrainedModel], tokenizer: dict[str, int], size: int
+) -> None:
     found = encoder_files.load(str(made_encoder.write(tmp_path, make(), **tokenizer)), 1)
     assert found.size == size
     assert np.isfinite(encoder.embed(found, ["word " * 2000])).all()
@@ -218,7 +255,8 @@ def test_a_decoder_needs_its_sentence_transformers_files(tmp_path: Path) -> None
     net = LlamaModel(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **SIZES)).eval()
     folder = made_encoder.write(tmp_path, net)
     with pytest.raises(
-        ValueError, match=r"looks at one side of a token only, and no modules.json says how it is pooled\). Expected an enc"
+        ValueError,
+        match=r"looks at one side of a token only, and no modules.json says how it is pooled\). Expected an enc",
     ):
         encoder_files.load(str(folder), 1)
     found = encoder_files.load(str(made_encoder.add_modules(folder, {"pooling_mode": "lasttoken"})), 1)
@@ -257,23 +295,35 @@ def without_weights(folder: Path) -> None:
 
 def without_a_layer(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
-    save_file({key: value for key, value in weights.items() if "layer.1." not in key}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: value for key, value in weights.items() if "layer.1." not in key},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def with_own_code(folder: Path) -> None:
-    change(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"})
+    change(
+        folder / "config.json",
+        model_type="mine",
+        auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"},
+    )
     (folder / "mine.py").write_text("raise SystemExit('run')")
 
 
 def with_a_strange_module(folder: Path) -> None:
     made_encoder.add_modules(folder, {})
     text = (folder / "modules.json").read_text()
-    (folder / "modules.json").write_text(text.replace("sentence_transformers.models.Normalize", "custom_st.Normalize"))
+    (folder / "modules.json").write_text(
+        text.replace("sentence_transformers.models.Normalize", "custom_st.Normalize")
+    )
 
 
 def with_another_module(folder: Path) -> None:
     made_encoder.add_modules(folder, {})
-    (folder / "modules.json").write_text((folder / "modules.json").read_text().replace("models.Normalize", "models.LSTM"))
+    (folder / "modules.json").write_text(
+        (folder / "modules.json").read_text().replace("models.Normalize", "models.LSTM")
+    )
 
 
 def for_images(folder: Path) -> None:
@@ -284,28 +334,48 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (without_weights, r"lacks model.safetensors. Expected config.json, a tokenizer and safetensors weights"),
     (without_a_layer, r"no fitting weights for encoder.layer.1.\S+, .*Expected every weight"),
     (with_own_code, r"cannot be loaded \(.*custom code.*\). Expected an encoder of text"),
-    (with_a_strange_module, r"modules.json: custom_st.Normalize. Expected Transformer and Pooling, then Dense and Normalize at most"),
+    (
+        with_a_strange_module,
+        r"modules.json: custom_st.Normalize. Expected Transformer and Pooling, then Dense and Normalize at most",
+    ),
     (with_another_module, r"modules.json: LSTM. Expected Transformer and Pooling"),
     (for_images, r"does not run \("),
     (lambda f: (f / "tokenizer.json").unlink(), r"lacks tokenizer.json"),
     (lambda f: (f / "config.json").write_text("{"), r"cannot be loaded \("),
     (lambda f: (f / "modules.json").write_text("3"), r"modules.json: not a list of modules"),
-    (lambda f: (made_encoder.add_modules(f, {}), (f / "1_Pooling/config.json").write_text("[1]")), r"1_Pooling/config.json: not a JSON"),
-    (lambda f: (made_encoder.add_modules(f, {}), (f / "1_Pooling/config.json").unlink()), r"lacks 1_Pooling/config.json"),
+    (
+        lambda f: (made_encoder.add_modules(f, {}), (f / "1_Pooling/config.json").write_text("[1]")),
+        r"1_Pooling/config.json: not a JSON",
+    ),
+    (
+        lambda f: (made_encoder.add_modules(f, {}), (f / "1_Pooling/config.json").unlink()),
+        r"lacks 1_Pooling/config.json",
+    ),
     (lambda f: made_encoder.add_modules(f, {"pooling_mode": "sum"}), r"pooling sum. Expected cls, max, mean"),
     (
         lambda f: made_encoder.add_modules(f, OLD, {"activation_function": "os.system"}),
         r"2_Dense is system of .* Expected one linear layer",
     ),
     # a Dense module for two poolings behind one
-    (lambda f: (made_encoder.add_modules(f, OLD, {}), change(f / "1_Pooling/config.json", pooling_mode="cls")), r"does not run \("),
-    (lambda f: made_encoder.write(f, small_bert(vocab_size=300)), r"a vocabulary of 300, while its tokenizer has 400 tokens"),
+    (
+        lambda f: (
+            made_encoder.add_modules(f, OLD, {}),
+            change(f / "1_Pooling/config.json", pooling_mode="cls"),
+        ),
+        r"does not run \(",
+    ),
+    (
+        lambda f: made_encoder.write(f, small_bert(vocab_size=300)),
+        r"a vocabulary of 300, while its tokenizer has 400 tokens",
+    ),
     (lambda f: made_encoder.write(f, model_max_length=2), r"2 special tokens leave no room for text"),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "message"), BROKEN)
-def test_what_is_no_encoder_is_refused_in_a_line(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
+def test_what_is_no_encoder_is_refused_in_a_line(
+    folder: Path, spoil: Callable[[Path], object], message: str
+) -> None:
     spoil(folder)
     with pytest.raises(ValueError, match=message) as error:
         encoder_files.load(str(folder), 1)
@@ -328,10 +398,14 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_hub_that_keeps_silent_is_not_waited_for(hub_cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_keeps_silent_is_not_waited_for(
+    hub_cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoder_files, "HUB_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(
+            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}"
+        )
         with pytest.raises(ValueError, match=r"embed.encoder: me/tiny: not found \(.*timed out"):
             encoder_files.fetch("me/tiny")
         snapshot = put(hub_cache, folder)
@@ -353,7 +427,9 @@ def test_a_downloaded_encoder_needs_no_hub(hub_cache: Path, folder: Path) -> Non
     assert found.identity == encoder_files.load(str(folder), 1).identity
 
 
-def test_a_download_without_modules_is_used_as_it_is_where_the_hub_is_silent(hub_cache: Path, folder: Path) -> None:
+def test_a_download_without_modules_is_used_as_it_is_where_the_hub_is_silent(
+    hub_cache: Path, folder: Path
+) -> None:
     snapshot = put(hub_cache, folder)
     assert encoder_files.fetch("me/tiny") == snapshot
     (snapshot / "tokenizer.json").unlink()
@@ -365,7 +441,8 @@ def test_a_download_without_modules_is_used_as_it_is_where_the_hub_is_silent(hub
 @pytest.mark.usefixtures("hub_cache")
 def test_unknown_names(name: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"embed.encoder: {re.escape(name)}: not found \(.+\). Expected a folder, or an encoder of"
+        ValueError,
+        match=rf"embed.encoder: {re.escape(name)}: not found \(.+\). Expected a folder, or an encoder of",
     ) as error:
         encoder_files.load(name, 1)
     assert "\n" not in str(error.value)

@@ -17,7 +17,9 @@ FIT = {"separator_id": 0, "n_components": 100, "idf_power": 2.0, "max_df": 0.5, 
 def made(texts: list[list[int]]) -> Documents:
     """Documents of these tokens, each with its separator (0) before it."""
     lists = [[0, *text] for text in texts]
-    return Documents(np.array([t for x in lists for t in x], np.uint16), np.cumsum([0] + [len(x) for x in lists]))
+    return Documents(
+        np.array([t for x in lists for t in x], np.uint16), np.cumsum([0] + [len(x) for x in lists])
+    )
 
 
 def rows_of(documents: Documents) -> list[np.ndarray]:
@@ -42,7 +44,9 @@ def test_count(lists: list[list[int]]) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(texts, st.integers(1, 5))
-def test_embedding_is_the_normalised_sum_of_its_tokens_rows(lists: list[list[int]], chunk_tokens: int) -> None:
+def test_embedding_is_the_normalised_sum_of_its_tokens_rows(
+    lists: list[list[int]], chunk_tokens: int
+) -> None:
     E_VD = some_E()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tfidf, "CHUNK_TOKENS", chunk_tokens)
@@ -61,17 +65,23 @@ def test_embedding_ignores_the_order_of_tokens_and_a_repetition_of_the_whole() -
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), st.integers(1, 9), st.data())
-def test_a_future_token_changes_no_bit_of_an_earlier_prefix(text: list[int], chunk_rows: int, data: st.DataObject) -> None:
+def test_a_future_token_changes_no_bit_of_an_earlier_prefix(
+    text: list[int], chunk_rows: int, data: st.DataObject
+) -> None:
     E_VD = some_E(rng_seed=len(text))
     t = data.draw(st.integers(0, len(text) - 1))
     other = [*text[:t], data.draw(st.integers(0, VOCAB - 1)), *text[t + 1 :]]
-    h_TD, other_TD = (np.concatenate(list(tfidf.embed_prefixes(np.array([0, *x]), E_VD, chunk_rows))) for x in (text, other))
+    h_TD, other_TD = (
+        np.concatenate(list(tfidf.embed_prefixes(np.array([0, *x]), E_VD, chunk_rows))) for x in (text, other)
+    )
     assert h_TD.shape == (len(text) + 1, 7)
     assert h_TD[: t + 1].tobytes() == other_TD[: t + 1].tobytes()
 
 
 def test_a_token_changes_every_later_prefix() -> None:
-    h_TD, other_TD = (np.concatenate(list(tfidf.embed_prefixes(np.array([0, 7, 8, x, 9, 9]), some_E()))) for x in (10, 11))
+    h_TD, other_TD = (
+        np.concatenate(list(tfidf.embed_prefixes(np.array([0, 7, 8, x, 9, 9]), some_E()))) for x in (10, 11)
+    )
     assert (h_TD != other_TD).any(axis=1).tolist() == [False] * 3 + [True] * 3
 
 
@@ -81,7 +91,9 @@ def test_every_prefix_is_embedded_as_a_document_of_its_own(lists: list[list[int]
     E_VD = some_E()
     for text in lists:
         h_TD = np.concatenate(list(tfidf.embed_prefixes(np.array([0, *text]), E_VD, chunk_rows)))
-        np.testing.assert_allclose(h_TD, tfidf.embed(made([text[:t] for t in range(len(text) + 1)]), E_VD), atol=1e-6)
+        np.testing.assert_allclose(
+            h_TD, tfidf.embed(made([text[:t] for t in range(len(text) + 1)]), E_VD), atol=1e-6
+        )
 
 
 def test_text_of_dropped_terms_has_the_zero_vector() -> None:
@@ -125,12 +137,19 @@ def test_components_are_those_of_the_weighted_rows() -> None:
     embedder = tfidf.fit(counts, **{**FIT, "n_components": 3})
     rows_NV = tfidf.rows(counts, embedder.idf_V).toarray()
     V_DV = np.linalg.svd(rows_NV)[2][:3]
-    V_VD = np.divide(embedder.E_VD, embedder.idf_V[:, None], where=embedder.idf_V[:, None] > 0, out=np.zeros_like(embedder.E_VD))
+    V_VD = np.divide(
+        embedder.E_VD,
+        embedder.idf_V[:, None],
+        where=embedder.idf_V[:, None] > 0,
+        out=np.zeros_like(embedder.E_VD),
+    )
     np.testing.assert_allclose(np.abs(V_DV @ V_VD), np.eye(3), atol=1e-3)
 
 
 def test_rows_are_sets_of_terms_and_have_length_one() -> None:
-    rows = tfidf.rows(sparse.csr_array(np.array([[0, 1, 3], [0, 0, 0]], np.float32)), np.array([9, 2, 1])).toarray()
+    rows = tfidf.rows(
+        sparse.csr_array(np.array([[0, 1, 3], [0, 0, 0]], np.float32)), np.array([9, 2, 1])
+    ).toarray()
     np.testing.assert_allclose(rows, [np.array([0, 2, 1]) / np.sqrt(5), np.zeros(3)], rtol=1e-6)
 
 
@@ -151,7 +170,10 @@ def test_identical_documents_give_one_component() -> None:
 
 
 def test_no_usable_term() -> None:
-    with pytest.raises(ValueError, match=r"embed\.min_df, embed\.max_df: 2 and 0\.5 drop every term of 4 documents\..*Lower min_df"):
+    with pytest.raises(
+        ValueError,
+        match=r"embed\.min_df, embed\.max_df: 2 and 0\.5 drop every term of 4 documents\..*Lower min_df",
+    ):
         tfidf.fit(tfidf.count(made([[1], [2], [3], []]), VOCAB), **FIT)
 
 

@@ -42,7 +42,11 @@ def documents(
 def words(n_topics: int) -> list[str]:
     """The vocabulary: the separator, common words, and each topic's words."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    own = [f"{letters[t % 26]}{letters[t // 26]}word{letters[i % 26]}{letters[i // 26]}" for t in range(n_topics) for i in range(N_OWN)]
+    own = [
+        f"{letters[t % 26]}{letters[t // 26]}word{letters[i % 26]}{letters[i // 26]}"
+        for t in range(n_topics)
+        for i in range(N_OWN)
+    ]
     return ["<sep>", *(f"common{letters[i]}" for i in range(N_COMMON)), *own]
 
 
@@ -57,7 +61,9 @@ def write_tokenizer(folder: Path, n_topics: int) -> Path:
     return folder / "tokenizer.json"
 
 
-def write_shards(folder: Path, shards: dict[str, token_files.Documents], vocabulary: list[str], tokenizer: Path) -> Path:
+def write_shards(
+    folder: Path, shards: dict[str, token_files.Documents], vocabulary: list[str], tokenizer: Path
+) -> Path:
     """Write shards (`train-00000` ..., `eval-00000` ...) with their token and Parquet files; return the manifest's path."""
     made_from = {"tokenizer": artifact.identity(tokenizer)}
     entries = []
@@ -72,8 +78,12 @@ def write_shards(folder: Path, shards: dict[str, token_files.Documents], vocabul
             "n_tokens": pa.array(docs.n_tokens, pa.int32()),
             "n_bytes": pa.array(n_bytes, pa.int64()),
         }
-        meta: dict[bytes | str, bytes | str] = {"cbtm": json.dumps(artifact.make_meta("documents", made_from))}
-        pq.write_table(pa.table(columns).replace_schema_metadata(meta), folder / f"{name}.parquet", compression="zstd")
+        meta: dict[bytes | str, bytes | str] = {
+            "cbtm": json.dumps(artifact.make_meta("documents", made_from))
+        }
+        pq.write_table(
+            pa.table(columns).replace_schema_metadata(meta), folder / f"{name}.parquet", compression="zstd"
+        )
         entries.append(
             {
                 "name": name,
@@ -84,12 +94,21 @@ def write_shards(folder: Path, shards: dict[str, token_files.Documents], vocabul
                 "identity_tokens": artifact.identity(folder / f"{name}.arrow"),
             }
         )
-    more: dict[str, Any] = {"separator_id": SEPARATOR, "vocab_size": len(vocabulary), "n_quarantined": 0, "encoder": "tokenizers"}
-    artifact.write_json(folder / "manifest.json", artifact.make_meta("shards", made_from, shards=entries, **more))
+    more: dict[str, Any] = {
+        "separator_id": SEPARATOR,
+        "vocab_size": len(vocabulary),
+        "n_quarantined": 0,
+        "encoder": "tokenizers",
+    }
+    artifact.write_json(
+        folder / "manifest.json", artifact.make_meta("shards", made_from, shards=entries, **more)
+    )
     return folder / "manifest.json"
 
 
-def write(outdir: Path, n_train: list[int], n_eval: list[int] | None = None, *, n_topics: int = 4, rng_seed: int = 0) -> Path:
+def write(
+    outdir: Path, n_train: list[int], n_eval: list[int] | None = None, *, n_topics: int = 4, rng_seed: int = 0
+) -> Path:
     """Write tokenizer/ and shards/ under `outdir`, with shards of so many documents each; return shards/manifest.json."""
     rng = np.random.default_rng(rng_seed)
     shards = {}
@@ -127,14 +146,22 @@ def run_embed(outdir: Path, config: Path, *options: str) -> Path:
 
 
 def run_fit_kmeans(outdir: Path, config: Path) -> Path:
-    inputs = {"vectors": "embed/manifest.json", "shards": "shards/manifest.json", "tokenizer": "tokenizer/tokenizer.json"}
+    inputs = {
+        "vectors": "embed/manifest.json",
+        "shards": "shards/manifest.json",
+        "tokenizer": "tokenizer/tokenizer.json",
+    }
     out = outdir / "cluster/clusterer.npz"
     run(fit_kmeans, config, **{name: outdir / path for name, path in inputs.items()}, out=out)
     return out
 
 
 def run_assign(outdir: Path, config: Path, *options: str) -> Path:
-    inputs = {"shards": "shards/manifest.json", "vectors": "embed/manifest.json", "clusterer": "cluster/clusterer.npz"}
+    inputs = {
+        "shards": "shards/manifest.json",
+        "vectors": "embed/manifest.json",
+        "clusterer": "cluster/clusterer.npz",
+    }
     out = outdir / "assignments/manifest.json"
     run(assign, config, *options, **{name: outdir / path for name, path in inputs.items()}, out=out)
     return out

@@ -18,7 +18,9 @@ class Driver:
     def __init__(self, script: str):
         command = [sys.executable, str(Path(__file__).with_name(script))]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
 
     def tell(self, command: dict[str, Any]) -> Any:
         """Send a command; return the first answer."""

@@ -24,17 +24,31 @@ def tokenizer(**more: Any) -> PreTrainedTokenizerFast:
     words = [*made_corpus.words(4), *(f" {word}" for topic in TOPICS.values() for word in topic.split())]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
-        words, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        words,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", **more)
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", **more
+    )
 
 
 def bert(rng_seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(rng_seed)
-    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     # as large as trained ones, or every text would look alike
-    return BertModel(BertConfig(vocab_size=400, max_position_embeddings=48, initializer_range=0.3, **sizes)).eval()
+    return BertModel(
+        BertConfig(vocab_size=400, max_position_embeddings=48, initializer_range=0.3, **sizes)
+    ).eval()
 
 
 def write(folder: Path, net: PreTrainedModel | None = None, **more: Any) -> Path:
@@ -44,14 +58,23 @@ def write(folder: Path, net: PreTrainedModel | None = None, **more: Any) -> Path
     return folder
 
 
-def add_modules(folder: Path, pooling: dict[str, Any], dense: dict[str, Any] | None = None, normalize: bool = True) -> Path:
+def add_modules(
+    folder: Path, pooling: dict[str, Any], dense: dict[str, Any] | None = None, normalize: bool = True
+) -> Path:
     """Say how it is pooled: the content of 1_Pooling/config.json, then a Dense module to 8 dimensions if `dense` has its config."""
-    kinds = ["Transformer", "Pooling", *(["Dense"] if dense is not None else []), *(["Normalize"] if normalize else [])]
+    kinds = [
+        "Transformer",
+        "Pooling",
+        *(["Dense"] if dense is not None else []),
+        *(["Normalize"] if normalize else []),
+    ]
     modules = []
     for i, kind in enumerate(kinds):
         path = f"{i}_{kind}" if i else ""
         (folder / path).mkdir(exist_ok=True)
-        modules.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
+        modules.append(
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        )
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": HIDDEN, **pooling}))
     if dense is not None:
@@ -61,6 +84,8 @@ def add_modules(folder: Path, pooling: dict[str, Any], dense: dict[str, Any] | N
             "linear.weight": torch.randn(8, width, generator=generator) / width**0.5,
             "linear.bias": torch.randn(8, generator=generator),
         }
-        (folder / "2_Dense/config.json").write_text(json.dumps({"in_features": width, "out_features": 8, "bias": True, **dense}))
+        (folder / "2_Dense/config.json").write_text(
+            json.dumps({"in_features": width, "out_features": 8, "bias": True, **dense})
+        )
         save_file(weights, folder / "2_Dense/model.safetensors")
     return folder

@@ -53,7 +53,9 @@ def write_corpus(path: Path, n_documents: int = 90, rng_seed: int = 0) -> None:
         for i in range(n_documents):
             topic = rng.choice(sorted(TOPICS))
             words = rng.choices(TOPICS[topic].split(), k=rng.randint(20, 60))
-            file.write(json.dumps({"id": f"{topic}-{i}", "text": " ".join(words) + f" {i}.", "domain": topic}) + "\n")
+            file.write(
+                json.dumps({"id": f"{topic}-{i}", "text": " ".join(words) + f" {i}.", "domain": topic}) + "\n"
+            )
 
 
 def make_project(folder: Path, **sections: dict) -> Path:

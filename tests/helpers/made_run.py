@@ -56,7 +56,11 @@ def make(folder: Path, cfg: config.Config, n_documents: int = 40, rng_seed: int 
     files = Files(cfg_path, folder / "route/distances.npz", {}, {}, folder / "eval/metrics.json")
     artifact.write_npz(
         files.distances,
-        artifact.make_meta("distances", {"clusterer": "c" * 32, "embedder": "e" * 32, "shards": SHARDS}, **config.parameters(cfg, "route")),
+        artifact.make_meta(
+            "distances",
+            {"clusterer": "c" * 32, "embedder": "e" * 32, "shards": SHARDS},
+            **plan.route(cfg).content(),
+        ),
         d2_NK=d2_NK.astype(np.float32),
         offsets=offsets.astype(np.int64),
         n_bytes=(4 * n_tokens_D + rng.integers(0, 3, n_documents)).astype(np.int64),
@@ -69,14 +73,25 @@ def make(folder: Path, cfg: config.Config, n_documents: int = 40, rng_seed: int 
         logprob_N = -np.maximum(difficulty_N - gain - own_N + rng.normal(0, 0.3, offsets[-1]), 0.01)
         weights = artifact.fingerprint([name, rng_seed])
         files.cards[name] = folder / f"experts/{name}/card.json"
-        how = plan.expert(cfg, name)
-        origin = {"corpus": "shards", "clusters": "assignments", "random": "random"}[how["data"]]
-        made_from = {origin: SHARDS, **({} if name == "seed" else {"seed": artifact.fingerprint(["seed", rng_seed])})}
-        train_flops = 6e6 * how["n_steps"] * how["batch_size"] * how["seq_len"]
-        about = {"weights": weights, "n_parameters": 10**6, "flops_per_token": 6e6, "train_flops": train_flops}
-        artifact.write_json(files.cards[name], artifact.make_meta("expert", made_from, expert=name, plan=how, **about))
+        how = plan.train_expert(cfg, name)
+        origin = {"corpus": "shards", "clusters": "assignments", "random": "random"}[how.data]
+        made_from = {
+            origin: SHARDS,
+            **({} if name == "seed" else {"seed": artifact.fingerprint(["seed", rng_seed])}),
+        }
+        train_flops = 6e6 * how.n_steps * how.batch_size * how.seq_len
+        about = {
+            "weights": weights,
+            "n_parameters": 10**6,
+            "flops_per_token": 6e6,
+            "train_flops": train_flops,
+        }
+        artifact.write_json(
+            files.cards[name],
+            artifact.make_meta("expert", made_from, expert=name, plan=how.content(), **about),
+        )
         files.scores[name] = folder / f"scores/{name}.npz"
-        scored = {"expert": name, **config.parameters(cfg, "score_expert")}
+        scored = {"expert": name, **plan.score_expert(cfg).content()}
         artifact.write_npz(
             files.scores[name],
             artifact.make_meta("scores", {"expert": weights, "shards": SHARDS}, **scored),
@@ -106,8 +121,17 @@ def make_report_inputs(folder: Path, cfg: config.Config, files: Files) -> list[s
         folder / "cluster/top_terms.json",
     )
     splits = [("train-00000", "train", 900), ("train-00001", "train", 334), ("eval-00000", "eval", 40)]
-    entries = [{"name": n, "split": s, "n_documents": d, "n_tokens": 300 * d, "n_bytes": 1200 * d} for n, s, d in splits]
-    about = {"shards": entries, "vocab_size": 4096, "n_quarantined": 17, "encoder": "gigatoken", "separator_id": 0}
+    entries = [
+        {"name": n, "split": s, "n_documents": d, "n_tokens": 300 * d, "n_bytes": 1200 * d}
+        for n, s, d in splits
+    ]
+    about = {
+        "shards": entries,
+        "vocab_size": 4096,
+        "n_quarantined": 17,
+        "encoder": "gigatoken",
+        "separator_id": 0,
+    }
     artifact.write_json(shards, artifact.make_meta("shards", {"tokenizer": "d" * 32}, **about))
     made_from = {"clusterer": "c" * 32, "shards": artifact.identity(shards)}
     n_documents = rng.multinomial(1234, np.full(k, 1 / k)).tolist()
@@ -119,14 +143,31 @@ def make_report_inputs(folder: Path, cfg: config.Config, files: Files) -> list[s
     for name, card in files.cards.items():
         content = json.loads(card.read_text())
         if name in plan.cluster_experts(cfg):
-            change_json(card, made_from={**content["made_from"], "assignments": artifact.identity(assignments)})
-        n_steps, n_tokens = content["plan"]["n_steps"], content["plan"]["batch_size"] * content["plan"]["seq_len"]
+            change_json(
+                card, made_from={**content["made_from"], "assignments": artifact.identity(assignments)}
+            )
+        n_steps, n_tokens = (
+            content["plan"]["n_steps"],
+            content["plan"]["batch_size"] * content["plan"]["seq_len"],
+        )
         start = 8.3 if name == "seed" else 5.5
         loss = 4.2 + (start - 4.2) * np.exp(-np.arange(n_steps) / 60) + rng.normal(0, 0.08, n_steps)
-        rows = [{"step": i + 1, "loss": float(x), "lr": 1e-3, "n_tokens": (i + 1) * n_tokens} for i, x in enumerate(loss)]
+        rows = [
+            {"step": i + 1, "loss": float(x), "lr": 1e-3, "n_tokens": (i + 1) * n_tokens}
+            for i, x in enumerate(loss)
+        ]
         logs.append(card.with_name("metrics.jsonl"))
         logs[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        *("--config", str(files.config), "--metrics", str(files.out), "--top-terms", str(top_terms), "--assignments", str(assignments)),
+        *(
+            "--config",
+            str(files.config),
+            "--metrics",
+            str(files.out),
+            "--top-terms",
+            str(top_terms),
+            "--assignments",
+            str(assignments),
+        ),
         *("--shards", str(shards), "--training", *map(str, logs), "--out", str(folder / "report.html")),
     ]

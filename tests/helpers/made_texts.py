@@ -13,13 +13,32 @@ import yaml
 from cbtm_pipeline import config, tokenizer
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["the", "of", "a", "ship", "rose", "butter", "anchor", "garden", "flour", "sail", "soil", "sugar", "tide", "leaf", "dough", "wave"]
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "ship",
+    "rose",
+    "butter",
+    "anchor",
+    "garden",
+    "flour",
+    "sail",
+    "soil",
+    "sugar",
+    "tide",
+    "leaf",
+    "dough",
+    "wave",
+]
 
 
 def texts(n: int, rng_seed: int = 0) -> list[str]:
     """n different documents."""
     rng = random.Random(rng_seed)
-    return [f"Document {rng_seed}-{i}: {' '.join(rng.choices(WORDS, k=rng.randint(3, 80)))}." for i in range(n)]
+    return [
+        f"Document {rng_seed}-{i}: {' '.join(rng.choices(WORDS, k=rng.randint(3, 80)))}." for i in range(n)
+    ]
 
 
 def rows(n: int, rng_seed: int = 0) -> list[dict[str, Any]]:
@@ -30,7 +49,9 @@ def rows(n: int, rng_seed: int = 0) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, content: Iterable[Any]) -> Path:
     """Write rows; bytes are written as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in content))
+    path.write_bytes(
+        b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in content)
+    )
     return path
 
 
@@ -62,7 +83,12 @@ def make_tokenizer(folder: Path) -> Path:
 
 def run(module: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a module as the workflow does."""
-    return subprocess.run([sys.executable, "-m", f"cbtm_pipeline.{module}", *map(str, args)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", f"cbtm_pipeline.{module}", *map(str, args)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def start(module: str, *args: object) -> subprocess.Popen[str]:

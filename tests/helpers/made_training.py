@@ -36,7 +36,13 @@ MODELS: dict[str, dict[str, Any]] = {  # one of each kind of architecture
         **{"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64},
         **{"num_hidden_layers": 2, "num_attention_heads": 2},
     },
-    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
     "qwen2": LLAMA | {"model_type": "qwen2", "num_key_value_heads": 1},
     "qwen3": LLAMA | {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16},
     "smollm3": LLAMA | {"model_type": "smollm3", "num_key_value_heads": 1},
@@ -45,12 +51,19 @@ MODELS: dict[str, dict[str, Any]] = {  # one of each kind of architecture
         **{"num_attention_heads": 2, "tie_word_embeddings": False},
     },
 }
-NOW, NEVER = {"checkpoint_seconds": 1e-9}, {"checkpoint_seconds": 600}  # section run: save after every step, or not at all
+NOW, NEVER = (
+    {"checkpoint_seconds": 1e-9},
+    {"checkpoint_seconds": 600},
+)  # section run: save after every step, or not at all
 CONFIG = Path(__file__).parents[2] / "config.yaml"
 
 
 def make_config(
-    k: int = 2, scratch: dict[str, Any] = LLAMA, pretrained: str | None = None, run: dict[str, Any] | None = None, **train: Any
+    k: int = 2,
+    scratch: dict[str, Any] = LLAMA,
+    pretrained: str | None = None,
+    run: dict[str, Any] | None = None,
+    **train: Any,
 ) -> Config:
     """The default config for a tiny model: 10 steps of 4 sequences for each expert."""
     content = config.read(CONFIG).model_dump()
@@ -79,15 +92,24 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<sep>", "eos_token": "<sep>", "unk_token": "<sep>"}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<sep>",
+        "eos_token": "<sep>",
+        "unk_token": "<sep>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    artifact.write_json(folder / "card.json", artifact.make_meta("tokenizer", {}, separator_id=0, vocab_size=VOCAB_SIZE))
+    artifact.write_json(
+        folder / "card.json", artifact.make_meta("tokenizer", {}, separator_id=0, vocab_size=VOCAB_SIZE)
+    )
 
 
 def documents(n: int, rng: np.random.Generator, longest: int = 80) -> token_files.Documents:
     """n documents of 1 to `longest` tokens, each a walk along neighbouring words, so that there is something to learn."""
     lengths = rng.integers(1, longest + 1, n)
-    texts = [np.r_[0, 1 + (rng.integers(299) + np.cumsum(rng.integers(0, 3, length))) % 299] for length in lengths]
+    texts = [
+        np.r_[0, 1 + (rng.integers(299) + np.cumsum(rng.integers(0, 3, length))) % 299] for length in lengths
+    ]
     return token_files.Documents(np.concatenate(texts).astype(np.uint16), np.cumsum([0, *map(len, texts)]))
 
 
@@ -96,15 +118,26 @@ def write_corpus(outdir: Path, n_train: tuple[int, ...] = (40, 30), longest: int
     rng = np.random.default_rng(0)
     write_tokenizer(outdir / "tokenizer")
     meta = artifact.make_meta("tokens", {"tokenizer": artifact.identity(outdir / "tokenizer/tokenizer.json")})
-    shards = {f"train-{i:05d}": documents(n, rng, longest) for i, n in enumerate(n_train)} | {"eval-00000": documents(12, rng)}
+    shards = {f"train-{i:05d}": documents(n, rng, longest) for i, n in enumerate(n_train)} | {
+        "eval-00000": documents(12, rng)
+    }
     entries = []
     for name, shard in shards.items():
         path = outdir / f"shards/{name}.arrow"
         token_files.write(path, meta, [shard])
-        n = {"n_documents": len(shard), "n_tokens": int(shard.n_tokens.sum()), "n_bytes": 4 * int(shard.n_tokens.sum())}
-        entries.append({"name": name, "split": name.split("-")[0], "identity_tokens": artifact.identity(path), **n})
+        n = {
+            "n_documents": len(shard),
+            "n_tokens": int(shard.n_tokens.sum()),
+            "n_bytes": 4 * int(shard.n_tokens.sum()),
+        }
+        entries.append(
+            {"name": name, "split": name.split("-")[0], "identity_tokens": artifact.identity(path), **n}
+        )
     more = {"separator_id": 0, "vocab_size": VOCAB_SIZE, "n_quarantined": 0, "encoder": "tokenizers"}
-    artifact.write_json(outdir / "shards/manifest.json", artifact.make_meta("shards", meta["made_from"], shards=entries, **more))
+    artifact.write_json(
+        outdir / "shards/manifest.json",
+        artifact.make_meta("shards", meta["made_from"], shards=entries, **more),
+    )
     train = {name: shard for name, shard in shards.items() if name.startswith("train")}
     made_from = {"shards": artifact.identity(outdir / "shards/manifest.json")}
     write_assignments(outdir / "assignments", train, 2, made_from | {"clusterer": "c" * 32})
@@ -112,7 +145,9 @@ def write_corpus(outdir: Path, n_train: tuple[int, ...] = (40, 30), longest: int
     write_assignments(outdir / "random", train, 2, made_from)
 
 
-def write_assignments(folder: Path, shards: dict[str, token_files.Documents], k: int, made_from: dict[str, str]) -> None:
+def write_assignments(
+    folder: Path, shards: dict[str, token_files.Documents], k: int, made_from: dict[str, str]
+) -> None:
     n_documents, n_tokens = np.zeros(k, int), np.zeros(k, int)
     for name, shard in shards.items():
         labels = np.minimum(np.arange(len(shard)) % 3, k - 1)
@@ -120,7 +155,12 @@ def write_assignments(folder: Path, shards: dict[str, token_files.Documents], k:
         token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), groups)
         n_documents += [len(group) for group in groups]
         n_tokens += [group.n_tokens.sum() for group in groups]
-    content = {"shards": [{"name": name} for name in shards], "k": k, "n_documents": n_documents.tolist(), "n_tokens": n_tokens.tolist()}
+    content = {
+        "shards": [{"name": name} for name in shards],
+        "k": k,
+        "n_documents": n_documents.tolist(),
+        "n_tokens": n_tokens.tolist(),
+    }
     content["identity_validation"] = None
     artifact.write_json(folder / "manifest.json", artifact.make_meta("assignments", made_from, **content))
 
@@ -131,10 +171,16 @@ def write_validation(outdir: Path) -> None:
     names = pa.table({"doc_id": [f"d{i}" for i in range(12)]})
     pq.write_table(names, shards.with_name("eval-00000.parquet"))
     manifest = artifact.read_json(outdir / "assignments/manifest.json", "assignments")
-    chosen = validation.rows(shards, artifact.read_json(shards, "shards"), 1.0, 0)
-    some = validation.documents(shards, chosen)
-    validation.write(outdir / "assignments/manifest.json", some, [np.arange(len(d)) % 2 for d in some], 2, manifest["made_from"])
-    manifest["identity_validation"] = artifact.identity(outdir / "assignments" / validation.NAME)
+    chosen = heldout.select_validation(shards, artifact.read_json(shards, "shards"), 1.0, 0)
+    some = heldout.read_validation(shards, chosen)
+    heldout.write_validation(
+        outdir / "assignments/manifest.json",
+        some,
+        [np.arange(len(d)) % 2 for d in some],
+        2,
+        manifest["made_from"],
+    )
+    manifest["identity_validation"] = artifact.identity(outdir / "assignments" / heldout.VALIDATION_FILE)
     artifact.write_json(outdir / "assignments/manifest.json", manifest)
 
 
@@ -147,7 +193,9 @@ def write_empty_cluster(outdir: Path) -> Path:
 
 def files(outdir: Path, name: str, data: str | None = None, to: str = "experts") -> train_expert.Files:
     """Where the workflow would put things; `data` overrides the folder of the data, `to` that of the experts."""
-    folder = data or {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data_of(name)[0]]
+    folder = (
+        data or {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data_of(name)[0]]
+    )
     return train_expert.Files(
         data=outdir / folder / "manifest.json",
         tokenizer=outdir / "tokenizer/tokenizer.json",
@@ -183,9 +231,11 @@ def log_lines() -> Iterator[list[str]]:
         log.setLevel(level)
 
 
-def train(cfg: Config, where: train_expert.Files, name: str, stop: Callable[[], Any] = lambda: False) -> bytes:
+def train(
+    cfg: Config, where: train_expert.Files, name: str, stop: Callable[[], Any] = lambda: False
+) -> bytes:
     """Train in this process; return the bytes of the weights, none if it was stopped before the end."""
-    how = config.parameters(cfg, "train_expert", name)
+    how = plan.train_expert(cfg, name)
     return where.out.read_bytes() if train_expert.train_and_publish(how, cfg.run, where, stop) else b""
 
 
@@ -205,7 +255,11 @@ def stop_after(n_steps: int) -> Callable[[], bool]:
 def check_published(where: train_expert.Files, n_steps: int) -> None:
     """The folder is complete and consistent, its log has every step once, and nothing is left over."""
     expert_folder.read_card(where.out)
-    assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == list(range(1, n_steps + 1))
+    assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == list(
+        range(1, n_steps + 1)
+    )
     assert not (where.work / "state").exists()
-    left_over = [path.name for path in [*where.out.parent.rglob(".*"), *where.work.rglob(".*")] if path.name != ".lock"]
+    left_over = [
+        path.name for path in [*where.out.parent.rglob(".*"), *where.work.rglob(".*")] if path.name != ".lock"
+    ]
     assert left_over == []

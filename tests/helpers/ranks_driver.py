@@ -47,7 +47,12 @@ def gradients() -> None:
 def share() -> None:
     """Print process 0's state as all have it, and what it alone has done."""
     group = distributed.from_environment(os.environ)
-    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.tensor(0.5), "c": torch.tensor([True, False]), "d": torch.empty(0)}
+    tensors = {
+        "a": torch.arange(6).reshape(2, 3),
+        "b": torch.tensor(0.5),
+        "c": torch.tensor([True, False]),
+        "d": torch.empty(0),
+    }
     n_calls = 0
 
     def act() -> bool:
@@ -74,15 +79,19 @@ def small_devices() -> None:
             micro_batch.device_bytes = lambda device, total_bytes=total_bytes: total_bytes
             loss.CHUNK_LOGITS["cuda"] = 1 << 24
             cfg = made.make_config(steps=3, batch_size=12, micro_batch_size=None, run={"sharded": sharded})
-            how = config.parameters(cfg, "train_expert", "0")
+            how = plan.train_expert(cfg, "0")
             net = model.scratch(made.LLAMA, made.VOCAB_SIZE, 0, made.SEQ_LEN, 0)
             placed = placement.place(net, how, cfg.run, group)
             optimizer, bad = train_step.make_optimizer(net, how), torch.tensor(False)
             losses = []
             for step in range(3):
-                tokens_BT = torch.randint(300, (6, made.SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
+                tokens_BT = torch.randint(
+                    300, (6, made.SEQ_LEN + 1), generator=torch.Generator().manual_seed(step)
+                )
                 part = tokens_BT[group.rank :: group.world_size]
-                share = train_step.accumulate(placed.loss_of, part, 6 * made.SEQ_LEN, placed.micro_batch_size, False)
+                share = train_step.accumulate(
+                    placed.loss_of, part, 6 * made.SEQ_LEN, placed.micro_batch_size, False
+                )
                 group.add_gradients(net.parameters())
                 sums = group.add_up(share)
                 train_step.update(optimizer, sums[0], 0.01, 1.0, 100.0, bad)

@@ -23,7 +23,9 @@ def test_two_documents_have_a_known_distribution():
 def test_a_constant_excess_per_token_has_no_spread():
     n_tokens_D = np.arange(1, 50)
     reference_D = np.random.default_rng(0).gamma(2, 2, 49) * n_tokens_D
-    interval = bootstrap.ratio_intervals((reference_D + 0.3 * n_tokens_D)[:, None], reference_D, n_tokens_D, 200, 0)
+    interval = bootstrap.ratio_intervals(
+        (reference_D + 0.3 * n_tokens_D)[:, None], reference_D, n_tokens_D, 200, 0
+    )
     np.testing.assert_allclose(interval, np.exp([[0.3, 0.3]]), rtol=1e-12)
 
 
@@ -40,9 +42,13 @@ def test_equal_documents_give_the_normal_interval():
     n_documents, n_tokens = 2000, 50
     excess_D = rng.normal(-0.1, 0.5, n_documents)
     reference_D = rng.normal(150, 10, n_documents)
-    interval = bootstrap.ratio_intervals((reference_D + n_tokens * excess_D)[:, None], reference_D, np.full(n_documents, n_tokens), 4000, 0)
+    interval = bootstrap.ratio_intervals(
+        (reference_D + n_tokens * excess_D)[:, None], reference_D, np.full(n_documents, n_tokens), 4000, 0
+    )
     half_width = 1.96 * excess_D.std() / np.sqrt(n_documents)
-    np.testing.assert_allclose(np.log(interval[0]), excess_D.mean() + np.array([-half_width, half_width]), atol=0.05 * half_width)
+    np.testing.assert_allclose(
+        np.log(interval[0]), excess_D.mean() + np.array([-half_width, half_width]), atol=0.05 * half_width
+    )
 
 
 def test_the_interval_covers_the_truth_about_95_times_in_100():
@@ -73,8 +79,12 @@ def test_systems_and_calls_share_their_resamples(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(together, alone, rtol=1e-12)
     assert (bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, 101, 8) != together).all()
 
-    monkeypatch.setattr(bootstrap, "CHUNK", 30 * 7)  # memory is bounded by chunks, the numbers do not depend on them
-    np.testing.assert_array_equal(bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, 101, 7), together)
+    monkeypatch.setattr(
+        bootstrap, "CHUNK", 30 * 7
+    )  # memory is bounded by chunks, the numbers do not depend on them
+    np.testing.assert_array_equal(
+        bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, 101, 7), together
+    )
 
 
 def test_one_document_has_nothing_to_resample():

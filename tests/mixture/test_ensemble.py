@@ -24,10 +24,17 @@ class Case:
         self.d2_NK = rng.choice([0.1, 0.4, 0.5, 1.3], shape).astype(np.float32)
 
     def filter(
-        self, temperature: float = 0.2, epsilon: float = 0.05, beta: float = 0.8, top_k: int = 99, **changed: np.ndarray
+        self,
+        temperature: float = 0.2,
+        epsilon: float = 0.05,
+        beta: float = 0.8,
+        top_k: int = 99,
+        **changed: np.ndarray,
     ) -> np.ndarray:
         arrays = {"logprob_NK": self.logprob_NK, "d2_NK": self.d2_NK, "offsets": self.offsets, **changed}
-        return ensemble.filter_log_weights(**arrays, temperature=temperature, epsilon=epsilon, beta=beta, top_k=top_k)
+        return ensemble.filter_log_weights(
+            **arrays, temperature=temperature, epsilon=epsilon, beta=beta, top_k=top_k
+        )
 
 
 cases = st.builds(Case, st.integers(0, 10_000), st.integers(1, 5))
@@ -71,8 +78,12 @@ def test_paper_is_its_formula(case, temperature, top_k):
     for d2_K in case.d2_NK:
         active, _ = literal_top([-d for d in d2_K], top_k)
         prior = literal_prior(d2_K, temperature)
-        expected.append([prior[j] / sum(prior[i] for i in active) if j in active else 0.0 for j in range(len(d2_K))])
-    np.testing.assert_allclose(np.exp(ensemble.paper_log_weights(case.d2_NK, temperature, top_k)), expected, atol=1e-12)
+        expected.append(
+            [prior[j] / sum(prior[i] for i in active) if j in active else 0.0 for j in range(len(d2_K))]
+        )
+    np.testing.assert_allclose(
+        np.exp(ensemble.paper_log_weights(case.d2_NK, temperature, top_k)), expected, atol=1e-12
+    )
 
 
 @EXAMPLES
@@ -160,13 +171,17 @@ def test_identical_experts_mix_to_the_single_expert(case, temperature, epsilon, 
         case.filter(temperature, epsilon, 1.0, top_k),
         ensemble.uniform_log_weights(*case.d2_NK.shape),
     ):
-        np.testing.assert_allclose(ensemble.mix(case.logprob_NK, logw_NK), case.logprob_NK[:, 0], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            ensemble.mix(case.logprob_NK, logw_NK), case.logprob_NK[:, 0], rtol=0, atol=1e-12
+        )
 
 
 @EXAMPLES
 @given(cases, temperatures, st.sampled_from(TOP_KS))
 def test_epsilon_one_is_the_paper(case, temperature, top_k):
-    case.d2_NK = np.random.default_rng(2).uniform(0, 1, case.d2_NK.shape)  # no ties: the filter breaks them by weight
+    case.d2_NK = np.random.default_rng(2).uniform(
+        0, 1, case.d2_NK.shape
+    )  # no ties: the filter breaks them by weight
     if math.isinf(temperature) and top_k < case.d2_NK.shape[1]:
         temperature = 3.0
     expected = ensemble.paper_log_weights(case.d2_NK, temperature, top_k)
@@ -213,8 +228,13 @@ def test_paper_from_cold_to_hot(case):
     top_1 = np.exp(ensemble.paper_log_weights(case.d2_NK, 1.0, 1))
     assert (top_1 == (case.d2_NK == case.d2_NK.min(axis=1, keepdims=True))).all()
     np.testing.assert_allclose(np.exp(ensemble.paper_log_weights(case.d2_NK, 1e-4, k)), top_1, atol=1e-12)
-    np.testing.assert_allclose(ensemble.paper_log_weights(case.d2_NK, 1e12, k), ensemble.uniform_log_weights(n, k), atol=1e-9)
-    assert (ensemble.paper_log_weights(case.d2_NK, math.inf, k) == ensemble.paper_log_weights(0 * case.d2_NK, 1.0, k)).all()
+    np.testing.assert_allclose(
+        ensemble.paper_log_weights(case.d2_NK, 1e12, k), ensemble.uniform_log_weights(n, k), atol=1e-9
+    )
+    assert (
+        ensemble.paper_log_weights(case.d2_NK, math.inf, k)
+        == ensemble.paper_log_weights(0 * case.d2_NK, 1.0, k)
+    ).all()
 
 
 @EXAMPLES
@@ -226,7 +246,11 @@ def test_the_order_of_the_experts_means_nothing(case, random, top_k):
     permuted = case.filter(top_k=top_k, logprob_NK=case.logprob_NK[:, order], d2_NK=case.d2_NK[:, order])
     np.testing.assert_allclose(np.exp(permuted), np.exp(case.filter(top_k=top_k))[:, order], atol=1e-12)
     paper = ensemble.paper_log_weights(case.d2_NK, 0.2, top_k)
-    np.testing.assert_allclose(np.exp(ensemble.paper_log_weights(case.d2_NK[:, order], 0.2, top_k)), np.exp(paper)[:, order], atol=1e-12)
+    np.testing.assert_allclose(
+        np.exp(ensemble.paper_log_weights(case.d2_NK[:, order], 0.2, top_k)),
+        np.exp(paper)[:, order],
+        atol=1e-12,
+    )
 
 
 @EXAMPLES
@@ -241,7 +265,10 @@ def test_mix_is_the_log_of_the_weighted_mean(case, top_k):
 @given(cases)
 def test_oracle_is_the_best_single_expert_of_each_document(case):
     best = ensemble.document_sums(ensemble.oracle(case.logprob_NK, case.offsets), case.offsets)
-    single_DK = [case.logprob_NK[b:e].astype(float).sum(axis=0) for b, e in zip(case.offsets, case.offsets[1:], strict=False)]
+    single_DK = [
+        case.logprob_NK[b:e].astype(float).sum(axis=0)
+        for b, e in zip(case.offsets, case.offsets[1:], strict=False)
+    ]
     np.testing.assert_allclose(best, np.max(single_DK, axis=1), atol=1e-9)
 
 
@@ -258,7 +285,9 @@ def test_the_belief_survives_where_probabilities_underflow():
     """2 000 tokens on which one expert is 10 nats better, then 2 000 on which the other is: exp(-20 000) is 0, its logarithm is not."""
     logprob_NK = np.full((4000, 2), -11.0, np.float32)
     logprob_NK[:2000, 0] = logprob_NK[2000:, 1] = -1
-    logw_NK = ensemble.filter_log_weights(logprob_NK, np.zeros((4000, 2)), np.array([0, 4000]), math.inf, 0.0, 1.0, 2)
+    logw_NK = ensemble.filter_log_weights(
+        logprob_NK, np.zeros((4000, 2)), np.array([0, 4000]), math.inf, 0.0, 1.0, 2
+    )
     assert logw_NK[2000, 1] == pytest.approx(-20_000)
     assert logw_NK[3000, 1] == pytest.approx(-10_000)
 

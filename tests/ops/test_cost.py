@@ -21,7 +21,13 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 50), st.sampled_from([0.0, 0.25, 0.5]), st.booleans())
+@given(
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.sampled_from([0.0, 0.25, 0.5]),
+    st.booleans(),
+)
 def test_tokens_of_the_plan(k: int, batch_size: int, steps: int, seed_share: float, random: bool) -> None:
     controls = ["dense-steps", *(["random"] if random else [])]
     train = {"batch_size": batch_size, "steps": steps, "seed_share": seed_share, "controls": controls}
@@ -46,13 +52,17 @@ def test_jobs_are_those_of_snakemake(tmp_path: Path, controls: list[str]) -> Non
 
 @pytest.mark.parametrize("scratch", [LLAMA, {**LLAMA, "tie_word_embeddings": False}, GPT2])
 def test_size_is_that_of_the_model(scratch: dict[str, Any], tmp_path: Path) -> None:
-    config = make_config(model={"scratch": scratch}, tokenizer={"vocab_size": 300}, train={"seq_len": 32}, eval={"stride": 16})
+    config = make_config(
+        model={"scratch": scratch}, tokenizer={"vocab_size": 300}, train={"seq_len": 32}, eval={"stride": 16}
+    )
     net = model.scratch(scratch, 300, 0, 32, 0)
     expected = cost.Size(model.n_parameters(net), model.flops_per_token(net, 32), 300)
     assert cost.size(config, None) == expected
     net.save_pretrained(tmp_path)
     assert cost.size(make_config(train={"seq_len": 32}, eval={"stride": 16}), tmp_path) == expected
-    with pytest.raises(ValueError, match=r"^train.seq_len: 256\. Expected at most 32, .*\. Lower train.seq_len\.$"):
+    with pytest.raises(
+        ValueError, match=r"^train.seq_len: 256\. Expected at most 32, .*\. Lower train.seq_len\.$"
+    ):
         cost.size(make_config(), tmp_path)
 
 
@@ -96,7 +106,11 @@ def test_disk_follows_its_causes() -> None:
     alone = cost.disk(make_config(train={"controls": []}), size, text, 100, 3)
     assert alone["text and tokens"] < parts["text and tokens"]
     whole = cost.disk(make_config(eval={"max_document_tokens": None}), size, text, 100, 3)
-    assert whole["scores and distances"] == 4 * 1e9 * (n_models + config.cluster.k) > parts["scores and distances"]
+    assert (
+        whole["scores and distances"]
+        == 4 * 1e9 * (n_models + config.cluster.k)
+        > parts["scores and distances"]
+    )
 
 
 def test_text_of_packed_files_is_larger_than_they_are(tmp_path: Path) -> None:
@@ -147,11 +161,19 @@ def test_seconds_to_stop() -> None:
     saving = 12e9 / 1e8 + 24
     assert cost.seconds_to_save(size, 1e8) == pytest.approx(saving)
     assert cost.seconds_to_stop(size, 10**6, None, 1e8) == pytest.approx(2 * saving)
-    assert cost.seconds_to_stop(size, 10**6, machine, 1e8) == pytest.approx(2 * (saving + 6e15 / (0.4 * 624e12)))
+    assert cost.seconds_to_stop(size, 10**6, machine, 1e8) == pytest.approx(
+        2 * (saving + 6e15 / (0.4 * 624e12))
+    )
 
 
 def test_numbers_for_people() -> None:
-    found = [cost.units(0), cost.units(999, "B"), cost.units(1000, "B"), cost.units(4.1e12, "B"), cost.units(2e18)]
+    found = [
+        cost.units(0),
+        cost.units(999, "B"),
+        cost.units(1000, "B"),
+        cost.units(4.1e12, "B"),
+        cost.units(2e18),
+    ]
     assert found == ["0", "999 B", "1 kB", "4.1 TB", "2e+03 P"]
     assert [cost.duration(h) for h in (1e-3, 0.5, 3.21, 7208)] == ["3.6 s", "30 min", "3.2 h", "7,208 h"]
 
@@ -162,7 +184,9 @@ def test_table_says_what_it_does_not_know() -> None:
     machine = cost.Machine("A100", PEAK_FLOPS["A100"], 2, runtime_min=60, notice_s=120)
     assert "compute    unknown, as the model is not here" in cost.table(config, submitted, None, machine)
     assert "GPU-hours  unknown" in cost.table(config, submitted, size, None)
-    assert "GPU-hours  unknown" in cost.table(make_config(train={"precision": "float32"}), submitted, size, machine)
+    assert "GPU-hours  unknown" in cost.table(
+        make_config(train={"precision": "float32"}), submitted, size, machine
+    )
     assert "jobs       none on Slurm" in cost.table(config, [], size, None)
 
 
@@ -170,12 +194,18 @@ def test_table() -> None:
     config, size = make_config(train={"steps": 200_000}), cost.Size(10**9, 6 * 10**9, 50_000)
     machine = cost.Machine("A100", PEAK_FLOPS["A100"], 2, runtime_min=60, notice_s=120)
     rows = dict(
-        line.split(maxsplit=1) for line in cost.table(config, ["shard", "train_expert", "score_expert"], size, machine).splitlines()
+        line.split(maxsplit=1)
+        for line in cost.table(config, ["shard", "train_expert", "score_expert"], size, machine).splitlines()
     )
     assert rows["jobs"] == "23 on Slurm: 11 train_expert, 11 score_expert, 1 of other rules"
     flops = sum(cost.n_tokens(config).values()) * 6e9
     assert rows["compute"].startswith(f"{flops:.3g} FLOPs")
-    assert rows["GPU-hours"] == f"{flops / (0.4 * 312e12) / 3600:,.0f} h at 40% of the 312 bf16 TFLOP/s of A100"
+    assert (
+        rows["GPU-hours"] == f"{flops / (0.4 * 312e12) / 3600:,.0f} h at 40% of the 312 bf16 TFLOP/s of A100"
+    )
     dense = cost.n_tokens(config)["dense"] * 6e9 / (0.4 * 312e12) / 3600 / 2
-    assert rows["seed"] == f"{dense:,.0f} h on 2 GPU, so {cost.n_chained(dense, 60, 120)} time limits of 1 h one after another"
+    assert (
+        rows["seed"]
+        == f"{dense:,.0f} h on 2 GPU, so {cost.n_chained(dense, 60, 120)} time limits of 1 h one after another"
+    )
     assert rows["memory"].startswith("16 GB for weights, gradients and optimiser")

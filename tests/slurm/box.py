@@ -26,13 +26,42 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ETC = Path(__file__).parent / "etc"
-FILES = ("cgroup.conf", "gres.conf", "mariadb.cnf", "mariadb.sql", "slurmdbd.conf", "slurm.conf")  # the last says that all are there
+FILES = (
+    "cgroup.conf",
+    "gres.conf",
+    "mariadb.cnf",
+    "mariadb.sql",
+    "slurmdbd.conf",
+    "slurm.conf",
+)  # the last says that all are there
 NODES = ("gpu1", "gpu2", "gpu3", "gpu4")
 DAEMONS = ("slurmctld", *NODES, "slurmdbd", "mariadbd", "munged")
 PACKAGES = ("slurm-wlm", "slurmctld", "slurmd", "slurmdbd", "slurm-client", "munge", "mariadb-server")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db")
-SQUEUE_FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "Partition", "Account", "RestartCnt", "StartTime", "Comment")
-SACCT_FIELDS = ("JobID", "JobName", "State", "ExitCode", "NodeList", "Partition", "Account", "Start", "End", "Comment")
+SQUEUE_FIELDS = (
+    "JobID",
+    "Name",
+    "State",
+    "Reason",
+    "NodeList",
+    "Partition",
+    "Account",
+    "RestartCnt",
+    "StartTime",
+    "Comment",
+)
+SACCT_FIELDS = (
+    "JobID",
+    "JobName",
+    "State",
+    "ExitCode",
+    "NodeList",
+    "Partition",
+    "Account",
+    "Start",
+    "End",
+    "Comment",
+)
 # Daemons live where the PATH of ordinary people does not look.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
@@ -57,10 +86,25 @@ def install() -> str | None:
         policy.chmod(0o755)
         try:
             for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-                apt = ["apt-get", "-q", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=10", *command]
-                run = subprocess.run(apt, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True)
+                apt = [
+                    "apt-get",
+                    "-q",
+                    "-o",
+                    "Acquire::Retries=1",
+                    "-o",
+                    "Acquire::http::Timeout=10",
+                    *command,
+                ]
+                run = subprocess.run(
+                    apt,
+                    env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                    capture_output=True,
+                    text=True,
+                )
                 if run.returncode:
-                    return f"{reason} {command[0]} failed: {(run.stderr or run.stdout).strip().splitlines()[-1]}"
+                    return (
+                        f"{reason} {command[0]} failed: {(run.stderr or run.stdout).strip().splitlines()[-1]}"
+                    )
         finally:
             if before is None:
                 policy.unlink()
@@ -120,23 +164,39 @@ class Box:
         self.folder = Path(folder).absolute()
         self.conf = self.folder / "slurm.conf"
         self.accounting = "AccountingStorage" in self.conf.read_text() if self.conf.exists() else accounting
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN", "SQUEUE", "SACCT"))}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM", "SBATCH", "SRUN", "SQUEUE", "SACCT"))
+        }
         self.env = {**clean, "PATH": PATH, "SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
         """Start what does not run and wait until the box is ready for jobs."""
         if len(str(self.folder)) > 70:
-            raise ValueError(f"{self.folder}: {len(str(self.folder))} characters. Expected 70 at most (sockets). Take a shorter path.")
+            raise ValueError(
+                f"{self.folder}: {len(str(self.folder))} characters. Expected 70 at most (sockets). Take a shorter path."
+            )
         if not self.conf.exists():
             self._configure()
         files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "seed", "log")]
-        self._start("munged", "--force", *files, f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid")
+        self._start(
+            "munged",
+            "--force",
+            *files,
+            f"--socket={self.folder}/munge.socket",
+            f"--pid-file={self.folder}/munged.pid",
+        )
         if self.accounting:
             self._start_accounting()
         for node in NODES:
             self.start_slurmd(node)
         self.start_slurmctld()
-        wait(lambda: self.idle_nodes() == len(NODES) or self.squeue(), 60, f"four idle nodes (see {self.folder}/*.log)")
+        wait(
+            lambda: self.idle_nodes() == len(NODES) or self.squeue(),
+            60,
+            f"four idle nodes (see {self.folder}/*.log)",
+        )
 
     def stop(self) -> None:
         """End every process of the box, those of its jobs as well. Files stay; a later start finds jobs that ran lost with their nodes."""
@@ -158,7 +218,11 @@ class Box:
 
     def start_slurmctld(self) -> None:
         self._start("slurmctld", "-f", str(self.conf))
-        wait(lambda: self._answers("scontrol", "ping"), 60, f"answer of slurmctld (see {self.folder}/slurmctld.log)")
+        wait(
+            lambda: self._answers("scontrol", "ping"),
+            60,
+            f"answer of slurmctld (see {self.folder}/slurmctld.log)",
+        )
 
     def stop_slurmctld(self, timeout: float = 60) -> None:
         """End the controller as an administrator does: it saves its state, which can take seconds."""
@@ -186,7 +250,11 @@ class Box:
         """Signal a daemon (one of DAEMONS), if it runs, and wait for its end if it has to end. SIGSTOP makes it hang until SIGCONT."""
         if pid := self.pid(name):
             os.kill(pid, number)
-            wait(lambda: number in (signal.SIGSTOP, signal.SIGCONT) or not alive(pid), timeout, f"end of {name}")
+            wait(
+                lambda: number in (signal.SIGSTOP, signal.SIGCONT) or not alive(pid),
+                timeout,
+                f"end of {name}",
+            )
 
     def pid(self, name: str) -> int | None:
         """The process of a daemon (one of DAEMONS), if it runs."""
@@ -204,16 +272,26 @@ class Box:
 
     def run(self, *command: str) -> str:
         """A command's stdout without the last newline; CalledProcessError (with its stderr) if it fails."""
-        return subprocess.run(command, env=self.env, check=True, capture_output=True, text=True).stdout.rstrip("\n")
+        return subprocess.run(
+            command, env=self.env, check=True, capture_output=True, text=True
+        ).stdout.rstrip("\n")
 
     def squeue(self, *args: str) -> list[dict[str, str]]:
         """Jobs that wait or run as {field: value}; with "--states=all" also those that ended in the last five minutes."""
-        out = self.run("squeue", "--noheader", "--array", "--Format=" + ",".join(f"{field}:|" for field in SQUEUE_FIELDS), *args)
+        out = self.run(
+            "squeue",
+            "--noheader",
+            "--array",
+            "--Format=" + ",".join(f"{field}:|" for field in SQUEUE_FIELDS),
+            *args,
+        )
         return [dict(zip(SQUEUE_FIELDS, line.split("|"), strict=False)) for line in out.splitlines()]
 
     def sacct(self, *args: str) -> list[dict[str, str]]:
         """Accounting rows as {field: value}, one for each job; without arguments for all jobs since midnight."""
-        out = self.run("sacct", "--noheader", "--parsable2", "--allocations", f"--format={','.join(SACCT_FIELDS)}", *args)
+        out = self.run(
+            "sacct", "--noheader", "--parsable2", "--allocations", f"--format={','.join(SACCT_FIELDS)}", *args
+        )
         return [dict(zip(SACCT_FIELDS, line.split("|"), strict=True)) for line in out.splitlines()]
 
     def state(self, job_id: str) -> str:
@@ -221,7 +299,9 @@ class Box:
         return self.squeue("--states=all", f"--jobs={job_id}")[0]["State"]
 
     def idle_nodes(self) -> int:
-        return self.run("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T").split().count("idle")
+        return (
+            self.run("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T").split().count("idle")
+        )
 
     def pull_forward(self, job_id: str) -> None:
         """Let a requeued job start now, without its delay."""
@@ -237,7 +317,9 @@ class Box:
         address = ""
         with contextlib.suppress(OSError):
             address = socket.gethostbyname(socket.gethostname())
-        private = address.startswith("127.")  # Slurm can listen on one address only if the host's own name leads to it
+        private = address.startswith(
+            "127."
+        )  # Slurm can listen on one address only if the host's own name leads to it
         values = {
             "folder": self.folder,
             "host": socket.gethostname().partition(".")[0],
@@ -252,15 +334,23 @@ class Box:
         for name in FILES:
             lines = (ETC / name).read_text().format(**values).splitlines(keepends=True)
             (self.folder / name).touch(mode=0o600)  # slurmdbd insists
-            (self.folder / name).write_text("".join(x for x in lines if self.accounting or not x.startswith("Accounting")))
+            (self.folder / name).write_text(
+                "".join(x for x in lines if self.accounting or not x.startswith("Accounting"))
+            )
 
     def _start_accounting(self) -> None:
         options = f"--defaults-file={self.folder}/mariadb.cnf"
         if not (self.folder / "mariadb").exists():
-            self.run("mariadb-install-db", options, "--skip-test-db", "--auth-root-authentication-method=normal")
+            self.run(
+                "mariadb-install-db", options, "--skip-test-db", "--auth-root-authentication-method=normal"
+            )
         self._start("setsid", "--fork", "mariadbd", options, name="mariadbd")
         self._start("slurmdbd")
-        wait(lambda: self._answers("sacctmgr", "show", "cluster"), 60, f"answer of slurmdbd (see {self.folder}/slurmdbd.log)")
+        wait(
+            lambda: self._answers("sacctmgr", "show", "cluster"),
+            60,
+            f"answer of slurmdbd (see {self.folder}/slurmdbd.log)",
+        )
         if not self.run("sacctmgr", "--noheader", "show", "cluster"):
             self.run("sacctmgr", "--immediate", "add", "cluster", "box")
 
@@ -273,9 +363,13 @@ class Box:
             (self.folder / f"{name}.pid").unlink(missing_ok=True)
             env = {**self.env, "SLURMD_NODENAME": name} if name in NODES else self.env
             with (self.folder / f"{name}.out").open("wb") as out:
-                run = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=self.folder)
+                run = subprocess.run(
+                    command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=self.folder
+                )
             if run.returncode:
-                raise OSError(f"{name}: exit code {run.returncode}. Expected a daemon. See {self.folder}/{name}.out.")
+                raise OSError(
+                    f"{name}: exit code {run.returncode}. Expected a daemon. See {self.folder}/{name}.out."
+                )
             wait(lambda: self.pid(name), 60, f"start of {name} (see {self.folder}/{name}.out)")
 
 
@@ -283,7 +377,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A Slurm cluster in a box.")
     parser.add_argument("action", choices=["start", "stop", "status"])
     parser.add_argument("folder", metavar="DIR", type=Path, help="where everything of the box lies")
-    parser.add_argument("--no-accounting", action="store_true", help="no MariaDB, no slurmdbd: sacct does not answer")
+    parser.add_argument(
+        "--no-accounting", action="store_true", help="no MariaDB, no slurmdbd: sacct does not answer"
+    )
     args = parser.parse_args()
     box = Box(args.folder, accounting=not args.no_accounting)
     if args.action == "start":

@@ -7,7 +7,9 @@ import pytest
 
 from .box import Box, install
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background, as `make test` does
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell ignores it for what it starts in the background, as `make test` does
 
 
 @pytest.fixture(scope="session")

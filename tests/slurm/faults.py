@@ -60,7 +60,14 @@ def gone(run: Run, pid: int) -> None:
 def preempted(run: Run) -> None:
     """A job of a higher partition takes both GPUs of the node."""
     pid = run.trainer()
-    command = ["sbatch", "--partition=high", f"--nodelist={run.node}", "--gpus-per-node=2", "--time=1", "--output=/dev/null"]
+    command = [
+        "sbatch",
+        "--partition=high",
+        f"--nodelist={run.node}",
+        "--gpus-per-node=2",
+        "--time=1",
+        "--output=/dev/null",
+    ]
     run.box.run(*command, "--wrap=sleep 2")
     gone(run, pid)
 
@@ -154,8 +161,16 @@ LANES = [
         Fault("node cut off, training lives on", node_cut_off, "dense", TWO_NODES),
     ],
     [
-        Fault("preempted, requeued by Slurm", preempted, resources={"slurm_partition": "preempt", "slurm_extra": "--nodelist=gpu4"}),
-        Fault("preempted, cancelled by Slurm", preempted, resources={"slurm_partition": "preemptc", "slurm_extra": "--nodelist=gpu4"}),
+        Fault(
+            "preempted, requeued by Slurm",
+            preempted,
+            resources={"slurm_partition": "preempt", "slurm_extra": "--nodelist=gpu4"},
+        ),
+        Fault(
+            "preempted, cancelled by Slurm",
+            preempted,
+            resources={"slurm_partition": "preemptc", "slurm_extra": "--nodelist=gpu4"},
+        ),
     ],
     [
         Fault("scontrol requeue", requeued, resources=ANYWHERE_SAFE),
@@ -166,7 +181,9 @@ LANES = [
         Fault("Ctrl-C, then started again", interrupted_and_started_again, resources=ANYWHERE_SAFE),
         Fault("Snakemake killed -9, started again", snakemake_killed, resources=ANYWHERE_SAFE),
         Fault(
-            "Snakemake and launcher killed -9, started again after the job's end", snakemake_killed_until_the_end, resources=ANYWHERE_SAFE
+            "Snakemake and launcher killed -9, started again after the job's end",
+            snakemake_killed_until_the_end,
+            resources=ANYWHERE_SAFE,
         ),
     ],
 ]
@@ -206,7 +223,9 @@ def prepare(folder: Path) -> Path:
     """A project in which everything but the experts is there."""
     project = make_slurm_project(folder, N_STEPS)
     (project / "undisturbed").mkdir()
-    snakemake(project, "results/experts/seed/model.safetensors", "results/assignments/manifest.json", "--cores", "2")
+    snakemake(
+        project, "results/experts/seed/model.safetensors", "results/assignments/manifest.json", "--cores", "2"
+    )
     return project
 
 
@@ -223,7 +242,10 @@ def all_faults(box: Box, folder: Path) -> Iterator[Outcome]:
     original = prepare(folder / "original")
 
     def lane(number: int) -> list[tuple[Run, str, float]]:
-        return [suffer(box, original, folder / f"lane{number}-{i}", fault) for i, fault in enumerate(LANES[number])]
+        return [
+            suffer(box, original, folder / f"lane{number}-{i}", fault)
+            for i, fault in enumerate(LANES[number])
+        ]
 
     with ThreadPoolExecutor() as pool:
         undisturbed = pool.submit(train_undisturbed, original, folder / "alone", ["0", "dense"])
@@ -248,7 +270,10 @@ def controller_faults(box: Box, original: Path, folder: Path) -> list[tuple[Run,
     box.start_slurmctld()
     under_way.finish()
     to_come.finish()
-    return [(under_way, "slurmctld away for 15 s in mid-run", struck), (to_come, "slurmctld away for 15 s at submission", struck)]
+    return [
+        (under_way, "slurmctld away for 15 s in mid-run", struck),
+        (to_come, "slurmctld away for 15 s at submission", struck),
+    ]
 
 
 def main() -> None:
@@ -261,7 +286,8 @@ def main() -> None:
             for o in all_faults(box, Path(folder)):
                 same = "bit-identical" if o.same else "OTHER WEIGHTS"
                 print(
-                    f"| {o.fault} | {o.steps_lost} | {o.seconds_lost:.0f} | {same}; {o.n_jobs} job(s), {o.n_starts} start(s) |", flush=True
+                    f"| {o.fault} | {o.steps_lost} | {o.seconds_lost:.0f} | {same}; {o.n_jobs} job(s), {o.n_starts} start(s) |",
+                    flush=True,
                 )
         finally:
             box.stop()

@@ -30,7 +30,14 @@ def write_profile(project: Path, rule: str = "train_expert", **resources: Any) -
 
 def make_slurm_project(folder: Path, n_steps: int, **sections: dict) -> Path:
     """A project whose experts train for n_steps steps of about 6 ms (dense: with 16 times larger batches) and save every two seconds."""
-    train = {"steps": n_steps, "batch_size": 16, "seq_len": 128, "micro_batch_size": 16, "seed_share": 0.0, "controls": []}
+    train = {
+        "steps": n_steps,
+        "batch_size": 16,
+        "seq_len": 128,
+        "micro_batch_size": 16,
+        "seed_share": 0.0,
+        "controls": [],
+    }
     run = {"checkpoint_seconds": 2, "log_seconds": 0.1}
     return make_project(folder, cluster={"k": 16}, train=train, run=run, eval={"stride": 64}, **sections)
 
@@ -98,7 +105,9 @@ class Run:
 
     def reach_starts(self, n: int, timeout: float = 200) -> None:
         """Wait for the n-th start of the task on a node."""
-        wait(lambda: len(self.events("started")) >= n or self.process.poll() is not None, timeout, f"start {n}")
+        wait(
+            lambda: len(self.events("started")) >= n or self.process.poll() is not None, timeout, f"start {n}"
+        )
 
     @property
     def job_id(self) -> str:

@@ -32,7 +32,15 @@ def test_the_high_partition_preempts(box: Box) -> None:
     requeued = submit(box, "sleep 600", "--partition=preempt", "--nodelist=gpu1", "--exclusive")
     cancelled = submit(box, "sleep 600", "--partition=preemptc", "--nodelist=gpu2", "--exclusive")
     wait(lambda: box.state(requeued) == box.state(cancelled) == "RUNNING")
-    high = submit(box, "sleep 1", "--partition=high", "--nodelist=gpu1,gpu2", "--nodes=2", "--exclusive", "--comment=first")
+    high = submit(
+        box,
+        "sleep 1",
+        "--partition=high",
+        "--nodelist=gpu1,gpu2",
+        "--nodes=2",
+        "--exclusive",
+        "--comment=first",
+    )
     wait(lambda: box.state(high) == "COMPLETED")
     assert box.state(cancelled) == "PREEMPTED"
     (row,) = box.squeue(f"--jobs={requeued}")
@@ -64,7 +72,9 @@ def test_a_box_by_hand(tmp_path_factory: pytest.TempPathFactory) -> None:
     box = Box(folder, accounting=False)
     pids = []
     try:
-        out = subprocess.run([*command, "start", str(folder), "--no-accounting"], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            [*command, "start", str(folder), "--no-accounting"], check=True, capture_output=True, text=True
+        ).stdout
         assert out == f"export SLURM_CONF={folder}/slurm.conf\n"
         job = submit(box, "trap '' TERM; setsid sleep 600 & sleep 600")
         wait(lambda: box.state(job) == "RUNNING" and len(box.job_pids("gpu1")) >= 4)
@@ -79,7 +89,10 @@ def test_a_box_by_hand(tmp_path_factory: pytest.TempPathFactory) -> None:
     finally:
         subprocess.run([*command, "stop", str(folder)], check=True)
     assert not any(map(alive, pids))
-    assert subprocess.run([*command, "status", str(folder)], capture_output=True, text=True).stdout == "running: nothing\n"
+    assert (
+        subprocess.run([*command, "status", str(folder)], capture_output=True, text=True).stdout
+        == "running: nothing\n"
+    )
 
 
 def test_without_slurm_the_last_line_counts_the_tests() -> None:

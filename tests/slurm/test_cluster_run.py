@@ -23,7 +23,12 @@ EXPERTS = ("0", "1")
 def snakemake(box: Box, project: Path, *args: str, ok: bool = True) -> str:
     command = snakemake_command(*args, "--profile", "slurm")
     run = subprocess.run(
-        command, cwd=project, env={**box.env, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=project,
+        env={**box.env, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert (run.returncode == 0) == ok, run.stdout
     return run.stdout
@@ -31,7 +36,12 @@ def snakemake(box: Box, project: Path, *args: str, ok: bool = True) -> str:
 
 def jobs(box: Box, project: Path) -> dict[str, dict[str, str]]:
     """Accounting rows, by name, of every job that was submitted from a project."""
-    ids = [row["job_id"] for path in project.glob("results/slurm/*/") for row in events.read(path) if row["event"] == "submitted"]
+    ids = [
+        row["job_id"]
+        for path in project.glob("results/slurm/*/")
+        for row in events.read(path)
+        if row["event"] == "submitted"
+    ]
     rows: list[dict[str, str]] = []
 
     def ended() -> bool:
@@ -51,14 +61,28 @@ def on_slurm(box: Box, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_result_is_that_of_a_run_without_slurm(on_slurm: Path, finished: Path) -> None:
-    for name in ["eval/metrics.json", "eval/table.txt", *(f"experts/{expert}/model.safetensors" for expert in EXPERTS)]:
+    for name in [
+        "eval/metrics.json",
+        "eval/table.txt",
+        *(f"experts/{expert}/model.safetensors" for expert in EXPERTS),
+    ]:
         assert (on_slurm / "results" / name).read_bytes() == (finished / "results" / name).read_bytes(), name
 
 
 def test_every_rule_was_a_job_and_the_experts_ran_at_the_same_time(box: Box, on_slurm: Path) -> None:
     rows = jobs(box, on_slurm)
     experts = [*EXPERTS, "dense", "dense-steps", "random-0", "random-1", "seed"]
-    corpus = ["tokenizer", "shard", "embed", "fit_kmeans", "assign", "assign_random", "route", "eval_ensemble", "report"]
+    corpus = [
+        "tokenizer",
+        "shard",
+        "embed",
+        "fit_kmeans",
+        "assign",
+        "assign_random",
+        "route",
+        "eval_ensemble",
+        "report",
+    ]
     assert set(rows) == {*corpus, *(f"{kind}-{expert}" for kind in ("expert", "score") for expert in experts)}
     assert {row["State"] for row in rows.values()} == {"COMPLETED"}
     a, b = (rows[f"expert-{expert}"] for expert in EXPERTS)
@@ -69,7 +93,11 @@ def test_every_expert_had_one_gpu_to_itself(box: Box, on_slurm: Path) -> None:
     rows = jobs(box, on_slurm)
     seen = {}
     for expert in [*EXPERTS, "dense", "dense-steps", "random-0", "random-1", "seed"]:
-        (started,) = [row for row in events.read(on_slurm / f"results/slurm/expert-{expert}") if row["event"] == "started"]
+        (started,) = [
+            row
+            for row in events.read(on_slurm / f"results/slurm/expert-{expert}")
+            if row["event"] == "started"
+        ]
         assert started["gpus"] in ("0", "1")
         job = rows[f"expert-{expert}"]
         seen[expert] = (started["node"], started["gpus"], job["Start"], job["End"])
@@ -80,12 +108,27 @@ def test_every_expert_had_one_gpu_to_itself(box: Box, on_slurm: Path) -> None:
 def test_experts_need_no_network(on_slurm: Path, tmp_path: Path) -> None:
     """In a network namespace without any interface, an expert gets the same weights."""
     results = on_slurm / "results"
-    command = [sys.executable, "-m", "cbtm_pipeline.train_expert", "--config", results / "config.json", "--expert", "0"]
-    command += ["--data", results / "assignments/manifest.json", "--tokenizer", results / "tokenizer/tokenizer.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "cbtm_pipeline.train_expert",
+        "--config",
+        results / "config.json",
+        "--expert",
+        "0",
+    ]
+    command += [
+        "--data",
+        results / "assignments/manifest.json",
+        "--tokenizer",
+        results / "tokenizer/tokenizer.json",
+    ]
     command += ["--seed-model", results / "experts/seed/model.safetensors"]
     command += ["--out", tmp_path / "0/model.safetensors", "--work", tmp_path / "work"]
     subprocess.run(["unshare", "--map-root-user", "--net", *map(str, command)], cwd=on_slurm, check=True)
-    assert (tmp_path / "0/model.safetensors").read_bytes() == (results / "experts/0/model.safetensors").read_bytes()
+    assert (tmp_path / "0/model.safetensors").read_bytes() == (
+        results / "experts/0/model.safetensors"
+    ).read_bytes()
 
 
 def test_forcing_one_expert_submits_one_training_job(box: Box, on_slurm: Path, tmp_path: Path) -> None:
@@ -99,12 +142,17 @@ def test_forcing_one_expert_submits_one_training_job(box: Box, on_slurm: Path, t
     assert weights.read_bytes() == content
     changed = {path.parent.name for path, size in before.items() if path.stat().st_size != size}
     assert changed == {"expert-1"}
-    assert len([row for row in events.read(project / "results/slurm/expert-1") if row["event"] == "submitted"]) == 2
+    assert (
+        len([row for row in events.read(project / "results/slurm/expert-1") if row["event"] == "submitted"])
+        == 2
+    )
 
 
 def test_the_profile_reruns_nothing(box: Box, on_slurm: Path) -> None:
     assert "Nothing to be done" in snakemake(box, on_slurm, "-n")
-    without = subprocess.run(snakemake_command("-n", "--cores", "2"), cwd=on_slurm, capture_output=True, text=True)
+    without = subprocess.run(
+        snakemake_command("-n", "--cores", "2"), cwd=on_slurm, capture_output=True, text=True
+    )
     assert "Nothing to be done" in without.stdout + without.stderr
     content = yaml.safe_load((on_slurm / "slurm/config.yaml").read_text())
     content["default-resources"]["runtime"] = 7
@@ -152,5 +200,10 @@ def test_ctrl_c_cancels_every_job(box: Box, tmp_path: Path) -> None:
     run.reach(5)
     run.kill(signal.SIGINT, everything=True)
     run.finish(ok=False, timeout=60)
-    ids = [row["job_id"] for path in project.glob("results/slurm/*/") for row in events.read(path) if row["event"] == "submitted"]
+    ids = [
+        row["job_id"]
+        for path in project.glob("results/slurm/*/")
+        for row in events.read(path)
+        if row["event"] == "submitted"
+    ]
     wait(lambda: not set(ids) & {row["JobID"] for row in box.squeue()}, 30, "the end of every job")

@@ -45,7 +45,9 @@ BAD = {
 def bad_box(on_box: Box) -> Iterator[Box]:
     """Its controller is restarted with BAD settings, and partition preemptc suspends."""
     before = on_box.conf.read_text()
-    text = re.sub(rf"^({'|'.join(BAD)})=.*\n", "", before, flags=re.M).replace("PreemptMode=CANCEL", "PreemptMode=SUSPEND")
+    text = re.sub(rf"^({'|'.join(BAD)})=.*\n", "", before, flags=re.M).replace(
+        "PreemptMode=CANCEL", "PreemptMode=SUSPEND"
+    )
     on_box.kill_slurmctld()
     on_box.conf.write_text("".join(f"{key}={value}\n" for key, value in BAD.items()) + text)
     on_box.clear()
@@ -55,7 +57,12 @@ def bad_box(on_box: Box) -> Iterator[Box]:
 
 
 def training(threads: int = 2, **resources: Any) -> planned.Job:
-    return planned.Job("train_expert", {"slurm_partition": "gpu", "runtime": 60, "mem_mb": 2000, "gpus": 1, **resources}, threads, True)
+    return planned.Job(
+        "train_expert",
+        {"slurm_partition": "gpu", "runtime": 60, "mem_mb": 2000, "gpus": 1, **resources},
+        threads,
+        True,
+    )
 
 
 def facts(**resources: Any) -> doctor.Facts:
@@ -66,14 +73,18 @@ def facts(**resources: Any) -> doctor.Facts:
     return found
 
 
-def examine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *args: str) -> tuple[Any, list[str]]:
+def examine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *args: str
+) -> tuple[Any, list[str]]:
     monkeypatch.setattr("sys.argv", ["cbtm doctor", *args])
     with pytest.raises(SystemExit) as end:
         doctor.main()
     return end.value.code, capsys.readouterr().out.splitlines()
 
 
-def test_a_good_profile_passes(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_good_profile_passes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     code, lines = examine(monkeypatch, capsys, "--configfile", "small.yaml")
     assert code == 0, lines
@@ -85,13 +96,21 @@ def test_a_good_profile_passes(project: Path, monkeypatch: pytest.MonkeyPatch, c
     assert any(line.startswith("GPU-hours ") and "A100 (assumed: fake" in line for line in lines)
 
 
-def test_a_profile_that_snakemake_does_not_find(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_profile_that_snakemake_does_not_find(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     (project / "slurm/config.yaml").rename(project / "slurm/other.yaml")
     code, lines = examine(monkeypatch, capsys, "--configfile", "small.yaml")
     assert code == 1
-    assert any(line.startswith("FAIL  profile: no slurm.") and line.endswith("Run ln -s profiles/slurm slurm.") for line in lines)
+    assert any(
+        line.startswith("FAIL  profile: no slurm.") and line.endswith("Run ln -s profiles/slurm slurm.")
+        for line in lines
+    )
     # and what profiles/slurm asks for is looked at all the same
-    assert any(line.startswith("FAIL  train_expert: mem_mb: 64000. Expected 8192 or less, as a node of gpu") for line in lines)
+    assert any(
+        line.startswith("FAIL  train_expert: mem_mb: 64000. Expected 8192 or less, as a node of gpu")
+        for line in lines
+    )
 
 
 CASES: list[tuple[dict[str, Any], str, str]] = [
@@ -103,7 +122,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"gpu_model": "a100"}, "FAIL", "gpu_model: a100. Expected fake"),
     ({"gpus": 3}, "FAIL", "gpus: 3. Expected 2 or less"),
     ({"nodes": 5}, "FAIL", "nodes: 5. Expected 4 or less"),
-    ({"slurm_partition": "short"}, "FAIL", "runtime: 60 minutes. Expected 1 or less, or jobs wait in short for ever"),
+    (
+        {"slurm_partition": "short"},
+        "FAIL",
+        "runtime: 60 minutes. Expected 1 or less, or jobs wait in short for ever",
+    ),
     ({"gpus": 2, "nodes": 4, "threads": 3}, "FAIL", "threads: 6 (3 for each of 2 tasks). Expected 4 or less"),
     ({"gpus": 2, "nodes": 4, "threads": 1, "slurm_partition": "high"}, "ok", "high takes 2 GPU"),
     ({"constraint": "big"}, "FAIL", "Invalid feature"),  # what only sbatch knows
@@ -147,14 +170,18 @@ def test_little_time_to_save(on_box: Box) -> None:
     ):
         found.write_rate = 12 * found.model.n_parameters / seconds
         lines = [text for level, text in doctor.check_stops(found) if level == "warn"]
-        assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
+        assert len(lines) == len(words) and all(
+            word in line for word, line in zip(words, lines, strict=True)
+        ), lines
 
 
 def test_nodes_that_are_down(on_box: Box) -> None:
     on_box.run("scontrol", "update", "nodename=gpu[1-4]", "state=down", "reason=test")
     try:
         found = list(doctor.check_jobs(facts()))
-        assert found[0][0] == "warn" and "the nodes of gpu that fit are down. Expected 1 up" in found[0][1], found
+        assert found[0][0] == "warn" and "the nodes of gpu that fit are down. Expected 1 up" in found[0][1], (
+            found
+        )
     finally:
         on_box.run("scontrol", "update", "nodename=gpu[1-4]", "state=resume")
 
@@ -189,11 +216,19 @@ def test_a_slurm_that_is_set_up_for_other_work(bad_box: Box) -> None:
     assert level == "FAIL" and "is DOWN" in text
 
 
-def test_no_controller(project: Path, on_box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_no_controller(
+    project: Path, on_box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """The rest is looked at all the same. A controller that hangs is given up after TIMEOUT_S."""
     monkeypatch.setattr(doctor, "TIMEOUT_S", 1)
     on_box.signal("slurmctld", signal.SIGSTOP)
     code, lines = examine(monkeypatch, capsys, "--configfile", "small.yaml")
     failed = [line for line in lines if line.startswith("FAIL")]
-    assert code == 1 and len(failed) == 1 and failed[0].startswith("FAIL  Slurm: scontrol: no answer within 1 s.")
-    assert any(line.startswith("ok    profile:") for line in lines) and any(line.startswith("ok    disk:") for line in lines)
+    assert (
+        code == 1
+        and len(failed) == 1
+        and failed[0].startswith("FAIL  Slurm: scontrol: no answer within 1 s.")
+    )
+    assert any(line.startswith("ok    profile:") for line in lines) and any(
+        line.startswith("ok    disk:") for line in lines
+    )

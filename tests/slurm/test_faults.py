@@ -12,9 +12,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 AWAY = ("slurmctld away for 15 s in mid-run", "slurmctld away for 15 s at submission")
 NAMES = [fault.name for lane in LANES for fault in lane]
-SUBMITTED_AGAIN = {"preempted, cancelled by Slurm", "scancel, then started again", "Ctrl-C, then started again"}
-STARTED_ONCE = {*AWAY, "Snakemake killed -9, started again", "Snakemake and launcher killed -9, started again after the job's end"}
-WITHOUT_NOTICE = {"SIGKILL of the training process", "node lost (power cut), back later", "node cut off, training lives on"}
+SUBMITTED_AGAIN = {
+    "preempted, cancelled by Slurm",
+    "scancel, then started again",
+    "Ctrl-C, then started again",
+}
+STARTED_ONCE = {
+    *AWAY,
+    "Snakemake killed -9, started again",
+    "Snakemake and launcher killed -9, started again after the job's end",
+}
+WITHOUT_NOTICE = {
+    "SIGKILL of the training process",
+    "node lost (power cut), back later",
+    "node cut off, training lives on",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,9 @@ def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
     story = f"{o}\n{o.run.printed()}\n{(o.run.project / 'results/slurm' / f'expert-{o.run.expert}' / 'events.jsonl').read_text()}"
     assert o.same, story
     assert o.n_jobs == (2 if name in SUBMITTED_AGAIN else 1), story
-    assert o.n_starts == (1 if name in STARTED_ONCE else 2) or ("time limits" in name and o.n_starts >= 4), story
+    assert o.n_starts == (1 if name in STARTED_ONCE else 2) or ("time limits" in name and o.n_starts >= 4), (
+        story
+    )
     if name not in WITHOUT_NOTICE:
         assert o.steps_lost <= 1, story
     assert not list((o.run.project / "results").rglob("*.tmp"))

@@ -23,8 +23,21 @@ RESOURCES = {"slurm_partition": "gpu", "runtime": 5, "mem_mb": 200}
 def start(box: Box, tmp_path: Path) -> Start:
     """Start a launcher of a shell script that may write to `out`."""
 
-    def launcher(script: str, *options: str, env: dict[str, str] = box.env, **resources: object) -> subprocess.Popen:
-        command = [sys.executable, "-m", "cbtm_pipeline.slurm.launch", "--name", "job", "--folder", "slurm", "--outputs", "out", *options]
+    def launcher(
+        script: str, *options: str, env: dict[str, str] = box.env, **resources: object
+    ) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "cbtm_pipeline.slurm.launch",
+            "--name",
+            "job",
+            "--folder",
+            "slurm",
+            "--outputs",
+            "out",
+            *options,
+        ]
         command += ["--resources", json.dumps({**RESOURCES, **resources}), "--", "bash", "-c", script]
         return subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -46,14 +59,19 @@ def started(folder: Path) -> list[dict]:
 
 
 def test_a_job_gets_what_it_asked_for_and_leaves_its_log(box: Box, start: Start, tmp_path: Path) -> None:
-    said(start("env > out; echo hello", "--threads", "2", gpus=2, nodes=1, slurm_extra="--exclude=gpu1,gpu2"), 0)
+    said(
+        start("env > out; echo hello", "--threads", "2", gpus=2, nodes=1, slurm_extra="--exclude=gpu1,gpu2"),
+        0,
+    )
     env = (tmp_path / "out").read_text()
     assert "CUDA_VISIBLE_DEVICES=0,1\n" in env
     assert "SLURM_CPUS_PER_TASK=2\n" in env
     assert "SLURM_JOB_NAME=job\n" in env
     assert "SLURMD_NODENAME=gpu3\n" in env or "SLURMD_NODENAME=gpu4\n" in env
     folder = tmp_path / "slurm/job"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", "events.jsonl", f"{submitted(tmp_path)[0]}_0_log.out"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [".lock", "events.jsonl", f"{submitted(tmp_path)[0]}_0_log.out"]
+    )
     assert "hello" in next(folder.glob("*.out")).read_text()
 
 
@@ -102,9 +120,22 @@ def test_what_slurm_refuses_is_one_line(start: Start, tmp_path: Path, resources:
 
 def test_gpus_other_than_asked_for_stop_the_job(box: Box, tmp_path: Path) -> None:
     sbatch = {**request.sbatch_parameters("job", {**RESOURCES, "gpus": 1}, 1, "", False)}
-    order = {"name": "job", "folder": str(tmp_path), "command": ["touch", str(tmp_path / "out")], "work": None, "outputs": [], "gpus": 2}
+    order = {
+        "name": "job",
+        "folder": str(tmp_path),
+        "command": ["touch", str(tmp_path / "out")],
+        "work": None,
+        "outputs": [],
+        "gpus": 2,
+    }
     order |= {"fingerprint": "", "token": "t", "sbatch": sbatch}
-    subprocess.run([sys.executable, "-m", "cbtm_pipeline.slurm.submit"], input=json.dumps(order), text=True, env=box.env, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "cbtm_pipeline.slurm.submit"],
+        input=json.dumps(order),
+        text=True,
+        env=box.env,
+        check=True,
+    )
     wait(lambda: (tmp_path / "result.json").exists())
     assert "'0' on gpu" in json.loads((tmp_path / "result.json").read_text())["error"]
     assert not (tmp_path / "out").exists()
@@ -134,7 +165,11 @@ def test_a_launcher_killed_while_it_submits_leaves_one_job(box: Box, start: Star
     first.kill()
     said(start("sleep 5; touch out", env=env), 0)
     assert (
-        len({row["JobID"] for row in box.squeue("--states=all", "--name=job") if row["Name"] == "job"} & set(jobs_of(box, tmp_path))) == 1
+        len(
+            {row["JobID"] for row in box.squeue("--states=all", "--name=job") if row["Name"] == "job"}
+            & set(jobs_of(box, tmp_path))
+        )
+        == 1
     )
     first.communicate()
 
@@ -195,7 +230,9 @@ def test_an_orphan_leaves_the_job_alone(box: Box, start: Start, tmp_path: Path) 
         "--resources",
         json.dumps(RESOURCES),
     ]
-    with subprocess.Popen(["sh", "-c", '"$@" & wait', "sh", *command, "--", "sleep", "600"], cwd=tmp_path, env=box.env) as parent:
+    with subprocess.Popen(
+        ["sh", "-c", '"$@" & wait', "sh", *command, "--", "sleep", "600"], cwd=tmp_path, env=box.env
+    ) as parent:
         wait(lambda: started(tmp_path))
         parent.kill()
     os.set_blocking((fd := os.open(tmp_path / "slurm/job/.lock", os.O_RDWR)), True)

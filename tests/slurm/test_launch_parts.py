@@ -18,7 +18,12 @@ GPU = {"slurm_partition": "gpu", "runtime": 1440, "mem_mb": 64000, "gpus": 2}
 def test_a_training_has_one_task_per_gpu_and_notice_before_its_limit() -> None:
     asked = request.sbatch_parameters("expert-3", {**GPU, "nodes": 2, "gpu_model": "a100"}, 8, "", True)
     assert asked["job_name"] == "expert-3"
-    assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"], asked["cpus_per_task"]) == (2, 2, "a100:2", 8)
+    assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"], asked["cpus_per_task"]) == (
+        2,
+        2,
+        "a100:2",
+        8,
+    )
     assert (asked["time"], asked["mem"], asked["signal_delay_s"]) == (1440, "64000M", 120)
     assert "signal" not in asked["additional_parameters"]
     assert "--cpus-per-task=8" in asked["srun_args"]
@@ -37,7 +42,9 @@ def test_notice_is_a_quarter_of_a_short_limit_unless_said() -> None:
 
 
 def test_further_options_of_sbatch() -> None:
-    asked = request.sbatch_parameters("x", {**GPU, "slurm_extra": "--exclude=a,b --mail-type='FAIL,END' --exclusive"}, 1, "", True)
+    asked = request.sbatch_parameters(
+        "x", {**GPU, "slurm_extra": "--exclude=a,b --mail-type='FAIL,END' --exclusive"}, 1, "", True
+    )
     more = asked["additional_parameters"]
     assert (more["exclude"], more["mail-type"], more["exclusive"]) == ("a,b", "FAIL,END", True)
 
@@ -60,7 +67,16 @@ def test_wrong_resources_are_named(wrong: dict, message: str) -> None:
 
 
 def line(resources: dict, **more: object) -> list[str]:
-    values = {"name": "x", "folder": "f", "threads": 1, "depends_on": "{}", "inputs": ["a"], "outputs": ["b"], "work": None, **more}
+    values = {
+        "name": "x",
+        "folder": "f",
+        "threads": 1,
+        "depends_on": "{}",
+        "inputs": ["a"],
+        "outputs": ["b"],
+        "work": None,
+        **more,
+    }
     return request.command_line(resources=resources, **values)  # type: ignore[arg-type]
 
 
@@ -69,7 +85,19 @@ def test_without_a_partition_nothing_comes_before_the_command() -> None:
 
 
 def test_a_line_says_what_the_launcher_reads() -> None:
-    words = line({**GPU, "tmpdir": "/tmp", "mem": "64 GB", "mem_mib": 1, "disk_mb": 1, "slurm_jobs": 1, "_cores": 8, "qos": ""}, work="w")
+    words = line(
+        {
+            **GPU,
+            "tmpdir": "/tmp",
+            "mem": "64 GB",
+            "mem_mib": 1,
+            "disk_mb": 1,
+            "slurm_jobs": 1,
+            "_cores": 8,
+            "qos": "",
+        },
+        work="w",
+    )
     assert words[:3] == ["python", "-m", "cbtm_pipeline.slurm.launch"]
     assert words[-1] == "--"
     assert json.loads(words[words.index("--resources") + 1]) == GPU
@@ -80,8 +108,14 @@ def test_a_line_says_what_the_launcher_reads() -> None:
 def test_the_shipped_profile_asks_only_for_what_exists() -> None:
     profile = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
     for rule in profile["set-resources"].values():
-        known = {key: value for key, value in {**profile["default-resources"], **rule}.items() if key not in request.SNAKEMAKES}
-        request.sbatch_parameters("x", {key: value for key, value in known.items() if value != ""}, 1, "", True)
+        known = {
+            key: value
+            for key, value in {**profile["default-resources"], **rule}.items()
+            if key not in request.SNAKEMAKES
+        }
+        request.sbatch_parameters(
+            "x", {key: value for key, value in known.items() if value != ""}, 1, "", True
+        )
 
 
 @pytest.mark.parametrize(
@@ -122,12 +156,16 @@ def test_a_command_that_hangs_is_unreachable_and_one_that_is_missing_is_not() ->
 
 
 def test_a_surrounding_job_does_not_bend_the_jobs() -> None:
-    kept = commands.environment({"SLURM_CONF": "c", "SLURM_JOB_ID": "1", "SBATCH_PARTITION": "x", "PATH": "p", "SLURM_CPU_BIND": "y"})
+    kept = commands.environment(
+        {"SLURM_CONF": "c", "SLURM_JOB_ID": "1", "SBATCH_PARTITION": "x", "PATH": "p", "SLURM_CPU_BIND": "y"}
+    )
     assert kept == {"SLURM_CONF": "c", "PATH": "p"}
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=12), st.one_of(st.none(), st.integers(0, 3)))
+@given(
+    st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=12), st.one_of(st.none(), st.integers(0, 3))
+)
 def test_tries_are_the_last_starts_with_the_same_step(steps: list[int | None], step: int | None) -> None:
     rows = [row for s in steps for row in ({"event": "started", "step": s}, {"event": "ended", "step": 99})]
     n = events.n_tries(rows, "started", step)
@@ -136,7 +174,13 @@ def test_tries_are_the_last_starts_with_the_same_step(steps: list[int | None], s
 
 
 def test_history_of_other_work_and_of_results_taken_does_not_count(tmp_path: Path) -> None:
-    for event, fingerprint in [("started", "a"), ("taken", "a"), ("started", "b"), ("started", "a"), ("started", "a")]:
+    for event, fingerprint in [
+        ("started", "a"),
+        ("taken", "a"),
+        ("started", "b"),
+        ("started", "a"),
+        ("started", "a"),
+    ]:
         events.add(tmp_path, event, fingerprint=fingerprint, step=None)
     with (tmp_path / events.FILE).open("a") as file:
         file.write('{"event": "star')
@@ -173,7 +217,8 @@ def test_other_config_or_inputs_are_other_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "visible, expected, fine", [("0", 1, True), ("0,1", 2, True), ("0", 2, False), ("0,1", 1, False), ("", 1, False), ("3", 0, True)]
+    "visible, expected, fine",
+    [("0", 1, True), ("0,1", 2, True), ("0", 2, False), ("0,1", 1, False), ("", 1, False), ("3", 0, True)],
 )
 def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch, visible: str, expected: int, fine: bool) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

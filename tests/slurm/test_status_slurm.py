@@ -24,7 +24,13 @@ def test_jobs_in_the_queue_and_none_when_slurm_is_away(box: Box, tmp_path: Path)
     config.write(made.make_config(), tmp_path / "config.json")
     jobs = {}
     for name in ("0", "1"):
-        options = ("--nodelist=gpu3", "--exclusive", "--output=/dev/null", f"--job-name=expert-{name}", "--comment=token")
+        options = (
+            "--nodelist=gpu3",
+            "--exclusive",
+            "--output=/dev/null",
+            f"--job-name=expert-{name}",
+            "--comment=token",
+        )
         jobs[name] = box.run("sbatch", "--parsable", *options, "--wrap=sleep 600").strip()
         wait(lambda: box.state(jobs["0"]) == "RUNNING")
         folder = tmp_path / "slurm" / f"expert-{name}"
@@ -37,10 +43,24 @@ def test_jobs_in_the_queue_and_none_when_slurm_is_away(box: Box, tmp_path: Path)
         return {row["name"]: row for row in found["rows"]}
 
     zero, one = rows()["0"], rows()["1"]
-    assert [zero[key] for key in ("state", "job", "job_state", "reason", "node")] == ["running", jobs["0"], "RUNNING", None, "gpu3"]
-    assert [one[key] for key in ("state", "job", "job_state", "reason", "node")] == ["waiting", jobs["1"], "PENDING", "Resources", None]
+    assert [zero[key] for key in ("state", "job", "job_state", "reason", "node")] == [
+        "running",
+        jobs["0"],
+        "RUNNING",
+        None,
+        "gpu3",
+    ]
+    assert [one[key] for key in ("state", "job", "job_state", "reason", "node")] == [
+        "waiting",
+        jobs["1"],
+        "PENDING",
+        "Resources",
+        None,
+    ]
 
-    box.signal("slurmctld", signal.SIGTERM)  # it saves what it knows; killed, it may forget jobs of the last seconds
+    box.signal(
+        "slurmctld", signal.SIGTERM
+    )  # it saves what it knows; killed, it may forget jobs of the last seconds
     said = show(box, tmp_path)
     assert "Slurm does not answer (squeue: " in said
     assert "7 experts: 5 waiting, 2 unknown" in said

@@ -13,7 +13,11 @@ def stream(*lengths: int) -> Stream:
     return Stream([np.arange(a, b, dtype=np.uint16) for a, b in pairwise(starts)])
 
 
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any), start=st.integers(0, 100), n=st.integers(1, 50))
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    start=st.integers(0, 100),
+    n=st.integers(1, 50),
+)
 @settings(max_examples=100, deadline=None)
 def test_read_is_a_slice_of_the_endless_circle(lengths, start, n):
     s = stream(*lengths)
@@ -21,7 +25,9 @@ def test_read_is_a_slice_of_the_endless_circle(lengths, start, n):
 
 
 def test_tokens_keep_their_value_beyond_the_signed_range():
-    assert Stream([np.array([65535], np.uint16), np.array([4_000_000_000], np.uint32)]).read(0, 3).tolist() == [65535, 4_000_000_000, 65535]
+    assert Stream([np.array([65535], np.uint16), np.array([4_000_000_000], np.uint32)]).read(
+        0, 3
+    ).tolist() == [65535, 4_000_000_000, 65535]
 
 
 def test_no_tokens_is_a_clear_error():
@@ -46,14 +52,18 @@ def test_permute_of_many_blocks_needs_no_table():
 def test_every_block_is_equally_likely_at_every_place():
     n, n_epochs = 6, 6000
     epochs = np.arange(n_epochs)
-    counts = np.stack([np.bincount(permute(np.full(n_epochs, i), n, 7, epochs), minlength=n) for i in range(n)])
+    counts = np.stack(
+        [np.bincount(permute(np.full(n_epochs, i), n, 7, epochs), minlength=n) for i in range(n)]
+    )
     chi2 = ((counts - n_epochs / n) ** 2 / (n_epochs / n)).sum()
     assert chi2 < 60  # 25 degrees of freedom: above 60 in one of 10 000 cases
 
 
 def test_orders_of_epochs_and_seeds_are_unrelated():
     n = 4096
-    orders = [permute(np.arange(n), n, s, np.full(n, e)) for s, e in ((0, 0), (0, 1), (1, 0), (2, 0), (-1, 0))]
+    orders = [
+        permute(np.arange(n), n, s, np.full(n, e)) for s, e in ((0, 0), (0, 1), (1, 0), (2, 0), (-1, 0))
+    ]
     correlation = np.corrcoef(np.stack([np.arange(n), *orders]))
     assert np.abs(correlation - np.eye(6)).max() < 5 / n**0.5
 

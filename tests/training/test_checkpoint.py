@@ -24,7 +24,9 @@ def make(steps: int, rng_seed: int = 0) -> tuple[Tied, torch.optim.Optimizer]:
     torch.manual_seed(rng_seed)
     model = Tied(float(steps))
     optimizer = torch.optim.AdamW(
-        [{"params": [model.a.weight], "weight_decay": 0.1}, {"params": [model.a.bias], "weight_decay": 0.0}], lr=0.1, fused=True
+        [{"params": [model.a.weight], "weight_decay": 0.1}, {"params": [model.a.bias], "weight_decay": 0.0}],
+        lr=0.1,
+        fused=True,
     )
     for _ in range(steps):
         model.b(model.a(torch.ones(3))).square().sum().backward()
@@ -39,7 +41,9 @@ def save(folder: Path, *steps: int, fingerprint: str = PRINT) -> None:
 
 
 def same(a: checkpoint.Tensors, b: checkpoint.Tensors) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
 
 
 def test_what_is_saved_is_restored_and_goes_on_the_same(tmp_path):
@@ -48,7 +52,9 @@ def test_what_is_saved_is_restored_and_goes_on_the_same(tmp_path):
     assert state is not None
     assert state.step == 3
     assert same(state.tensors, checkpoint.capture(*make(3)))
-    assert sum(name.startswith("model.") for name in state.tensors) == 3  # the shared matrix once, bias, buffer
+    assert (
+        sum(name.startswith("model.") for name in state.tensors) == 3
+    )  # the shared matrix once, bias, buffer
     model, optimizer = make(0, rng_seed=1)
     checkpoint.restore(state.tensors.items(), model, optimizer)
     for _ in range(2):
@@ -69,7 +75,10 @@ def test_a_state_before_the_first_step_has_no_optimizer_tensors(tmp_path):
 
 def test_the_two_newest_are_kept(tmp_path):
     save(tmp_path, 2, 9, 10, 100)
-    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["step-00000100.safetensors", "step-00000010.safetensors"]
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == [
+        "step-00000100.safetensors",
+        "step-00000010.safetensors",
+    ]
 
 
 def test_nothing_saved(tmp_path):
@@ -93,7 +102,9 @@ def test_all_damaged_is_an_error_and_deletes_nothing(tmp_path):
     save(tmp_path, 1, 2)
     for path in checkpoint.candidates(tmp_path):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"step-00000002.*damaged.*delete .* to train this expert from the start"):
+    with pytest.raises(
+        ValueError, match=r"step-00000002.*damaged.*delete .* to train this expert from the start"
+    ):
         checkpoint.load(tmp_path, PRINT)
     assert len(checkpoint.candidates(tmp_path)) == 2
 
@@ -138,7 +149,9 @@ def test_damage_anywhere_is_noticed(tmp_path, change):
     assert expected is not None
     n_noticed, places = 0, range(0, len(good), 3)
     for i in places:
-        path.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :] if change == "flip" else good[:i])
+        path.write_bytes(
+            good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :] if change == "flip" else good[:i]
+        )
         try:
             state = checkpoint.load(tmp_path, PRINT)
         except ValueError:

@@ -49,20 +49,37 @@ def outdir(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("distributed")
     made.write_seed(out)
     made.write_validation(out)
-    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NOW), out / "config.json")
+    config.write(
+        made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NOW), out / "config.json"
+    )
     return out
 
 
 @pytest.fixture(scope="module")
 def sharded(outdir) -> Path:
     """The config of a training whose model is spread over its processes."""
-    config.write(made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NOW | {"sharded": True}), outdir / "sharded.json")
+    config.write(
+        made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NOW | {"sharded": True}),
+        outdir / "sharded.json",
+    )
     return outdir / "sharded.json"
 
 
 def command_line(outdir: Path, where: train_expert.Files, **change: Path) -> list[str]:
-    paths: dict[str, Any] = {"data": where.data, "tokenizer": where.tokenizer, "seed-model": where.seed_model, "out": where.out}
-    options = {"config": outdir / "config.json", "expert": 0, **paths, "work": where.work, "log": where.work / "log", **change}
+    paths: dict[str, Any] = {
+        "data": where.data,
+        "tokenizer": where.tokenizer,
+        "seed-model": where.seed_model,
+        "out": where.out,
+    }
+    options = {
+        "config": outdir / "config.json",
+        "expert": 0,
+        **paths,
+        "work": where.work,
+        "log": where.work / "log",
+        **change,
+    }
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
@@ -79,7 +96,10 @@ def together(outdir, driver) -> train_expert.Files:
 
 
 def saved_step(where: train_expert.Files) -> int:
-    return max((int(path.stem.removeprefix("step-")) for path in checkpoint.candidates(where.work / "state")), default=0)
+    return max(
+        (int(path.stem.removeprefix("step-")) for path in checkpoint.candidates(where.work / "state")),
+        default=0,
+    )
 
 
 def await_state(where: train_expert.Files, step: int) -> None:
@@ -107,7 +127,9 @@ def test_three_processes_train_as_one_does(outdir, together):
     cards = [expert_folder.read_card(where.out) for where in (together, alone)]
     assert cards[0]["weights"] != cards[1]["weights"]  # summed in another order
     changes = ("weights", "final_loss", "validation_loss")
-    assert [{**card, **dict.fromkeys(changes)} for card in cards] == [{**cards[0], **dict.fromkeys(changes)}] * 2
+    assert [{**card, **dict.fromkeys(changes)} for card in cards] == [
+        {**cards[0], **dict.fromkeys(changes)}
+    ] * 2
 
 
 def test_only_process_0_writes_and_speaks(outdir, together):
@@ -124,7 +146,7 @@ def stopped(outdir, driver) -> train_expert.Files:
     pids = driver.start("train", outdir / "stopped.log", command_line(outdir, where))
     await_state(where, 5)
     os.kill(pids[2], signal.SIGTERM)
-    assert driver.answer()["status"] == [train_expert.SAVED] * 3
+    assert driver.answer()["status"] == [cli.EXIT_SAVED] * 3
     assert 5 <= saved_step(where) < N_STEPS
     return where
 
@@ -151,7 +173,9 @@ def test_another_number_of_processes_can_go_on(outdir, driver, together, stopped
 
 def test_a_sharded_model_trains_as_a_whole_one_does(outdir, driver, together, sharded):
     where = place(outdir, "sharded")
-    assert driver.run("train", outdir / "sharded.log", command_line(outdir, where, config=sharded), world_size=2) == [0, 0]
+    assert driver.run(
+        "train", outdir / "sharded.log", command_line(outdir, where, config=sharded), world_size=2
+    ) == [0, 0]
     assert "2 processes, 1 sequences at once, sharded" in said(outdir / "sharded.log", 0)
     made.check_published(where, N_STEPS)
     assert losses(where) == pytest.approx(losses(together), abs=1e-5)
@@ -168,7 +192,7 @@ def test_a_sharded_training_goes_on_in_the_same_bits_and_on_one_process(outdir, 
     pids = driver.start("train", outdir / "sharded-stopped.log", arguments, world_size=2)
     await_state(where, 5)
     os.kill(pids[1], signal.SIGTERM)
-    assert driver.answer()["status"] == [train_expert.SAVED] * 2
+    assert driver.answer()["status"] == [cli.EXIT_SAVED] * 2
     alone = place(outdir, "sharded-then-alone")
     shutil.copytree(where.work / "state", alone.work / "state")
     assert driver.run("train", outdir / "sharded-stopped.log", arguments, world_size=2) == [0, 0]
@@ -192,8 +216,14 @@ def test_micro_batches_are_chosen_for_each_process(tmp_path, driver):
 
 def test_a_sharded_model_wants_equal_parts(outdir, driver, sharded):
     where = place(outdir, "sharded-three")
-    assert driver.run("train", outdir / "sharded-three.log", command_line(outdir, where, config=sharded)) == [1, 1, 1]
-    assert "train.batch_size: 4 sequences on 3 processes. Expected a multiple" in said(outdir / "sharded-three.log", 0)
+    assert driver.run("train", outdir / "sharded-three.log", command_line(outdir, where, config=sharded)) == [
+        1,
+        1,
+        1,
+    ]
+    assert "train.batch_size: 4 sequences on 3 processes. Expected a multiple" in said(
+        outdir / "sharded-three.log", 0
+    )
 
 
 # --- what the processes exchange --------------------------------------------------------------------------------------
@@ -225,7 +255,10 @@ def test_what_process_0_has_and_does(tmp_path, driver):
 @pytest.mark.parametrize("which", [0, 1])
 def test_if_one_fails_all_end(outdir, driver, which):
     where, log = place(outdir, f"failed-{which}"), outdir / f"failed-{which}.log"
-    good, bad = command_line(outdir, where), command_line(outdir, where, data=outdir / "nowhere/manifest.json")
+    good, bad = (
+        command_line(outdir, where),
+        command_line(outdir, where, data=outdir / "nowhere/manifest.json"),
+    )
     began = time.monotonic()
     assert driver.run("train", log, [bad if rank == which else good for rank in range(3)]) == [1, 1, 1]
     assert time.monotonic() - began < 20
@@ -259,9 +292,17 @@ def test_nobody_waits_for_who_will_not_come(tmp_path, driver, which, how):
 
 def test_a_batch_is_too_small_for_so_many(outdir, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_expert", *command_line(outdir, place(outdir, "small"))])
-    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"WORLD_SIZE: 5 processes for expert 0\. Expected at most 4, .*train\.batch_size"):
+    with pytest.raises(
+        ValueError, match=r"WORLD_SIZE: 5 processes for expert 0\. Expected at most 4, .*train\.batch_size"
+    ):
         train_expert.main()
     assert not (outdir / "small").exists()
 
@@ -272,7 +313,17 @@ def test_environment():
     assert (group.rank, group.world_size, group.local_rank) == (3, 4, 1)
     for alone in ({}, {"RANK": "0"}, full | {"WORLD_SIZE": "1", "RANK": "0"}):
         assert distributed.from_environment(alone).world_size == 1
-    wrong = [full | {"RANK": "4"}, full | {"RANK": "x"}, full | {"WORLD_SIZE": ""}, full | {"MASTER_PORT": ""}]
-    for environ in [*wrong, *({k: v for k, v in full.items() if k != name} for name in full if name != "WORLD_SIZE")]:
-        with pytest.raises(ValueError, match=r"RANK=.*MASTER_PORT=.*Expected all of them as torchrun sets them"):
+    wrong = [
+        full | {"RANK": "4"},
+        full | {"RANK": "x"},
+        full | {"WORLD_SIZE": ""},
+        full | {"MASTER_PORT": ""},
+    ]
+    for environ in [
+        *wrong,
+        *({k: v for k, v in full.items() if k != name} for name in full if name != "WORLD_SIZE"),
+    ]:
+        with pytest.raises(
+            ValueError, match=r"RANK=.*MASTER_PORT=.*Expected all of them as torchrun sets them"
+        ):
             distributed.from_environment(environ)

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 import made_training as made
 from cbtm_pipeline import config, train_expert
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.training import batches, checkpoint, distributed, expert_folder, loop, loss, model, placement, training_log, validation
+from cbtm_pipeline.training import (
+    batches,
+    checkpoint,
+    distributed,
+    expert_folder,
+    loop,
+    loss,
+    model,
+    placement,
+    training_log,
+    validation,
+)
 from cbtm_pipeline.training import step as train_step
 
 
@@ -43,11 +54,13 @@ def test_looks_are_even_and_the_last_is_at_the_end(n_steps, n):
 
 
 def test_validation_loss_is_the_mean_over_the_text(outdir):
-    how = config.parameters(made.make_config(validations=5), "train_expert", "0")
+    how = plan.train_expert(made.make_config(validations=5), "0")
     net = model.load(outdir / "experts/seed")
     stream = batches.Stream([made.documents(3, np.random.default_rng(1)).values])
     n = max(1, min(stream.n_blocks(made.SEQ_LEN), int(loop.VALIDATION_SHARE * 10 * 4 / 5)))
-    found = loop.validate(placement.Placed(loss.NextToken(net), 2, False, torch.device("cpu")), stream, how, distributed.ALONE)
+    found = loop.validate(
+        placement.Placed(loss.NextToken(net), 2, False, torch.device("cpu")), stream, how, distributed.ALONE
+    )
     blocks = torch.from_numpy(np.stack([stream.read(i * made.SEQ_LEN, made.SEQ_LEN + 1) for i in range(n)]))
     assert found.item() == pytest.approx(net(input_ids=blocks, labels=blocks).loss.item(), abs=1e-5)
     assert net.training
@@ -71,10 +84,11 @@ def test_seed_and_dense_models_look_at_all_clusters(outdir):
     made.train(cfg, where, "dense")
     assert all(math.isfinite(row["valid_loss"]) for row in rows_of(where) if row["step"] in (2, 4))
     manifest = artifact.read_json(where.data, "shards")
-    stream = validation.stream(where.data, manifest, config.parameters(cfg, "train_expert", "dense"))
+    stream = data.read_validation(where.data, manifest, plan.train_expert(cfg, "dense"))
     assert stream is not None
     assert stream.n_tokens == sum(
-        int(d.offsets[-1]) for d in validation.documents(where.data, validation.rows(where.data, manifest, 0.25, 0))
+        int(d.offsets[-1])
+        for d in heldout.read_validation(where.data, heldout.select_validation(where.data, manifest, 0.25, 0))
     )
 
 
@@ -127,8 +141,8 @@ def test_usual_loss():
 
 def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
     """A batch on which the model is far worse than usual, as bad data makes it: the weights are those before it, and are saved."""
-    how = config.parameters(made.make_config(steps=30, max_loss_jump=0.7), "train_expert", "0")
-    stream = train_expert.read_data(made.files(outdir, "0").data, how).stream
+    how = plan.train_expert(made.make_config(steps=30, max_loss_jump=0.7), "0")
+    stream = data.read(made.files(outdir, "0").data, how).stream
     original = batches.batch
     nonsense = np.random.default_rng(0).integers(1, made.VOCAB_SIZE, (4, made.SEQ_LEN + 1))
 
@@ -141,7 +155,10 @@ def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
 
     train("good", made.stop_after(26))
     monkeypatch.setattr(batches, "batch", batch)
-    with pytest.raises(ValueError, match=r"expert 0, step 27: loss .* train\.max_loss_jump above the usual one\. Lower train\.lr"):
+    with pytest.raises(
+        ValueError,
+        match=r"expert 0, step 27: loss .* train\.max_loss_jump above the usual one\. Lower train\.lr",
+    ):
         train("exploded")
     good, exploded = (checkpoint.load(outdir / name, "f" * 32) for name in ("good", "exploded"))
     assert good is not None
@@ -210,7 +227,10 @@ HAS_WANDB = importlib.util.find_spec("wandb") is not None
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
 def test_without_the_package_a_training_that_wants_it_does_not_begin(outdir):
     where = made.files(outdir, "0", to="untracked")
-    with pytest.raises(ValueError, match=r"run\.wandb: mine, but the package wandb is missing\. Expected it\. Run pip install wandb\."):
+    with pytest.raises(
+        ValueError,
+        match=r"run\.wandb: mine, but the package wandb is missing\. Expected it\. Run pip install wandb\.",
+    ):
         made.train(made.make_config(run={"wandb": "mine"}), where, "0")
     assert not where.out.exists()
 

@@ -12,7 +12,12 @@ from cbtm_pipeline.training import loss, model
 from cbtm_pipeline.training import step as train_step
 
 SEQ_LEN = 16
-CAPPED = made.LLAMA | {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 2.0}
+CAPPED = made.LLAMA | {
+    "model_type": "gemma2",
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "final_logit_softcapping": 2.0,
+}
 
 
 def make(scratch: dict[str, Any]):
@@ -33,13 +38,20 @@ def gradients(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 @given(st.integers(1, 40), st.integers(1, 50), st.booleans(), st.integers(2, 30))
 def test_chunks_are_the_whole(n, n_rows, with_bias, vocab_size):
     generator = torch.Generator().manual_seed(n)
-    hidden, weight, bias = (torch.randn(size, generator=generator, requires_grad=True) for size in ((n, 5), (vocab_size, 5), vocab_size))
+    hidden, weight, bias = (
+        torch.randn(size, generator=generator, requires_grad=True)
+        for size in ((n, 5), (vocab_size, 5), vocab_size)
+    )
     target = torch.randint(vocab_size, (n,), generator=generator)
     inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
-    whole = torch.nn.functional.cross_entropy(hidden @ weight.T + (bias if with_bias else 0), target, reduction="sum")
+    whole = torch.nn.functional.cross_entropy(
+        hidden @ weight.T + (bias if with_bias else 0), target, reduction="sum"
+    )
     in_chunks = loss.cross_entropy(hidden, weight, bias if with_bias else None, target, n_rows)
     assert in_chunks.item() == pytest.approx(whole.item(), rel=1e-5)
-    for a, b in zip(torch.autograd.grad(3 * in_chunks, inputs), torch.autograd.grad(3 * whole, inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(3 * in_chunks, inputs), torch.autograd.grad(3 * whole, inputs), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -59,7 +71,9 @@ def test_loss_and_gradients_of_every_kind_of_model(name):
     total.backward()
     found = gradients(net)
     logits = net(input_ids=tokens_BT[:, :-1], use_cache=False).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum"
+    )
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     for parameter, gradient in gradients(net).items():
@@ -117,7 +131,13 @@ def test_the_host_never_waits_for_the_device_in_a_step(name):
             train_step.update(optimizer, total, 0.1, 1.0, 100.0, bad)
     assert "aten::_fused_adamw_" in seen.operations
     # what reads a number from the device, or makes a tensor of a size that depends on one
-    assert not seen.operations & {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal", "aten::masked_select"}
+    assert not seen.operations & {
+        "aten::_local_scalar_dense",
+        "aten::item",
+        "aten::nonzero",
+        "aten::equal",
+        "aten::masked_select",
+    }
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs")

@@ -31,7 +31,13 @@ def folder(tmp_path_factory) -> Path:
 
 def test_scratch_fills_in_what_the_tokenizer_and_seq_len_say():
     c = model.scratch(LLAMA, 300, 7, 32, 0).config
-    assert (c.vocab_size, c.bos_token_id, c.eos_token_id, c.pad_token_id, c.max_position_embeddings) == (300, 7, 7, None, 32)
+    assert (c.vocab_size, c.bos_token_id, c.eos_token_id, c.pad_token_id, c.max_position_embeddings) == (
+        300,
+        7,
+        7,
+        None,
+        32,
+    )
     c = model.scratch(GPT2, 300, 7, 48, 0).config
     assert (c.n_positions, c.resid_pdrop, c.embd_pdrop, c.attn_pdrop) == (48, 0, 0, 0)
     c = model.scratch(GPT2 | {"n_positions": 64, "resid_pdrop": 0.1}, 300, 7, 48, 0).config
@@ -65,7 +71,10 @@ def test_scratch_is_a_function_of_the_seed():
     [
         ({"model_type": "lama"}, r"model_type: lama\. Expected a causal .* Did you mean llama\?"),
         ({"model_type": None}, r"model_type: None\."),
-        (GPT2 | {"n_embed": 32}, r"model\.scratch\.n_embed: unknown key\. Expected a key of GPT2Config.* Did you mean n_embd\?"),
+        (
+            GPT2 | {"n_embed": 32},
+            r"model\.scratch\.n_embed: unknown key\. Expected a key of GPT2Config.* Did you mean n_embd\?",
+        ),
         (GPT2 | {"n_embd": 33}, r"model\.scratch: no gpt2 model \(.*divisible"),
         (LLAMA | {"hidden_size": "wide"}, r"model\.scratch: no llama model \(.*hidden_size"),
         (LLAMA | {"num_key_value_heads": 3}, r"model\.scratch: "),
@@ -86,7 +95,11 @@ def test_flops_leave_out_tables_that_are_only_looked_up():
     tied, untied = llama(), llama(tie_word_embeddings=False)
     assert model.n_parameters(tied) == matrices + 300 * 32
     assert model.n_parameters(untied) == matrices + 2 * 300 * 32
-    assert model.flops_per_token(tied, 32) == model.flops_per_token(untied, 32) == 6 * (matrices + 300 * 32) + attention
+    assert (
+        model.flops_per_token(tied, 32)
+        == model.flops_per_token(untied, 32)
+        == 6 * (matrices + 300 * 32) + attention
+    )
     gpt2 = model.scratch(GPT2, 300, 7, 32, 0)
     assert model.flops_per_token(gpt2, 32) == 6 * (model.n_parameters(gpt2) - 32 * 32) + attention
 

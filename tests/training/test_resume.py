@@ -47,19 +47,44 @@ class Crashes(Driver):
         self.outdir = outdir
 
     def run(
-        self, n_steps: int, where: train_expert.Files, at: int = 0, signal: str = "SIGKILL", after: float | None = None
+        self,
+        n_steps: int,
+        where: train_expert.Files,
+        at: int = 0,
+        signal: str = "SIGKILL",
+        after: float | None = None,
     ) -> tuple[int, list[Change]]:
         """Train expert 0 in a child that gets the signal before its `at`-th change to files, or is killed `after` so many seconds; return
         exit status and changes."""
         root = where.work.parents[1]
         args = command_line(self.outdir, n_steps, where)
-        answer = self.tell({"args": args, "root": f"{root}/", "at": at, "signal": signal, "after": after, "log": f"{root}.log"})
+        answer = self.tell(
+            {
+                "args": args,
+                "root": f"{root}/",
+                "at": at,
+                "signal": signal,
+                "after": after,
+                "log": f"{root}.log",
+            }
+        )
         return answer["status"], [(event, path.removeprefix(f"{root}/")) for event, path in answer["events"]]
 
 
 def command_line(outdir: Path, n_steps: int, where: train_expert.Files) -> list[str]:
-    paths = [("--data", where.data), ("--tokenizer", where.tokenizer), ("--seed-model", where.seed_model), ("--out", where.out)]
-    options = [("--config", outdir / f"{n_steps}.json"), ("--expert", "0"), *paths, ("--work", where.work), ("--threads", 1)]
+    paths = [
+        ("--data", where.data),
+        ("--tokenizer", where.tokenizer),
+        ("--seed-model", where.seed_model),
+        ("--out", where.out),
+    ]
+    options = [
+        ("--config", outdir / f"{n_steps}.json"),
+        ("--expert", "0"),
+        *paths,
+        ("--work", where.work),
+        ("--threads", 1),
+    ]
     return [str(part) for option in options for part in option]
 
 
@@ -83,7 +108,12 @@ def life(outdir, driver) -> list[Change]:
 
 def after_state(events: list[Change], step: int) -> int:
     """The number of the first change after the state of this step is in place."""
-    return next(i for i, (event, path) in enumerate(events) if event == "os.rename" and f"step-{step:08d}" in path) + 2
+    return (
+        next(
+            i for i, (event, path) in enumerate(events) if event == "os.rename" and f"step-{step:08d}" in path
+        )
+        + 2
+    )
 
 
 def test_twenty_steps_are_ten_and_a_kill_and_ten(outdir, driver, life):
@@ -93,7 +123,9 @@ def test_twenty_steps_are_ten_and_a_kill_and_ten(outdir, driver, life):
     assert checkpoint.candidates(where.work / "state")[0].name == "step-00000010.safetensors"
     status, events = driver.run(20, where)
     assert status == 0
-    assert not any("step-00000010" in path for event, path in events if event == "os.rename")  # it did not start at 0 again
+    assert not any(
+        "step-00000010" in path for event, path in events if event == "os.rename"
+    )  # it did not start at 0 again
     assert where.out.read_bytes() == reference(outdir, 20)
     check_published(where, 20)
 
@@ -102,8 +134,10 @@ def test_twenty_steps_are_ten_and_a_kill_and_ten(outdir, driver, life):
 def test_signals_save_and_exit(outdir, driver, life, name):
     where = place(outdir, name)
     status, _ = driver.run(20, where, at=after_state(life, 7), signal=name)
-    assert status == train_expert.SAVED
-    assert checkpoint.candidates(where.work / "state")[0].name in [f"step-{step:08d}.safetensors" for step in (7, 8, 9)]
+    assert status == cli.EXIT_SAVED
+    assert checkpoint.candidates(where.work / "state")[0].name in [
+        f"step-{step:08d}.safetensors" for step in (7, 8, 9)
+    ]
     assert driver.run(20, where)[0] == 0
     assert where.out.read_bytes() == reference(outdir, 20)
     check_published(where, 20)
@@ -115,8 +149,16 @@ def test_killed_anywhere(outdir, driver):
     assert status == 0
     moves = {"os.rename", "os.remove", "os.rmdir"}
     # what is done to temporary files is seen by nobody; renaming them counts
-    seen = [i for i, (event, path) in enumerate(events, 1) if event in moves and (event == "os.rename" or not path.endswith(".tmp"))]
-    alike = ("/.staging/", "config.json", "tokenizer")  # further files of the folder, published one after the other
+    seen = [
+        i
+        for i, (event, path) in enumerate(events, 1)
+        if event in moves and (event == "os.rename" or not path.endswith(".tmp"))
+    ]
+    alike = (
+        "/.staging/",
+        "config.json",
+        "tokenizer",
+    )  # further files of the folder, published one after the other
     points = [i for i in seen if not any(part in events[i - 1][1] for part in alike)]
     names = [path for _, path in (events[i - 1] for i in points)]
     assert sum("model.safetensors" in name for name in names) == 1
@@ -126,7 +168,11 @@ def test_killed_anywhere(outdir, driver):
         where = place(outdir, f"killed-{i}")
         assert driver.run(3, where, at=i)[0] == -signal.SIGKILL
         if where.out.exists():  # then all the rest is there, too
-            assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == [1, 2, 3]
+            assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == [
+                1,
+                2,
+                3,
+            ]
             assert expert_folder.read_card(where.out)["expert"] == "0"
         if n % 2:
             where.out.unlink(missing_ok=True)
@@ -154,7 +200,9 @@ def test_killed_at_any_moment(outdir, driver, life):
         assert status in (0, -signal.SIGKILL)
         before = checkpoint.candidates(where.work / "state")
         assert driver.run(20, where)[0] == 0
-        n_resumed += bool(before) and "going on after step" in Path(f"{where.work.parents[1]}.log").read_text()
+        n_resumed += (
+            bool(before) and "going on after step" in Path(f"{where.work.parents[1]}.log").read_text()
+        )
         assert where.out.read_bytes() == reference(outdir, 20)
         check_published(where, 20)
     print(f"{n_killed} killed, {n_resumed} of them went on from a state")
@@ -164,14 +212,21 @@ def test_killed_at_any_moment(outdir, driver, life):
 
 def test_command_line_is_told_to_stop(outdir):
     where = place(outdir, "cli")
-    command = [sys.executable, "-m", "cbtm_pipeline.train_expert", *command_line(outdir, 100, where), "--log", str(outdir / "cli.log")]
+    command = [
+        sys.executable,
+        "-m",
+        "cbtm_pipeline.train_expert",
+        *command_line(outdir, 100, where),
+        "--log",
+        str(outdir / "cli.log"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (saved := checkpoint.candidates(where.work / "state")) and process.poll() is None:
         time.sleep(0.01)
     with pytest.raises(ValueError, match=rf'another run is writing here .*"pid": {process.pid}'):
         lock.hold(where.work)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == train_expert.SAVED
+    assert process.wait() == cli.EXIT_SAVED
     assert saved
     assert "told to stop: state saved after step" in (outdir / "cli.log").read_text()
     assert not where.out.exists()
@@ -213,7 +268,9 @@ def test_damaged_state_costs_steps_but_not_the_result(outdir):
         made.train(cfg, where, "0")
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 1}\n', '{"step": 1}\n{"step": 3}\n{"step": 4}\n', '{"step": 1}\n{"st'])
+@pytest.mark.parametrize(
+    "text", ["", '{"step": 1}\n', '{"step": 1}\n{"step": 3}\n{"step": 4}\n', '{"step": 1}\n{"st']
+)
 def test_a_state_without_its_log_is_an_error(outdir, text):
     where = made.files(outdir, "0", to=f"log-{len(text)}")
     made.train(made.make_config(), where, "0", stop_after(3))
@@ -235,7 +292,7 @@ def test_whoever_waited_does_not_train_the_same_again(outdir):
     cfg = made.make_config(steps=3)
     weights = made.train(cfg, where, "0")
     for steps, expected in ((3, True), (4, False)):
-        how = config.parameters(made.make_config(steps=steps), "train_expert", "0")
+        how = plan.train_expert(made.make_config(steps=steps), "0")
         with made.log_lines() as lines:
             assert train_expert.train_and_publish(how, cfg.run, where, lambda: False, waited=True)
         assert ("published meanwhile" in lines[-1]) == expected

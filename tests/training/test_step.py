@@ -38,7 +38,9 @@ def test_clipped_steps_are_those_of_the_library(clip_norm):
     assert not bad
 
 
-@pytest.mark.parametrize(("scale", "limit"), [(float("nan"), 1e9), (float("inf"), 1e9), (1e30, float("inf")), (1.0, 0.001)])
+@pytest.mark.parametrize(
+    ("scale", "limit"), [(float("nan"), 1e9), (float("inf"), 1e9), (1e30, float("inf")), (1.0, 0.001)]
+)
 def test_a_bad_step_changes_nothing_and_no_later_one_does(scale, limit):
     net, optimizer = make()
     bad = torch.tensor(False)

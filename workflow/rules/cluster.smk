@@ -80,5 +80,5 @@ rule assign_random:
         config=RUN_CONFIG,
         depends_on=parameters("assign_random"),
     shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.assign --random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.assign_random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
         " --threads {threads} --log {log:q}"

@@ -1,5 +1,4 @@
 # What all steps share: the validated config, the experts, the environment of the jobs.
-import json
 import os
 import sys
 from pathlib import Path
@@ -43,8 +42,8 @@ MANIFESTS = {
 
 
 def parameters(rule, expert=None):
-    """The config keys that a rule depends on, as one JSON string; Snakemake compares it with that of the last run."""
-    return json.dumps(schema.parameters(CONFIG, rule, expert), sort_keys=True)
+    """A rule's plan as JSON text. Snakemake compares it with that of the last run."""
+    return plan.depends_on(CONFIG, rule, expert)
 
 
 def expert_inputs(wildcards):

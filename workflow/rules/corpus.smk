@@ -1,6 +1,6 @@
 DEMO = f"{OUT}/demo/corpus.jsonl.zst"
-DEMO_FLAG = ["--demo", DEMO] if schema.DEMO in CORPUS_FILES else []
-CORPUS = [DEMO if path == schema.DEMO else path for path in CORPUS_FILES]
+DEMO_FLAG = ["--demo", DEMO] if corpus_files.DEMO in CORPUS_FILES else []
+CORPUS = [DEMO if path == corpus_files.DEMO else path for path in CORPUS_FILES]
 
 
 rule demo_corpus:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.base.publish import publish
 
 FORMAT = 1
@@ -38,9 +39,11 @@ def check_meta(path: str | Path, meta: Any, kind: str) -> dict[str, Any]:
     """Return `meta` if it describes an artifact of this kind and format, else raise ValueError."""
     found = meta.get("kind") if isinstance(meta, dict) else None
     if not isinstance(meta, dict) or found != kind:
-        raise ValueError(f"{path}: {found or 'no artifact of this pipeline'}. Expected {kind}. Check the path.")
+        raise ValueError(
+            f"{path}: {found or 'no artifact of this pipeline'}. Expected {kind}. Check the path."
+        )
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {meta.get('format')}. Expected format {FORMAT}. {_remake(path)}")
+        raise ValueError(f"{path}: format {meta.get('format')}. Expected format {FORMAT}. {make_again(path)}")
     return meta
 
 
@@ -48,17 +51,17 @@ def check_made_from(path: str | Path, meta: Mapping[str, Any], name: str, expect
     """Raise ValueError unless the artifact at `path` was made from the input `name` with this identity."""
     found = meta["made_from"].get(name)
     if found != expected:
-        raise ValueError(f"{path}: made from another {name} ({found}). Expected {expected}. {_remake(path)}")
-
-
-def _remake(path: str | Path) -> str:
-    return f"Make it again: snakemake --cores 2 --force {path}"
+        raise ValueError(
+            f"{path}: made from another {name} ({found}). Expected {expected}. {make_again(path)}"
+        )
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write JSON with sorted keys; NaN and infinity are refused, as JSON has none."""
     with publish(path) as tmp:
-        tmp.write_text(json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+        tmp.write_text(
+            json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8"
+        )
 
 
 def read_json(path: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -66,7 +69,9 @@ def read_json(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}). Expected {kind or 'JSON'}. {_remake(path)}") from error
+        raise ValueError(
+            f"{path}: not JSON ({error}). Expected {kind or 'JSON'}. {make_again(path)}"
+        ) from error
     return check_meta(path, content, kind) if kind else content
 
 
@@ -84,9 +89,9 @@ def read_npz(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[s
             arrays = {name: npz[name] for name in npz.files}
         meta = json.loads(arrays.pop("meta").tobytes())
     except (ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: unreadable ({error}). Expected {kind}. {_remake(path)}") from error
+        raise ValueError(f"{path}: unreadable ({error}). Expected {kind}. {make_again(path)}") from error
     except OSError:
         raise
     except Exception as error:  # zipfile.BadZipFile, zlib.error: a damaged archive has many faces
-        raise ValueError(f"{path}: damaged ({error}). Expected {kind}. {_remake(path)}") from error
+        raise ValueError(f"{path}: damaged ({error}). Expected {kind}. {make_again(path)}") from error
     return arrays, check_meta(path, meta, kind)

@@ -11,6 +11,10 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 
+EXIT_SAVED = (
+    85  # exit status of a training that a signal stopped: its state is saved, start it again to go on
+)
+
 log = logging.getLogger("cbtm")
 
 
@@ -18,7 +22,12 @@ def parser(description: str | None, config: bool = True) -> argparse.ArgumentPar
     """An argument parser with the options that modules share: `--config` and `--log`."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if config:
-        p.add_argument("--config", required=True, type=Path, help="config.yaml, or the config.json that a run leaves in its outdir")
+        p.add_argument(
+            "--config",
+            required=True,
+            type=Path,
+            help="config.yaml, or the config.json that a run leaves in its outdir",
+        )
     p.add_argument("--log", type=Path, help="also write the log lines to this file")
     return p
 
@@ -37,7 +46,9 @@ def start_logging(label: str, log_file: Path | None) -> None:
     if log_file:
         handlers.append(_LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s {label:<12} %(message)s", "%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter(f"%(asctime)s %(levelname).1s {label:<12} %(message)s", "%H:%M:%S")
+        )
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -84,5 +95,11 @@ class Progress:
                 return
             self.said = now
         rate = self.done / (now - self.began)
-        share = f"{100 * self.done / self.total:.0f}%  ETA {(self.total - self.done) / rate:.0f} s  " if self.total and rate else ""
-        log.info("%s  %.4g %s  %s%.4g %s/s  %s", self.what, self.done, self.unit, share, rate, self.unit, more)
+        share = (
+            f"{100 * self.done / self.total:.0f}%  ETA {(self.total - self.done) / rate:.0f} s  "
+            if self.total and rate
+            else ""
+        )
+        log.info(
+            "%s  %.4g %s  %s%.4g %s/s  %s", self.what, self.done, self.unit, share, rate, self.unit, more
+        )

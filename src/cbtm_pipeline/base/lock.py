@@ -31,7 +31,11 @@ class _Lease:
 
     def __init__(self, path: Path, fd: int):
         self.path, self.fd, self.beat, self.ended = path, fd, 0, threading.Event()
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+        about = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
         about["restart"] = os.environ.get("SLURM_RESTART_COUNT")
         self.me = {name: value for name, value in about.items() if value is not None}
         self.thread = threading.Thread(target=self.keep_beating, name=f"beat of {path}", daemon=True)
@@ -43,7 +47,11 @@ class _Lease:
     def successor(self) -> str | None:
         """The record in the file, if it is not ours."""
         holder = _read(self.path)
-        return None if _parse(holder) | {"beat": 0} == self.me | {"beat": 0} else holder or "its lock file is empty or gone"
+        return (
+            None
+            if _parse(holder) | {"beat": 0} == self.me | {"beat": 0}
+            else holder or "its lock file is empty or gone"
+        )
 
     def keep_beating(self) -> None:
         while not self.ended.wait(BEAT_S):
@@ -78,21 +86,35 @@ def hold(folder: str | Path, wait: bool = False) -> bool:
         fd, free = _try(path)
         if (holder := _read(path)) != seen:
             seen, since, alive = holder, time.monotonic(), seen != ""
-        elsewhere = holder != "" and (free is None or _parse(holder).get("host") != here)  # flock says nothing of it
+        elsewhere = holder != "" and (
+            free is None or _parse(holder).get("host") != here
+        )  # flock says nothing of it
         dead = elsewhere and time.monotonic() - since > (STALE_S if free is False else PATIENCE_S)
         if dead or (free is not False and not elsewhere):
             break
         os.close(fd)
         if not wait and (alive or not elsewhere):
             who = holder or "just starting or ending"
-            raise ValueError(f"{folder}: another run is writing here ({who}). Expected to be alone. Wait or stop it.")
+            raise ValueError(
+                f"{folder}: another run is writing here ({who}). Expected to be alone. Wait or stop it."
+            )
         if not said:
-            log.warning("%s: waiting for the process that is writing here%s: %s", folder, ", if it lives" if elsewhere else "", holder)
+            log.warning(
+                "%s: waiting for the process that is writing here%s: %s",
+                folder,
+                ", if it lives" if elsewhere else "",
+                holder,
+            )
             said = True
         time.sleep(POLL_S)
     tmp = path.with_name(f".lock.{here}-{os.getpid()}.tmp")
     if dead:
-        log.warning("%s: taken over from a process that has shown no sign of life for %.0f s: %s", folder, time.monotonic() - since, holder)
+        log.warning(
+            "%s: taken over from a process that has shown no sign of life for %.0f s: %s",
+            folder,
+            time.monotonic() - since,
+            holder,
+        )
         os.close(fd)
         fd, _ = _try(tmp)
     lease = _Lease(path, fd)

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 
 CACHED_ROWS = 2048  # rows whose distances stay in the processor's cache
-CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}  # distances at once: what a processor's cache holds, what keeps a GPU busy
+CHUNK_NUMBERS = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 25,
+}  # distances at once: what a processor's cache holds, what keeps a GPU busy
 A = TypeVar("A")
 
 
@@ -36,7 +39,8 @@ def two_nearest(x_ND: torch.Tensor, centres_KD: np.ndarray, prices_K: np.ndarray
     centres_KD = centres_KD.astype(np.float64)
     norms_K = np.square(centres_KD).sum(axis=1)
     slopes_DK, offsets_K, float_prices_K = (
-        torch.from_numpy(a.astype(np.float32)).to(x_ND.device) for a in (-2 * centres_KD.T, norms_K + prices_K, prices_K)
+        torch.from_numpy(a.astype(np.float32)).to(x_ND.device)
+        for a in (-2 * centres_KD.T, norms_K + prices_K, prices_K)
     )
 
     def chunk(rows: slice) -> tuple[np.ndarray, ...]:
@@ -46,7 +50,9 @@ def two_nearest(x_ND: torch.Tensor, centres_KD: np.ndarray, prices_K: np.ndarray
         lowest_R1 = cost_RK.gather(1, first_R1)
         second_R1 = _argmin(cost_RK.scatter_(1, first_R1, torch.inf))
         margin_R1 = cost_RK.gather(1, second_R1) - lowest_R1
-        d2_R1 = (lowest_R1 - float_prices_K[first_R1] + torch.linalg.vecdot(x_RD, x_RD)[:, None]).clamp_min_(0)
+        d2_R1 = (lowest_R1 - float_prices_K[first_R1] + torch.linalg.vecdot(x_RD, x_RD)[:, None]).clamp_min_(
+            0
+        )
         return tuple(a[:, 0].cpu().numpy() for a in (first_R1.int(), second_R1.int(), margin_R1, d2_R1))
 
     return TwoNearest(*(np.concatenate(part) for part in zip(*_in_chunks(chunk, x_ND, k), strict=True)))
@@ -54,15 +60,24 @@ def two_nearest(x_ND: torch.Tensor, centres_KD: np.ndarray, prices_K: np.ndarray
 
 def _argmin(cost_RK: torch.Tensor) -> torch.Tensor:
     on_cpu = cost_RK.device.type == "cpu"  # where NumPy is four times as fast
-    return torch.from_numpy(cost_RK.numpy().argmin(axis=1, keepdims=True)) if on_cpu else cost_RK.argmin(dim=1, keepdim=True)
+    return (
+        torch.from_numpy(cost_RK.numpy().argmin(axis=1, keepdims=True))
+        if on_cpu
+        else cost_RK.argmin(dim=1, keepdim=True)
+    )
 
 
 def sums(x_ND: torch.Tensor, mass_N: np.ndarray, labels_N: np.ndarray, k: int) -> np.ndarray:
     """Sum of the vectors of each cluster times their masses: float64 (K, D)."""
 
     def chunk(rows: slice) -> np.ndarray:
-        labels_R, mass_R = torch.from_numpy(labels_N[rows]).to(x_ND.device), torch.from_numpy(mass_N[rows]).to(x_ND.device)
-        mass_RK = x_ND.new_zeros((len(labels_R), k)).scatter_(1, labels_R[:, None].long(), mass_R[:, None].float())
+        labels_R, mass_R = (
+            torch.from_numpy(labels_N[rows]).to(x_ND.device),
+            torch.from_numpy(mass_N[rows]).to(x_ND.device),
+        )
+        mass_RK = x_ND.new_zeros((len(labels_R), k)).scatter_(
+            1, labels_R[:, None].long(), mass_R[:, None].float()
+        )
         return (mass_RK.T @ x_ND[rows]).cpu().numpy()  # unlike index_add_ always in the same order
 
     return np.stack(_in_chunks(chunk, x_ND, k)).sum(axis=0, dtype=np.float64)

@@ -20,7 +20,10 @@ PASS_ROWS = 1 << 18  # of a pass in float32
 DISTANCES = 1 << 23  # that are held at once
 EXACT_ROWS = 8192  # with more, the clusters are exactly even only in the end
 LARGEST = 1e15  # squares of larger components come close to the end of float32
-SMALLEST, SAME = 1e-30, 1e-13  # squared distances below the one, or below the other times the squared norm, are rounding
+SMALLEST, SAME = (
+    1e-30,
+    1e-13,
+)  # squared distances below the one, or below the other times the squared norm, are rounding
 SAMPLE_ROWS, SAMPLE_PER_CLUSTER = 8192, 128  # whichever is more documents is enough to find good seeds
 TOLERANCE = 1e-4  # relative gain in inertia below which one more iteration is not worth its time
 ROUGH = 1e-3  # the same for a sample: chance in it is larger, and more documents are to come
@@ -83,14 +86,27 @@ def fit(
     def sample(level: int) -> tuple[np.ndarray, np.ndarray]:
         return x_ND[first_U[::level]], _at_most_a_share(mass_U[::level], k)
 
-    def run(number: int, level: int, x_SD, mass_S, centres_KD, prices_K) -> tuple[np.ndarray, np.ndarray, int]:
+    def run(
+        number: int, level: int, x_SD, mass_S, centres_KD, prices_K
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         def report(iteration: int, inertia: float, balance: float) -> None:
             if progress is not None:
                 progress(number, iteration, inertia, balance)
 
         if not balanced or x_SD.shape[0] * k <= DISTANCES:
-            return _lloyd(x_SD, mass_S, centres_KD, prices_K, balanced, max_iterations, report, TOLERANCE if level == 1 else ROUGH)
-        return _lloyd_in_passes(torch.from_numpy(x_SD).to(device), mass_S, centres_KD, prices_K, max_iterations, report)
+            return _lloyd(
+                x_SD,
+                mass_S,
+                centres_KD,
+                prices_K,
+                balanced,
+                max_iterations,
+                report,
+                TOLERANCE if level == 1 else ROUGH,
+            )
+        return _lloyd_in_passes(
+            torch.from_numpy(x_SD).to(device), mass_S, centres_KD, prices_K, max_iterations, report
+        )
 
     x_SD, mass_S = sample(levels[0])
     runs = []
@@ -105,7 +121,9 @@ def fit(
     return _certify(x_ND, weights_N, *found)
 
 
-def assign(x_ND: np.ndarray, centres_KD: np.ndarray, prices_K: np.ndarray, chunk_rows: int = CHUNK_ROWS) -> tuple[np.ndarray, np.ndarray]:
+def assign(
+    x_ND: np.ndarray, centres_KD: np.ndarray, prices_K: np.ndarray, chunk_rows: int = CHUNK_ROWS
+) -> tuple[np.ndarray, np.ndarray]:
     """Cluster (int32) and squared distance to its centre (float32) of each document: argmin_j d2_ij + p_j, lowest j on ties.
 
     Needs memory for `chunk_rows` x K numbers. Raises ValueError for vectors that are not finite.
@@ -126,20 +144,26 @@ def _check(x_ND: np.ndarray, k: int, weights_N: np.ndarray) -> None:
     if k < 1:
         raise ValueError(f"cluster.k: {k}. Expected at least 1. Raise cluster.k.")
     if k > len(x_ND):
-        raise ValueError(f"cluster.k: {k}. Expected at most {len(x_ND)}, the number of documents. Lower cluster.k or add documents.")
+        raise ValueError(
+            f"cluster.k: {k}. Expected at most {len(x_ND)}, the number of documents. Lower cluster.k or add documents."
+        )
     for start in range(0, len(x_ND), CHUNK_ROWS):
         _check_vectors(x_ND[start : start + CHUNK_ROWS], start)
     good_N = (weights_N > 0) & (weights_N < np.inf)
     if not good_N.all():
         row = good_N.argmin()
-        raise ValueError(f"weights: {weights_N[row]:g} in row {row}. Expected positive numbers. Drop documents without tokens.")
+        raise ValueError(
+            f"weights: {weights_N[row]:g} in row {row}. Expected positive numbers. Drop documents without tokens."
+        )
 
 
 def _check_vectors(x_ND: np.ndarray, start: int) -> None:
     good_N = np.abs(x_ND).max(axis=1) < LARGEST
     if not good_N.all():
         row = start + good_N.argmin()
-        raise ValueError(f"vectors: row {row} is not finite, or beyond {LARGEST:g}. Expected numbers. Embed the documents again.")
+        raise ValueError(
+            f"vectors: row {row} is not finite, or beyond {LARGEST:g}. Expected numbers. Embed the documents again."
+        )
 
 
 def _distinct(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,8 +175,12 @@ def _distinct(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     factors_2D = np.random.default_rng(0).integers(1 << 63, size=(2, x_ND.shape[1]), dtype=np.uint64) * 2 + 1
     hash_N = np.empty(len(x_ND), np.uint64)
     for start in range(0, len(x_ND), CHUNK_ROWS):
-        words_RD = (x_ND[start : start + CHUNK_ROWS] + np.float32(0)).view(np.uint32) * factors_2D[0]  # adding 0 makes -0 the same as 0
-        hash_N[start : start + CHUNK_ROWS] = ((words_RD ^ words_RD >> np.uint64(29)) * factors_2D[1]).sum(axis=1)
+        words_RD = (x_ND[start : start + CHUNK_ROWS] + np.float32(0)).view(np.uint32) * factors_2D[
+            0
+        ]  # adding 0 makes -0 the same as 0
+        hash_N[start : start + CHUNK_ROWS] = ((words_RD ^ words_RD >> np.uint64(29)) * factors_2D[1]).sum(
+            axis=1
+        )
     _, first_U, copy_N = np.unique(hash_N, return_index=True, return_inverse=True)
     return first_U, copy_N
 
@@ -161,7 +189,9 @@ def _at_most_a_share(mass_N: np.ndarray, k: int) -> np.ndarray:
     """Masses cut at the share s that solves s = sum_i min(m_i, s) / k: then no document is heavier than the mean load."""
     lightest_first = np.sort(mass_N)
     heaviest_H, rests_H = lightest_first[::-1][:k], np.cumsum(lightest_first)[::-1][:k]
-    shares_H = rests_H / np.arange(k, k - len(rests_H), -1)  # if the H heaviest documents fill one cluster each
+    shares_H = rests_H / np.arange(
+        k, k - len(rests_H), -1
+    )  # if the H heaviest documents fill one cluster each
     return np.minimum(mass_N, shares_H[(heaviest_H <= shares_H).argmax()])
 
 
@@ -217,7 +247,9 @@ def _lloyd_in_passes(x_ND, mass_N, centres_KD, prices_K, max_iterations, report)
     every = -(-len(x_ND) * k // DISTANCES)
     sample_SD, mass_S = x_ND[::every].cpu().numpy().copy(), _at_most_a_share(mass_N[::every], k)
     for iteration in range(1, max_iterations + 1):
-        _, prices_K = transport.balance(squared_distances(sample_SD, centres_KD), mass_S, prices_K, exact=False)
+        _, prices_K = transport.balance(
+            squared_distances(sample_SD, centres_KD), mass_S, prices_K, exact=False
+        )
         first_N, _, _, d2_N = distances.two_nearest(x_ND, centres_KD, prices_K)
         inertia, loads_K = float(mass_N @ d2_N / mass_N.sum()), np.bincount(first_N, mass_N, k)
         report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
@@ -263,7 +295,9 @@ def _certify(x_ND, weights_N, centres_KD, prices_K, n_iterations) -> Clustering:
     primal = float(weights_N @ d2_N)
     balance, min_balance = float(loads_K.max() * k / total), float(loads_K.min() * k / total)
     gap = duality_gap(loads_K, prices_K, primal)
-    return Clustering(centres_KD, prices_K, labels_N, loads_K, primal / total, balance, min_balance, gap, n_iterations)
+    return Clustering(
+        centres_KD, prices_K, labels_N, loads_K, primal / total, balance, min_balance, gap, n_iterations
+    )
 
 
 def duality_gap(loads_K: np.ndarray, prices_K: np.ndarray, primal: float) -> float:
@@ -275,4 +309,6 @@ def duality_gap(loads_K: np.ndarray, prices_K: np.ndarray, primal: float) -> flo
     k, low, high = len(loads_K), loads_K.min(), loads_K.max()
     extra_K = np.clip(loads_K.sum() - k * low - (high - low) * np.arange(k), 0, high - low)
     dearest = low * prices_K.sum() + extra_K @ np.sort(prices_K)[::-1]
-    return float(np.clip(dearest - loads_K @ prices_K, 0, primal)) / primal if primal > 0 else 0.0  # no inertia is below 0
+    return (
+        float(np.clip(dearest - loads_K @ prices_K, 0, primal)) / primal if primal > 0 else 0.0
+    )  # no inertia is below 0

@@ -37,7 +37,9 @@ class Survey(NamedTuple):
         return float(self.loads_K.max() / self.loads_K.mean())
 
 
-def refine(read_chunks: Callable[[], Iterable[Chunk]], centres_KD: np.ndarray, prices_K: np.ndarray) -> tuple[np.ndarray, float]:
+def refine(
+    read_chunks: Callable[[], Iterable[Chunk]], centres_KD: np.ndarray, prices_K: np.ndarray
+) -> tuple[np.ndarray, float]:
     """Prices that balance the whole corpus, and its largest load over the mean: damped Newton steps up the dual, one pass each.
 
     `read_chunks()` yields (x_RD, weights_R), the whole corpus chunk by chunk. Returns the best balanced prices seen, never worse than
@@ -65,13 +67,17 @@ def refine(read_chunks: Callable[[], Iterable[Chunk]], centres_KD: np.ndarray, p
     return best_K, best
 
 
-def _settled_on_sample(read_chunks: Callable[[], Iterable[Chunk]], centres_KD: np.ndarray, prices_K: np.ndarray) -> np.ndarray:
+def _settled_on_sample(
+    read_chunks: Callable[[], Iterable[Chunk]], centres_KD: np.ndarray, prices_K: np.ndarray
+) -> np.ndarray:
     """Prices that balance every n-th document exactly: where documents lie in clumps, loads jump, and no derivative says by how much."""
     n_documents = sum(len(weights_R) for _, weights_R in read_chunks())
     every = -(-n_documents * len(prices_K) // SETTLED_DISTANCES)
     some = [(_tensor(x_RD[::every]).cpu().numpy(), weights_R[::every]) for x_RD, weights_R in read_chunks()]
     x_RD, weights_R = (np.concatenate(part) for part in zip(*some, strict=True))
-    return transport.balance(distances.squared_distances(x_RD, centres_KD), weights_R.astype(np.float64), prices_K)[1]
+    return transport.balance(
+        distances.squared_distances(x_RD, centres_KD), weights_R.astype(np.float64), prices_K
+    )[1]
 
 
 def _newton_step(at: Survey, longest: float) -> np.ndarray:

@@ -20,7 +20,9 @@ NEWTON_GOAL = 2e-3  # share of the mass in the wrong cluster that is left to the
 NEWTON_STUCK = 2e-2  # above this share, prices found for a quarter of the documents are a better start
 
 
-def balance(d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray, exact: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def balance(
+    d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray, exact: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels and prices (mean zero) of the balanced assignment; `prices_K` is a first guess.
 
     With equal masses the loads differ by at most one document; unless `exact`, up to NEWTON_GOAL of the mass may be in the wrong
@@ -36,7 +38,9 @@ def balance(d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray, exact: 
     return _even_out(d2_NK, mass_N, labels_N, prices_K)
 
 
-def _newton(d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _newton(
+    d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Labels, prices and the share of the mass in the wrong cluster after Newton steps that each lower this share.
 
     Raising p_a by a small h moves the documents of a whose margin to their second cluster b is below h. So the documents with
@@ -55,9 +59,13 @@ def _newton(d2_NK: np.ndarray, mass_N: np.ndarray, prices_K: np.ndarray) -> tupl
         if wrong <= NEWTON_GOAL or width == 0:
             break
         near = margin_N <= width
-        density_KK = np.bincount(first_N[near] * k + second_N[near], mass_N[near], k * k).reshape(k, k) / (2 * width)
+        density_KK = np.bincount(first_N[near] * k + second_N[near], mass_N[near], k * k).reshape(k, k) / (
+            2 * width
+        )
         density_KK += density_KK.T
-        laplacian_KK = np.diag(density_KK.sum(axis=1) + 0.1 * density_KK.sum() / k) - density_KK  # damped where few documents are near
+        laplacian_KK = (
+            np.diag(density_KK.sum(axis=1) + 0.1 * density_KK.sum() / k) - density_KK
+        )  # damped where few documents are near
         step_K = np.linalg.solve(laplacian_KK, excess_K)
         for damping in (1, 0.5, 0.25, 0.125, 0.0625):
             new = look(prices_K + damping * step_K)
@@ -136,7 +144,9 @@ def _even_out(d2_NK, mass_N, labels_N, prices_K):
     return labels_N, _inner_prices(cost_KK, prices_K)
 
 
-def _shortest_paths(lengths_KK: np.ndarray, from_K: np.ndarray, to_K: np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
+def _shortest_paths(
+    lengths_KK: np.ndarray, from_K: np.ndarray, to_K: np.ndarray
+) -> Iterator[tuple[list[int], np.ndarray]]:
     """Dijkstra's algorithm: the shortest path from any of `from_K` to each of `to_K`, nearest first, and all distances so far."""
     distance_K = np.where(from_K, 0, np.inf)
     open_K = distance_K.copy()

@@ -20,11 +20,15 @@ from isal import isal_zlib
 from cbtm_pipeline.corpus.files import File, format_of
 
 _BOM = b"\xef\xbb\xbf"
-_READ = 1 << 12  # bytes of a compressed file that are decompressed at a time: what damage takes with it, and a bound on what they swell to
+_READ = (
+    1 << 12
+)  # bytes of a compressed file that are decompressed at a time: what damage takes with it, and a bound on what they swell to
 _CHUNK = 1 << 18  # stays in the cache of a core
 _OVERHEAD = 64  # bytes that a record costs beyond its own
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
-_MAGIC_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # zstd frames without data, which parallel compressors put first
+_MAGIC_SKIPPABLE = re.compile(
+    rb"[\x50-\x5f]\x2a\x4d\x18"
+)  # zstd frames without data, which parallel compressors put first
 
 # A string, a sign that structures JSON, or the start of a string that does not end here. Possessive, so that it needs no stack.
 _QUOTE = ord('"')
@@ -37,7 +41,9 @@ class Part(NamedTuple):
     file: int  # number of the file
     name: str  # its short name, which names documents without id
     first: int  # number of the first record in the file, from 1
-    kind: Literal["json", "text", "table", "break"]  # break: the one record says why the rest of the file could not be read
+    kind: Literal[
+        "json", "text", "table", "break"
+    ]  # break: the one record says why the rest of the file could not be read
     records: list[bytes] | pa.RecordBatch  # a table has the columns `text` and, if the file has one, `id`
     n_bytes: int  # memory of the records
     n_read: int  # bytes of the file that were read for them
@@ -57,7 +63,11 @@ def blocks(parts: Iterable[Part], block_bytes: int) -> Iterator[list[Part]]:
 
 
 def parts(
-    files: Iterable[File], block_bytes: int, text_field: str, id_field: str, txt_documents: Literal["file", "block"]
+    files: Iterable[File],
+    block_bytes: int,
+    text_field: str,
+    id_field: str,
+    txt_documents: Literal["file", "block"],
 ) -> Iterator[Part]:
     """The records of all files, in order, in parts that are small against a block.
 
@@ -72,7 +82,11 @@ def parts(
         if suffix == ".parquet":
             yield from _table_parts(number, path, name, size, text_field, id_field)
             continue
-        cut = {".jsonl": _lines, ".json": _json, ".txt": _text_file if txt_documents == "file" else _text_blocks}[suffix]
+        cut = {
+            ".jsonl": _lines,
+            ".json": _json,
+            ".txt": _text_file if txt_documents == "file" else _text_blocks,
+        }[suffix]
         kind = "text" if suffix == ".txt" else "json"
         with path.open("rb") as file:
             stream = _Stream(path, file, compression, size)
@@ -83,7 +97,9 @@ def parts(
                 yield Part(number, name, first, kind, records, n_bytes, position - n_read)
                 first, n_read = first + len(records), position
             if stream.broken:
-                yield Part(number, name, first, "break", [stream.broken.encode()], _OVERHEAD, file.tell() - n_read)
+                yield Part(
+                    number, name, first, "break", [stream.broken.encode()], _OVERHEAD, file.tell() - n_read
+                )
 
 
 class _Stream:
@@ -103,8 +119,14 @@ class _Stream:
 
     def _decompressed(self) -> Iterator[bytes]:
         magic = self.file.peek(4)[:4]
-        if magic and not magic.startswith(_MAGIC[self.compression]) and not (self.compression == ".zst" and _MAGIC_SKIPPABLE.match(magic)):
-            raise ValueError(f"{self.path}: not {self.compression} data. Expected what the name says. Correct the name or the file.")
+        if (
+            magic
+            and not magic.startswith(_MAGIC[self.compression])
+            and not (self.compression == ".zst" and _MAGIC_SKIPPABLE.match(magic))
+        ):
+            raise ValueError(
+                f"{self.path}: not {self.compression} data. Expected what the name says. Correct the name or the file."
+            )
         gathered, n_bytes = [], 0
         for data in self._frames():
             gathered.append(data)
@@ -194,10 +216,14 @@ def _elements(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[bytes]]
             yield elements
         if depth == 0:
             if text[position:].strip() or any(chunk.strip() for chunk in chunks):
-                raise ValueError(f"{stream.path}: more data after the end of the JSON array. Expected one array. Mend the file.")
+                raise ValueError(
+                    f"{stream.path}: more data after the end of the JSON array. Expected one array. Mend the file."
+                )
             return
     if depth and not stream.broken:
-        raise ValueError(f"{stream.path}: element {n + 1} of the JSON array has no end. Expected [..., ...]. Mend the file.")
+        raise ValueError(
+            f"{stream.path}: element {n + 1} of the JSON array has no end. Expected [..., ...]. Mend the file."
+        )
 
 
 def _at_least(n_bytes: int, chunks: Iterator[bytes]) -> bytes:
@@ -232,14 +258,18 @@ def _text_blocks(chunks: Iterator[bytes], stream: _Stream) -> Iterator[list[byte
         yield [b"\n".join(block).removesuffix(b"\r")]
 
 
-def _table_parts(number: int, path: Path, name: str, size: int, text_field: str, id_field: str) -> Iterator[Part]:
+def _table_parts(
+    number: int, path: Path, name: str, size: int, text_field: str, id_field: str
+) -> Iterator[Part]:
     """The text and id columns of a Parquet file, some rows at a time."""
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw) as file:
             take_text, take_id = (_column(file.schema_arrow, field) for field in (text_field, id_field))
             if take_text is None:
                 columns = ", ".join(file.schema_arrow.names)
-                raise ValueError(f"{path}: no column {text_field}. Expected one of its columns, {columns}. Set corpus.text_field.")
+                raise ValueError(
+                    f"{path}: no column {text_field}. Expected one of its columns, {columns}. Set corpus.text_field."
+                )
             takes = {"text": take_text} | ({"id": take_id} if take_id else {})
             wanted = [field for field, take in ((text_field, take_text), (id_field, take_id)) if take]
             n_bytes_file, n_rows_file, first = path.stat().st_size, file.metadata.num_rows, 1
@@ -250,7 +280,9 @@ def _table_parts(number: int, path: Path, name: str, size: int, text_field: str,
                 for batch in file.iter_batches(n_rows, row_groups=[group], columns=wanted):
                     table = pa.record_batch({column: take(batch) for column, take in takes.items()})
                     n_read = n_bytes_file * table.num_rows // n_rows_file
-                    yield Part(number, name, first, "table", table, table.nbytes + _OVERHEAD * table.num_rows, n_read)
+                    yield Part(
+                        number, name, first, "table", table, table.nbytes + _OVERHEAD * table.num_rows, n_read
+                    )
                     first += table.num_rows
     except pa.ArrowException as error:
         raise _unreadable(path, error) from error
@@ -271,5 +303,9 @@ def _column(schema: pa.Schema, field: str) -> Callable[[pa.RecordBatch], pa.Arra
     top, *path = field.split(".")
     found = schema.field(top).type if path and top in schema.names else None
     for name in path:
-        found = found.field(name).type if found and pa.types.is_struct(found) and found.get_field_index(name) >= 0 else None
+        found = (
+            found.field(name).type
+            if found and pa.types.is_struct(found) and found.get_field_index(name) >= 0
+            else None
+        )
     return (lambda batch: pc.struct_field(batch.column(top), path)) if found else None  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cbtm_pipeline.config import DEMO
-
+DEMO = "builtin:demo"  # stands in corpus.train for the built-in corpus
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-_EXPECTED = f"Expected files that end in {' '.join(SUFFIXES)}, the first three also with {' or '.join(COMPRESSIONS)}."
+_EXPECTED = (
+    f"Expected files that end in {' '.join(SUFFIXES)}, the first three also with {' or '.join(COMPRESSIONS)}."
+)
 
 
 def format_of(path: str | Path) -> tuple[str, str] | None:
@@ -57,12 +58,16 @@ def _matching(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.exists() or path.is_symlink():
         if not path.is_dir() and format_of(path) is None:
-            raise ValueError(f"{pattern}: unknown format. {_EXPECTED} Convert the file, or correct corpus.train or corpus.eval.")
+            raise ValueError(
+                f"{pattern}: unknown format. {_EXPECTED} Convert the file, or correct corpus.train or corpus.eval."
+            )
         roots = [path]
     elif any(c in pattern for c in "*?["):
         roots = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207, as Path.glob lists hidden files
     else:
-        raise ValueError(f"{pattern}: no such file. Expected a file, a folder or a glob. Correct corpus.train or corpus.eval.")
+        raise ValueError(
+            f"{pattern}: no such file. Expected a file, a folder or a glob. Correct corpus.train or corpus.eval."
+        )
     files = [file for root in roots for file in _below(root)]
     if not files:
         raise ValueError(f"{pattern}: no matching file. {_EXPECTED} Correct corpus.train or corpus.eval.")
@@ -95,9 +100,16 @@ def name(paths: Sequence[Path]) -> list[File]:
     same: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         same[path.name].append(path.absolute())
-    bases = {name: os.path.commonpath([path.parent for path in group]) for name, group in same.items() if len(group) > 1}
+    bases = {
+        name: os.path.commonpath([path.parent for path in group])
+        for name, group in same.items()
+        if len(group) > 1
+    }
     names = [os.path.relpath(path, bases[path.name]) if path.name in bases else path.name for path in paths]
-    return [File(number, path, printable(name)) for number, (path, name) in enumerate(zip(paths, names, strict=True))]
+    return [
+        File(number, path, printable(name))
+        for number, (path, name) in enumerate(zip(paths, names, strict=True))
+    ]
 
 
 def n_bytes(files: Iterable[File]) -> int:

@@ -1,18 +1,37 @@
-"""Which held-out tokens are scored: the one place where `score_expert`, `route` and `eval_ensemble` agree on rows."""
+"""Held-out text: which tokens are scored, which documents settings are chosen on, and which validate a training.
 
-from collections.abc import Iterator
+`score_expert`, `route` and `eval_ensemble` agree on rows because all of them read `documents`.
+
+The validation documents are the first of the documents on which the router's settings are chosen later
+(`calibration_documents`). So nothing that their loss decides, such as when to end a training, is reported on. `assign`
+writes them in one group for each cluster; the seed and the dense models read all of them.
+
+Shapes: D documents.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import shard_files, token_files
+
+VALIDATION_FILE = "validation.arrow"  # beside manifest.json of the assignments
+MAX_VALIDATION_DOCUMENTS = 10_000
+
+Selection = list[tuple[shard_files.Entry, np.ndarray]]  # held-out shards, and the rows selected in each
 
 
-def documents(shards: Path, manifest: dict[str, Any], max_document_tokens: int | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (shard name, `[sep, x_0, ..., x_(n-1)]`) of every held-out document, cut to its first `max_document_tokens` tokens x.
+def documents(
+    shards: Path, manifest: dict[str, Any], max_document_tokens: int | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (shard name, `[sep, x_0, ..., x_(n-1)]`) of every held-out document.
 
-    `shards` is the folder of the manifest. Raises ValueError when nothing is held out.
+    A document is cut to its first `max_document_tokens` tokens x. `shards` is the folder of the manifest. Raises
+    ValueError when nothing is held out.
     """
     entries = [s for s in manifest["shards"] if s["split"] == "eval" and s["n_documents"]]
     if not entries:
@@ -27,3 +46,63 @@ def documents(shards: Path, manifest: dict[str, Any], max_document_tokens: int |
                 entry["name"],
                 document if max_document_tokens is None else document[: max_document_tokens + 1],
             )
+
+
+def calibration_documents(doc_ids: Iterable[str], share: float, rng_seed: int) -> np.ndarray:
+    """Mask (bool, (D,)) of the share of the documents on which settings are chosen.
+
+    They are the documents with the smallest keyed hash of their id. At least one document lies on each side. Raises
+    ValueError when there is only one.
+    """
+    key = str(rng_seed).encode()
+    hashes = [hashlib.blake2b(str(doc_id).encode(), digest_size=16, key=key).digest() for doc_id in doc_ids]
+    if len(hashes) < 2:
+        raise ValueError(
+            f"corpus.eval: {len(hashes)} held-out document. Expected at least 2, one to choose the router's settings "
+            "on and one to report. Give more held-out documents or raise corpus.eval_fraction."
+        )
+    n_calibration = min(max(1, round(share * len(hashes))), len(hashes) - 1)
+    mask_D = np.zeros(len(hashes), bool)
+    mask_D[sorted(range(len(hashes)), key=lambda i: (hashes[i], i))[:n_calibration]] = True
+    return mask_D
+
+
+def select_validation(shards: Path, manifest: dict[str, Any], share: float, rng_seed: int) -> Selection:
+    """Select `share` of the held-out documents, at most MAX_VALIDATION_DOCUMENTS, to validate trainings.
+
+    They are those with the smallest keyed hash of their id. `shards` is the path of the manifest.
+    """
+    entries = [entry for entry in shard_files.entries(shards, manifest, "eval") if entry["n_documents"]]
+    n = sum(entry["n_documents"] for entry in entries)
+    share = min(share, MAX_VALIDATION_DOCUMENTS / n)
+    if round(share * n) == 0 or n < 2:
+        return []
+    ids = [
+        shard_files.attributes(shards.parent, entry, ["doc_id"])["doc_id"].to_pylist() for entry in entries
+    ]
+    mask_D = calibration_documents([doc_id for of_shard in ids for doc_id in of_shard], share, rng_seed)
+    starts = np.cumsum([0, *map(len, ids)])
+    ranges = zip(entries, starts[:-1], starts[1:], strict=True)
+    return [(entry, np.flatnonzero(mask_D[a:b])) for entry, a, b in ranges if mask_D[a:b].any()]
+
+
+def read_validation(shards: Path, selection: Selection) -> list[token_files.Documents]:
+    """The token ids of the selected documents, one item per shard.
+
+    Raises ValueError for a shard that is not the manifest's.
+    """
+    return [shard_files.documents(shards.parent, entry).take(rows) for entry, rows in selection]
+
+
+def write_validation(
+    out: Path,
+    documents: list[token_files.Documents],
+    labels: list[np.ndarray],
+    k: int,
+    made_from: dict[str, str],
+) -> None:
+    """Write validation documents in k groups by their labels, beside the manifest `out`."""
+    joined = token_files.join(documents)
+    labels_D = np.concatenate(labels)
+    groups = (joined.take(np.flatnonzero(labels_D == j)) for j in range(k))
+    token_files.write(out.with_name(VALIDATION_FILE), artifact.make_meta("tokens", made_from), groups)

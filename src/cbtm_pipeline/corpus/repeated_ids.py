@@ -25,7 +25,9 @@ def write(path: Path, ids: Sequence[str], files: Sequence[int], lines: Sequence[
     np.save(path, entries[np.argsort(entries["hash0"])])
 
 
-def find(paths: Sequence[Path], range_documents: int = _RANGE) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def find(
+    paths: Sequence[Path], range_documents: int = _RANGE
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (shard, entry, first) arrays with one element for each document whose id an earlier document has: the index of its shard in
     `paths`, its entry, and the entry of the earliest document with this id."""
     shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
@@ -35,8 +37,13 @@ def find(paths: Sequence[Path], range_documents: int = _RANGE) -> Iterator[tuple
     starts = [0] * len(shards)
     for i in range(1, n_ranges + 1):
         # bisect looks at a few entries of the mapped file, where searchsorted would copy the column
-        stops = [bisect.bisect_left(entries, i * (1 << 64) // n_ranges, key=lambda entry: int(entry["hash0"])) for entries in shards]
-        found = np.concatenate([np.empty(0, ENTRY), *(s[a:b] for s, a, b in zip(shards, starts, stops, strict=True))])
+        stops = [
+            bisect.bisect_left(entries, i * (1 << 64) // n_ranges, key=lambda entry: int(entry["hash0"]))
+            for entries in shards
+        ]
+        found = np.concatenate(
+            [np.empty(0, ENTRY), *(s[a:b] for s, a, b in zip(shards, starts, stops, strict=True))]
+        )
         shard = np.repeat(np.arange(len(shards)), np.subtract(stops, starts))
         starts = stops
         by_id = np.lexsort((found["line"], found["file"], found["hash1"], found["hash0"]))

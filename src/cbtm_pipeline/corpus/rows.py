@@ -76,7 +76,9 @@ def _text_and_id(record: bytes, text_field: str, id_field: str) -> tuple[Any, An
     if text is _MISSING:
         raise _Defect(f"no text field: {text_field} is not among {', '.join(sorted(row))[:200]}")
     if isinstance(found_id, float):
-        found_id = _field(json.loads(record, parse_float=str), id_field)  # the digits as they stand, not rounded
+        found_id = _field(
+            json.loads(record, parse_float=str), id_field
+        )  # the digits as they stand, not rounded
     return text, found_id
 
 
@@ -140,14 +142,18 @@ def _encoded(text: str, what: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Defect(f"lone surrogate: U+{ord(text[error.start]):04X} at character {error.start} of the {what}") from None
+        raise _Defect(
+            f"lone surrogate: U+{ord(text[error.start]):04X} at character {error.start} of the {what}"
+        ) from None
 
 
 def _decoded(text: bytes, what: str) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Defect(f"invalid UTF-8: byte 0x{text[error.start]:02x} at {error.start} of the {what}") from None
+        raise _Defect(
+            f"invalid UTF-8: byte 0x{text[error.start]:02x} at {error.start} of the {what}"
+        ) from None
 
 
 def _type_name(value: Any) -> str:

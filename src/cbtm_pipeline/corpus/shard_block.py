@@ -11,17 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cbtm_pipeline import tokenizer
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import repeated_ids, token_files
+from cbtm_pipeline.corpus import encoding, repeated_ids, token_files
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus.blocks import Part
 from cbtm_pipeline.corpus.rows import BadRow, Document
 
 SPILL = ".spill"  # folder of what is needed only until the manifest is written
 HELD_OUT = "held-out.npy"  # in it: sorted hashes of the held-out texts, where corpus.eval gives them
-SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("n_tokens", pa.int32()), ("n_bytes", pa.int64())])
-_N_SLICES, _SLICE_BYTES = 16, 512  # of each kind; the reference needs as long for them as gigatoken for a hundred times the text
+SCHEMA = pa.schema(
+    [("doc_id", pa.string()), ("text", pa.string()), ("n_tokens", pa.int32()), ("n_bytes", pa.int64())]
+)
+_N_SLICES, _SLICE_BYTES = (
+    16,
+    512,
+)  # of each kind; the reference needs as long for them as gigatoken for a hundred times the text
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 _ROW_GROUP_BYTES = 1 << 23
 
@@ -78,15 +82,27 @@ def make(setup: Setup, block: Block) -> Made:
 
     encoder = _encoder(setup.tokenizer_json, setup.identity)
     sample = _sample([document.text for document in documents])
-    why_slow = encoder.why_slow or ("" if encoder.agrees(sample) else "gigatoken encodes the sample differently")
+    why_slow = encoder.why_slow or (
+        "" if encoder.agrees(sample) else "gigatoken encodes the sample differently"
+    )
     ids = [encoder.encode(document.text, not why_slow) for document in documents]
 
     rows: dict[str, list[int]] = {"train": [], "eval": []}
     for i, document in enumerate(documents):
         if in_held_out[i]:
-            bad.append(BadRow(document.file, document.line, "held-out text: a document of corpus.eval has exactly this text"))
+            bad.append(
+                BadRow(
+                    document.file,
+                    document.line,
+                    "held-out text: a document of corpus.eval has exactly this text",
+                )
+            )
         elif not len(ids[i]):
-            bad.append(BadRow(document.file, document.line, "no tokens: the tokenizer drops every character of the text"))
+            bad.append(
+                BadRow(
+                    document.file, document.line, "no tokens: the tokenizer drops every character of the text"
+                )
+            )
         elif block.split == "both":
             rows["eval" if corpus_rows.uniform(hashes[i]) < setup.eval_fraction else "train"].append(i)
         else:
@@ -99,7 +115,9 @@ def make(setup: Setup, block: Block) -> Made:
             some, ids_of = [documents[i] for i in taken], [ids[i] for i in taken]
             joined = _joined(ids_of, setup.separator_id, token_files.dtype_for(setup.vocab_size))
             shards.append(_write(setup, name, _tables(some, ids_of), joined))
-            repeated_ids.write(spilled(setup, name), [d.id for d in some], [d.file for d in some], [d.line for d in some])
+            repeated_ids.write(
+                spilled(setup, name), [d.id for d in some], [d.file for d in some], [d.line for d in some]
+            )
     held_out = np.array(hashes if block.split == "eval" else [], "S16")
     return Made(shards, sorted(bad), held_out, n_read, len(sample), why_slow)
 
@@ -112,15 +130,19 @@ def spilled(setup: Setup, name: str) -> Path:
 def _among(hashes: list[bytes], path: Path | None) -> np.ndarray:
     """Which of the hashes are in the sorted array at `path`."""
     known = np.zeros(len(hashes), bool)
-    if path is not None and path.exists() and len(held_out := np.load(path, mmap_mode="r", allow_pickle=False)):
+    if (
+        path is not None
+        and path.exists()
+        and len(held_out := np.load(path, mmap_mode="r", allow_pickle=False))
+    ):
         wanted = np.array(hashes, "S16")
         known = held_out[np.minimum(np.searchsorted(held_out, wanted), len(held_out) - 1)] == wanted
     return known
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(tokenizer_json: Path, identity: str) -> tokenizer.Encoder:
-    return tokenizer.Encoder(tokenizer_json)
+def _encoder(tokenizer_json: Path, identity: str) -> encoding.Encoder:
+    return encoding.Encoder(tokenizer_json)
 
 
 def _sample(texts: list[bytes]) -> list[bytes]:
@@ -146,11 +168,15 @@ def _slice(text: bytes, start: int) -> bytes:
     return text[start : start + _SLICE_BYTES].decode("utf-8", "ignore").encode()
 
 
-def _joined(ids: list[np.ndarray], separator_id: int, dtype: type[np.unsignedinteger]) -> token_files.Documents:
+def _joined(
+    ids: list[np.ndarray], separator_id: int, dtype: type[np.unsignedinteger]
+) -> token_files.Documents:
     """Documents as they are stored, each with the separator in front."""
     separator = np.array([separator_id], dtype)
     offsets = np.cumsum([0, *(1 + len(x) for x in ids)])
-    return token_files.Documents(np.concatenate([part for x in ids for part in (separator, x)], dtype=dtype), offsets)
+    return token_files.Documents(
+        np.concatenate([part for x in ids for part in (separator, x)], dtype=dtype), offsets
+    )
 
 
 def _tables(documents: list[Document], ids: list[np.ndarray]) -> Iterator[pa.Table]:
@@ -164,14 +190,19 @@ def _tables(documents: list[Document], ids: list[np.ndarray]) -> Iterator[pa.Tab
         some = documents[start:stop]
         text = pa.array([d.text for d in some], pa.binary()).cast(pa.string())
         columns = [[d.id for d in some], text, [len(x) for x in ids[start:stop]], [len(d.text) for d in some]]
-        yield pa.table([pa.array(c, f.type) if isinstance(c, list) else c for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+        yield pa.table(
+            [pa.array(c, f.type) if isinstance(c, list) else c for c, f in zip(columns, SCHEMA, strict=True)],
+            schema=SCHEMA,
+        )
         start = stop
 
 
 def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token_files.Documents) -> Entry:
     """Write a shard's two files."""
     made_from = {"tokenizer": setup.identity}
-    schema = SCHEMA.with_metadata({"cbtm": json.dumps(artifact.make_meta("documents", made_from), sort_keys=True)})
+    schema = SCHEMA.with_metadata(
+        {"cbtm": json.dumps(artifact.make_meta("documents", made_from), sort_keys=True)}
+    )
     n_bytes = 0
     with (
         artifact.publish(setup.folder / f"{name}.parquet") as tmp,

@@ -20,7 +20,9 @@ def entries(path: Path, manifest: dict[str, Any], split: str) -> list[Entry]:
     """The manifest's entries of `train` or `eval` shards, in order. Raises ValueError if they hold no document."""
     found = [s for s in manifest["shards"] if s["split"] == split]
     if not any(s["n_documents"] for s in found):
-        raise ValueError(f"{path}: no {split} documents. Expected at least one. Check corpus.{split} and corpus.eval_fraction.")
+        raise ValueError(
+            f"{path}: no {split} documents. Expected at least one. Check corpus.{split} and corpus.eval_fraction."
+        )
     return found
 
 
@@ -38,15 +40,21 @@ def attributes(folder: Path, entry: Entry, columns: list[str]) -> pa.Table:
         with pq.ParquetFile(path) as file:  # read_table would import pandas, which takes half a second
             table = file.read(columns).select(columns)
     except (pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{path}: unreadable ({error}). Expected the columns {', '.join(columns)}. Run shard again.") from error
+        raise ValueError(
+            f"{path}: unreadable ({error}). Expected the columns {', '.join(columns)}. Run shard again."
+        ) from error
     if table.num_rows != entry["n_documents"]:
-        raise ValueError(f"{path}: {table.num_rows} rows. Expected {entry['n_documents']}, as in the manifest. Run shard again.")
+        raise ValueError(
+            f"{path}: {table.num_rows} rows. Expected {entry['n_documents']}, as in the manifest. Run shard again."
+        )
     return table
 
 
 def tokenizer(path: Path, shards: Path) -> Tokenizer:
     """Load tokenizer.json. Raises ValueError unless the shards were made with it."""
-    artifact.check_made_from(shards, artifact.read_json(shards, "shards"), "tokenizer", artifact.identity(path))
+    artifact.check_made_from(
+        shards, artifact.read_json(shards, "shards"), "tokenizer", artifact.identity(path)
+    )
     return Tokenizer.from_file(str(path))
 
 
@@ -54,7 +62,9 @@ def check_file(path: Path, expected: str, rule: str) -> None:
     """Raise ValueError unless the file has the identity that its manifest gives. A process reads each file once for that."""
     about = path.stat()
     if _identity(path, about.st_ino, about.st_size, about.st_mtime_ns) != expected:
-        raise ValueError(f"{path}: not the file that its manifest speaks of. Expected identity {expected}. Run {rule} again.")
+        raise ValueError(
+            f"{path}: not the file that its manifest speaks of. Expected identity {expected}. Run {rule} again."
+        )
 
 
 @functools.cache

@@ -36,7 +36,9 @@ class Documents(NamedTuple):
         """The documents at `rows`, in that order."""
         starts, stops = self.offsets[:-1][rows], self.offsets[1:][rows]
         taken = [self.values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-        return Documents(np.concatenate([self.values[:0], *taken]), np.concatenate([[0], np.cumsum(stops - starts)]))
+        return Documents(
+            np.concatenate([self.values[:0], *taken]), np.concatenate([[0], np.cumsum(stops - starts)])
+        )
 
 
 def join(parts: Sequence[Documents]) -> Documents:
@@ -56,14 +58,18 @@ def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]
     groups = iter(groups)
     first = next(groups)
     value_type = pa.from_numpy_dtype(first.values.dtype)
-    schema = pa.schema([("tokens", pa.large_list(value_type))], metadata={"cbtm": json.dumps(meta, sort_keys=True)})
+    schema = pa.schema(
+        [("tokens", pa.large_list(value_type))], metadata={"cbtm": json.dumps(meta, sort_keys=True)}
+    )
     with (
         artifact.publish(path) as tmp,
         pa.OSFile(str(tmp), "wb") as file,
         pa.ipc.new_file(file, schema) as writer,
     ):
         for group in _chain(first, groups):
-            column = pa.LargeListArray.from_arrays(pa.array(group.offsets, pa.int64()), pa.array(group.values, value_type))
+            column = pa.LargeListArray.from_arrays(
+                pa.array(group.offsets, pa.int64()), pa.array(group.values, value_type)
+            )
             writer.write_batch(pa.record_batch([column], schema=schema))
 
 
@@ -81,7 +87,9 @@ def read(path: str | Path, group: int) -> Documents:
         )
     column = reader.get_batch(group).column(0)
     assert isinstance(column, pa.LargeListArray)
-    return Documents(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
+    return Documents(
+        column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True)
+    )
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
@@ -95,4 +103,6 @@ def _open(path: str | Path) -> pa.ipc.RecordBatchFileReader:
     try:
         return pa.ipc.open_file(pa.memory_map(str(path)))
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a token file ({error}). Expected Arrow IPC. Run the rule that makes it again.") from error
+        raise ValueError(
+            f"{path}: not a token file ({error}). Expected Arrow IPC. Run the rule that makes it again."
+        ) from error

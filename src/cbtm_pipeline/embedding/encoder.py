@@ -26,6 +26,7 @@ class Encoder(NamedTuple):
     tokens. `n_windows`: how many of a text count. `heads`: what follows the pooling. `identity`: hash of all files that matter."""
 
     name: str
+    commit: str | None  # of its repository on the hub
     identity: str
     net: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -48,7 +49,10 @@ def embed(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
     n_windows = encoder.n_windows
     parts = [parts_of(text, n_windows, MAX_CHARS * encoder.size) for text in texts]
     ids = iter(tokenise(encoder, [part for of_text in parts for part in of_text]))
-    windows = [[w for _ in of_text for w in spread(next(ids), encoder.size, n_windows // len(of_text))] for of_text in parts]
+    windows = [
+        [w for _ in of_text for w in spread(next(ids), encoder.size, n_windows // len(of_text))]
+        for of_text in parts
+    ]
     return _mean(encoder, windows)
 
 
@@ -68,7 +72,9 @@ def parts_of(text: str, n: int, n_chars: int) -> list[str]:
 def spread(ids: list[int], size: int, n: int) -> list[list[int]]:
     """Cut into windows of `size` tokens; of more than n windows, n spread evenly from the first to the last."""
     starts = range(0, len(ids), size)
-    chosen = range(len(starts)) if len(starts) <= n else np.linspace(0, len(starts) - 1, n).round().astype(int)
+    chosen = (
+        range(len(starts)) if len(starts) <= n else np.linspace(0, len(starts) - 1, n).round().astype(int)
+    )
     return [ids[starts[i] : starts[i] + size] for i in chosen]
 
 
@@ -77,7 +83,9 @@ def tokenise(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     texts = [text.lower() for text in texts] if encoder.lower else list(texts)
-    encoded: Any = encoder.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    encoded: Any = encoder.tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+    )
     return encoded["input_ids"]
 
 
@@ -86,7 +94,9 @@ def _mean(encoder: Encoder, windows: list[list[list[int]]]) -> np.ndarray:
     flat = [window for of_text in windows for window in of_text]
     owner_W = np.repeat(np.arange(len(windows)), [len(of_text) for of_text in windows])
     h_ND = np.zeros((len(windows), encoder.n_components), np.float32)
-    np.add.at(h_ND, owner_W, encode(encoder, flat) * np.array([len(window) for window in flat], np.float32)[:, None])
+    np.add.at(
+        h_ND, owner_W, encode(encoder, flat) * np.array([len(window) for window in flat], np.float32)[:, None]
+    )
     lengths_N = np.linalg.norm(h_ND, axis=1, keepdims=True)
     return h_ND / np.where(lengths_N > 0, lengths_N, 1)
 
@@ -118,7 +128,9 @@ def forward(encoder: Encoder, windows: list[list[int]]) -> torch.Tensor:
         for head in encoder.heads:
             h_BD = head(h_BD)
     if not h_BD.isfinite().all():
-        raise ValueError(f"embed.encoder: {encoder.name}: vectors without finite length. Expected numbers. Choose another encoder.")
+        raise ValueError(
+            f"embed.encoder: {encoder.name}: vectors without finite length. Expected numbers. Choose another encoder."
+        )
     return h_BD
 
 

@@ -43,12 +43,18 @@ def count(documents: Documents, vocab_size: int) -> sparse.csr_array:
     for chunk in _chunks(documents):
         _check_ids(chunk.values, vocab_size)
         ones = np.ones(len(chunk.values), np.float32)
-        counts_RV = sparse.csr_array((ones, chunk.values.astype(np.int32), chunk.offsets), shape=(len(chunk), vocab_size))
+        counts_RV = sparse.csr_array(
+            (ones, chunk.values.astype(np.int32), chunk.offsets), shape=(len(chunk), vocab_size)
+        )
         # there and back by columns sorts each row in linear time; sum_duplicates alone would sort it by comparison
         counts_RV = counts_RV.tocsc().tocsr()
         counts_RV.sum_duplicates()
         chunks.append(counts_RV)
-    return sparse.csr_array(sparse.vstack(chunks, "csr")) if chunks else sparse.csr_array((0, vocab_size), dtype=np.float32)
+    return (
+        sparse.csr_array(sparse.vstack(chunks, "csr"))
+        if chunks
+        else sparse.csr_array((0, vocab_size), dtype=np.float32)
+    )
 
 
 def fit(
@@ -73,20 +79,32 @@ def fit(
     kept_V = (df_V >= max(lowest, 1)) & (df_V <= max(max_df * n, lowest))
     kept_V[separator_id] = False
     if min_df > max_df * n:
-        log.warning("embed.min_df %d and embed.max_df %g exclude each other in %d documents and give way", min_df, max_df, n)
+        log.warning(
+            "embed.min_df %d and embed.max_df %g exclude each other in %d documents and give way",
+            min_df,
+            max_df,
+            n,
+        )
     if not kept_V.any():
         raise ValueError(
             f"embed.min_df, embed.max_df: {min_df} and {max_df:g} drop every term of {n} documents. "
             "Expected some to be left. Lower min_df or raise max_df."
         )
-    return weighted(counts_NV, np.where(kept_V, (np.log((1 + n) / (1 + df_V)) + 1) ** idf_power, 0), n_components, rng_seed)
+    return weighted(
+        counts_NV,
+        np.where(kept_V, (np.log((1 + n) / (1 + df_V)) + 1) ** idf_power, 0),
+        n_components,
+        rng_seed,
+    )
 
 
 def weighted(counts_NV: sparse.csr_array, idf_V: np.ndarray, n_components: int, rng_seed: int) -> Embedder:
     """The embedder with these weights. D is at most `n_components`, and lower where documents or terms are too few for more."""
     n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
     terms_U = np.flatnonzero(idf_V)
-    V_UD = _components(rows(counts_NV[:, terms_U], idf_V[terms_U]), min(n_components, n, len(terms_U)), rng_seed)
+    V_UD = _components(
+        rows(counts_NV[:, terms_U], idf_V[terms_U]), min(n_components, n, len(terms_U)), rng_seed
+    )
     n_found = V_UD.shape[1]
     if n_found < n_components:
         what = f"{n} documents with {len(terms_U)} usable terms give {n_found} components"
@@ -106,7 +124,12 @@ def _components(rows_NU: sparse.csr_array, n: int, rng_seed: int) -> np.ndarray:
     def times(a: sparse.csr_array, b: torch.Tensor) -> torch.Tensor:
         ids, offsets = (torch.from_numpy(x.astype(np.int32)) for x in (a.indices, a.indptr))
         return embedding_bag(
-            ids, b.contiguous(), offsets, mode="sum", per_sample_weights=torch.from_numpy(a.data), include_last_offset=True
+            ids,
+            b.contiguous(),
+            offsets,
+            mode="sum",
+            per_sample_weights=torch.from_numpy(a.data),
+            include_last_offset=True,
         )
 
     columns_UN = sparse.csr_array(rows_NU.T)
@@ -147,7 +170,9 @@ def embed(documents: Documents, E_VD: np.ndarray) -> np.ndarray:
     return h_ND
 
 
-def embed_prefixes(x_T: np.ndarray, E_VD: np.ndarray, chunk_rows: int = CHUNK_PREFIXES) -> Iterator[np.ndarray]:
+def embed_prefixes(
+    x_T: np.ndarray, E_VD: np.ndarray, chunk_rows: int = CHUNK_PREFIXES
+) -> Iterator[np.ndarray]:
     """Embeddings of every prefix of a document `[sep, x_0, ..., x_(n-1)]`, in chunks of float32 (R, D), n + 1 rows in all.
 
     Row t is h(x_0 ... x_(t-1)), so row 0 is the zero vector and row n is `embed` of the document up to float32 rounding. Sums are
@@ -167,7 +192,9 @@ def embed_prefixes(x_T: np.ndarray, E_VD: np.ndarray, chunk_rows: int = CHUNK_PR
 def _check_ids(values: np.ndarray, vocab_size: int) -> None:
     highest = int(values.max(initial=0))
     if highest >= vocab_size:
-        raise ValueError(f"tokens: id {highest}. Expected ids below the vocabulary size, {vocab_size}. Run shard and embed again.")
+        raise ValueError(
+            f"tokens: id {highest}. Expected ids below the vocabulary size, {vocab_size}. Run shard and embed again."
+        )
 
 
 def _normalise(s_RD: np.ndarray) -> np.ndarray:
@@ -182,5 +209,8 @@ def _chunks(documents: Documents) -> Iterator[Documents]:
     while first < len(documents):
         last = int(np.searchsorted(offsets, offsets[first] + CHUNK_TOKENS, "right")) - 1
         last = max(last, first + 1)
-        yield Documents(documents.values[offsets[first] : offsets[last]], (offsets[first : last + 1] - offsets[first]).astype(np.int32))
+        yield Documents(
+            documents.values[offsets[first] : offsets[last]],
+            (offsets[first : last + 1] - offsets[first]).astype(np.int32),
+        )
         first = last

@@ -57,7 +57,14 @@ def _path(points: Points, x: Scale, y: Scale) -> str:
     return "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
 
 
-def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], log_x: bool = False, y_top: float | None = None) -> Html:
+def lines(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    log_x: bool = False,
+    y_top: float | None = None,
+) -> Html:
     """A line chart with its legend. `y_top` cuts the vertical axis. The values of x are its ticks where they are few."""
     xs = sorted({a for s in series for a, _ in s.points if s.style != "dashed"})
     ys = [b for s in series for _, b in s.points]
@@ -72,17 +79,33 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], log_
         parts.append(tag("path", d=f"M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}", class_="grid"))
         parts.append(tag("text", brief(tick), x=LEFT - 7, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
     for tick in xs if len(xs) <= 8 else nice_ticks(xs[0], xs[-1]):
-        parts.append(tag("text", brief(tick), x=f"{x(tick):.1f}", y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
+        parts.append(
+            tag("text", brief(tick), x=f"{x(tick):.1f}", y=HEIGHT - BOTTOM + 17, text_anchor="middle")
+        )
     parts.append(tag("text", y_label, x=2, y=13))
     parts.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) // 2, y=HEIGHT - 6, text_anchor="middle"))
 
     for s in series:
         if s.style == "dashed":
-            parts.append(tag("path", d=f"M{LEFT} {y(s.points[0][1]):.1f}H{WIDTH - RIGHT}", class_=f"line dashed {s.colour}"))
+            parts.append(
+                tag(
+                    "path",
+                    d=f"M{LEFT} {y(s.points[0][1]):.1f}H{WIDTH - RIGHT}",
+                    class_=f"line dashed {s.colour}",
+                )
+            )
             continue
-        parts.append(tag("path", d=_path([(a, b) for a, b in s.points if b <= high], x, y), class_=f"line {s.style} {s.colour}"))
+        parts.append(
+            tag(
+                "path",
+                d=_path([(a, b) for a, b in s.points if b <= high], x, y),
+                class_=f"line {s.style} {s.colour}",
+            )
+        )
         if s.dots:
-            parts += [_dot(x(a), y(b), f"{s.label}, {x_label} {brief(a)}: {b:.4g}", s.colour) for a, b in s.points]
+            parts += [
+                _dot(x(a), y(b), f"{s.label}, {x_label} {brief(a)}: {b:.4g}", s.colour) for a, b in s.points
+            ]
     chart = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
     return tag("figure", tag("h3", title), chart, legend(series))
 
@@ -115,7 +138,13 @@ def forest(title: str, rows: Sequence[Estimate]) -> Html:
     x = _scale(low * 0.98, high * 1.02, left, WIDTH - RIGHT, log=True)
     parts = [tag("title", title)]
     for tick in nice_ticks(low * 0.98, high * 1.02):
-        parts.append(tag("path", d=f"M{x(tick):.1f} {TOP - 6}V{bottom}", class_="one" if math.isclose(tick, 1) else "grid"))
+        parts.append(
+            tag(
+                "path",
+                d=f"M{x(tick):.1f} {TOP - 6}V{bottom}",
+                class_="one" if math.isclose(tick, 1) else "grid",
+            )
+        )
         parts.append(tag("text", brief(tick), x=f"{x(tick):.1f}", y=bottom + 16, text_anchor="middle"))
     parts.append(tag("text", "← better than dense", x=f"{x(1) - 8:.1f}", y=13, text_anchor="end"))
     parts.append(tag("text", "worse →", x=f"{x(1) + 8:.1f}", y=13))
@@ -123,8 +152,22 @@ def forest(title: str, rows: Sequence[Estimate]) -> Html:
         y = TOP + row_height * (i + 0.5)
         parts.append(tag("text", row.label, x=0, y=f"{y + 4:.1f}", class_="name"))
         row_low, row_high = row.ci95
-        parts.append(tag("path", d=f"M{x(row_low):.1f} {y - 4:.1f}v8m0 -4H{x(row_high):.1f}m0 -4v8", class_=f"line {row.colour}"))
-        parts.append(_dot(x(row.ratio), y, f"{row.label}: {row.ratio:.3f} [{row_low:.3f}, {row_high:.3f}]", row.colour, 3))
+        parts.append(
+            tag(
+                "path",
+                d=f"M{x(row_low):.1f} {y - 4:.1f}v8m0 -4H{x(row_high):.1f}m0 -4v8",
+                class_=f"line {row.colour}",
+            )
+        )
+        parts.append(
+            _dot(
+                x(row.ratio),
+                y,
+                f"{row.label}: {row.ratio:.3f} [{row_low:.3f}, {row_high:.3f}]",
+                row.colour,
+                3,
+            )
+        )
     chart = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {bottom + 24}", role="img", aria_label=title)
     return tag("figure", tag("h3", title), chart)
 

@@ -87,7 +87,11 @@ class Html(str):
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
     """An element. Attributes that are None are left out; `class_` and `aria_label` become `class` and `aria-label`."""
     inside = "".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children)
-    said = "".join(f' {k.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"' for k, v in attributes.items() if v is not None)
+    said = "".join(
+        f' {k.rstrip("_").replace("_", "-")}="{html.escape(str(v))}"'
+        for k, v in attributes.items()
+        if v is not None
+    )
     return Html(f"<{name}{said}>" if name in VOID else f"<{name}{said}>{inside}</{name}>")
 
 
@@ -140,7 +144,11 @@ def table(
         )
         for r, row in enumerate(rows)
     ]
-    return tag("div", tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_=class_), class_="scroll")
+    return tag(
+        "div",
+        tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_=class_),
+        class_="scroll",
+    )
 
 
 def page(title: str, *sections: Html) -> str:

@@ -17,7 +17,12 @@ def perplexity_ratio(nll_DS: np.ndarray, reference_D: np.ndarray, n_tokens_D: np
 
 
 def ratio_intervals(
-    nll_DS: np.ndarray, reference_D: np.ndarray, n_tokens_D: np.ndarray, n_resamples: int, rng_seed: int, level: float = 0.95
+    nll_DS: np.ndarray,
+    reference_D: np.ndarray,
+    n_tokens_D: np.ndarray,
+    n_resamples: int,
+    rng_seed: int,
+    level: float = 0.95,
 ) -> np.ndarray:
     """Percentile interval of `perplexity_ratio` over documents drawn with replacement, (S, 2).
 
@@ -29,7 +34,9 @@ def ratio_intervals(
     rng = np.random.default_rng(rng_seed)
     log_ratios_RS = []
     for n in _chunks(n_resamples, max(1, CHUNK // n_documents)):
-        counts_RD = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n).astype(np.float64)
+        counts_RD = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n).astype(
+            np.float64
+        )
         # einsum, not @: the sums of a threaded BLAS depend on the number of threads
         total_RS = np.einsum("rd,ds->rs", counts_RD, excess_DS)
         log_ratios_RS.append(total_RS / np.einsum("rd,d->r", counts_RD, n_tokens_D)[:, None])

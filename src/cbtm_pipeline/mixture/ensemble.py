@@ -56,7 +56,9 @@ def filter_log_weights(
     by_position_N = np.lexsort((rank_N, position_N))
     ends_T = np.cumsum(np.bincount(position_N))
 
-    logprior_KN = np.ascontiguousarray(paper_log_weights(d2_NK, temperature, d2_NK.shape[1]).T[:, by_position_N])
+    logprior_KN = np.ascontiguousarray(
+        paper_log_weights(d2_NK, temperature, d2_NK.shape[1]).T[:, by_position_N]
+    )
     gain_KN = beta * logprob_NK.T[:, by_position_N].astype(np.float64)
     logw_KN = np.empty_like(logprior_KN)
     with np.errstate(divide="ignore"):
@@ -100,7 +102,9 @@ def oracle(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def document_sums(value_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Sum of a value over the tokens of each document, (D,) float64."""
     n_documents = len(offsets) - 1
-    return np.bincount(np.repeat(np.arange(n_documents), np.diff(offsets)), weights=value_N, minlength=n_documents)
+    return np.bincount(
+        np.repeat(np.arange(n_documents), np.diff(offsets)), weights=value_N, minlength=n_documents
+    )
 
 
 def _largest(value_KN: np.ndarray, top_k: int) -> np.ndarray:

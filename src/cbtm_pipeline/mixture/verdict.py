@@ -31,7 +31,11 @@ def short(value: float | None) -> str:
 
 def main_rows(metrics: dict[str, Any]) -> list[Row]:
     """The rows that a person wants to see first: all but the single experts, ensembles with their calibrated settings only."""
-    return [r for r in metrics["systems"] if not r["system"].startswith("expert-") and (r["system"] != "ensemble" or r["calibrated"])]
+    return [
+        r
+        for r in metrics["systems"]
+        if not r["system"].startswith("expert-") and (r["system"] != "ensemble" or r["calibrated"])
+    ]
 
 
 def headline(metrics: dict[str, Any]) -> Row:
@@ -56,13 +60,21 @@ def sentences(metrics: dict[str, Any]) -> list[str]:
             f"{interval(**against)}, {_outcome(against['ci95'], 'the ensemble wins', f'{name} wins')}."
         )
     for pair in metrics["comparisons"]:
-        if pair["system"] == label(best) and pair["against"] not in ("oracle", "random, uniform", "random, posterior"):
+        if pair["system"] == label(best) and pair["against"] not in (
+            "oracle",
+            "random, uniform",
+            "random, posterior",
+        ):
             outcome = _outcome(pair["ci95"], "better", "worse")
-            said.append(f"{label(best)} against {pair['against']}: {interval(pair['ratio'], pair['ci95'])}, {outcome}.")
+            said.append(
+                f"{label(best)} against {pair['against']}: {interval(pair['ratio'], pair['ci95'])}, {outcome}."
+            )
     for row in metrics["systems"]:
         if row["system"] == "random":
             outcome = _outcome(row["ci95"], "a gain without clusters", "no gain without clusters")
-            said.append(f"{label(row)} against dense: {interval(row['ratio_to_dense'], row['ci95'])}, {outcome}.")
+            said.append(
+                f"{label(row)} against dense: {interval(row['ratio_to_dense'], row['ci95'])}, {outcome}."
+            )
     return said
 
 
@@ -72,7 +84,9 @@ def _outcome(ci95: list[float], below: str, above: str) -> str:
 
 def table(metrics: dict[str, Any]) -> str:
     """The main rows as aligned plain text of at most WIDTH columns, with the verdict below."""
-    lines: list[tuple[str, ...]] = [("system", "T", "eps", "beta", "perplexity", "bits/byte", "ratio to dense [95 %]", "FLOPs")]
+    lines: list[tuple[str, ...]] = [
+        ("system", "T", "eps", "beta", "perplexity", "bits/byte", "ratio to dense [95 %]", "FLOPs")
+    ]
     for row in main_rows(metrics):
         lines.append(
             (
@@ -85,7 +99,11 @@ def table(metrics: dict[str, Any]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [line[0].ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)) for line in lines]
+    text = [
+        line[0].ljust(widths[0])
+        + "".join("  " + c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    ]
     text.insert(1, "-" * len(text[0]))
     notes = [
         f"{metrics['n_documents']} held-out documents, {metrics['n_tokens']} tokens, {metrics['n_bytes']} bytes.",
@@ -94,5 +112,8 @@ def table(metrics: dict[str, Any]) -> str:
         "",
         *metrics["verdict"],
     ]
-    text += ["", *(line for note in notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="  ") or [""])]
+    text += [
+        "",
+        *(line for note in notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="  ") or [""]),
+    ]
     return "\n".join(text) + "\n"

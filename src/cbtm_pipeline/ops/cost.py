@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cbtm_pipeline import plan
-from cbtm_pipeline.config import DEMO, Config
+from cbtm_pipeline.base import hub
+from cbtm_pipeline.base.errors import first_sentence
+from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import files as corpus_files
 
 MFU = 0.4  # share of a GPU's peak that a training is assumed to use
@@ -50,7 +52,7 @@ class Machine(NamedTuple):
 def n_jobs(config: Config) -> dict[str, int]:
     """How many jobs each rule has, from the first to the last."""
     n_experts = 1 + len(plan.experts(config))
-    demo = DEMO in [*config.corpus.train, *(config.corpus.eval or [])]
+    demo = corpus_files.DEMO in [*config.corpus.train, *(config.corpus.eval or [])]
     random = "random" in config.train.controls
     once = ["tokenizer", "shard", "embed", "fit_kmeans", "assign", "route", "eval_ensemble", "report"]
     return {
@@ -64,14 +66,14 @@ def n_jobs(config: Config) -> dict[str, int]:
 
 def batches(config: Config) -> dict[str, int]:
     """Sequences in a step of everything that is trained, the seed first."""
-    plans = {name: plan.expert(config, name) for name in ["seed", *plan.experts(config)]}
-    return {name: p["batch_size"] for name, p in plans.items() if p["n_steps"]}
+    plans = {name: plan.train_expert(config, name) for name in ["seed", *plan.experts(config)]}
+    return {name: p.batch_size for name, p in plans.items() if p.n_steps}
 
 
 def n_tokens(config: Config) -> dict[str, int]:
     """How many tokens each expert is trained on, the seed first."""
-    plans = {name: plan.expert(config, name) for name in ["seed", *plan.experts(config)]}
-    return {name: p["n_steps"] * p["batch_size"] * p["seq_len"] for name, p in plans.items()}
+    plans = {name: plan.train_expert(config, name) for name in ["seed", *plan.experts(config)]}
+    return {name: p.n_steps * p.step_tokens for name, p in plans.items()}
 
 
 def text_bytes(files: Iterable[str]) -> float:
@@ -79,7 +81,11 @@ def text_bytes(files: Iterable[str]) -> float:
     total = 0.0
     for file in files:
         suffix, compression = corpus_files.format_of(file) or ("", "")
-        total += DEMO_BYTES if file == DEMO else Path(file).stat().st_size * UNPACKED.get(compression or suffix, 1)
+        total += (
+            DEMO_BYTES
+            if file == corpus_files.DEMO
+            else Path(file).stat().st_size * UNPACKED.get(compression or suffix, 1)
+        )
     return total
 
 
@@ -128,7 +134,9 @@ def seconds_to_save(model: Size, write_rate: float) -> float:
 def seconds_to_stop(model: Size, batch_tokens: int, machine: Machine | None, write_rate: float) -> float:
     """From a signal to the saved state: the step under way and the one that a GPU has been given already (0 s if their speed is not known),
     then the save, and another one if it has just begun."""
-    step = model.flops_per_token * batch_tokens / (MFU * machine.peak_flops * machine.n_gpus) if machine else 0.0
+    step = (
+        model.flops_per_token * batch_tokens / (MFU * machine.peak_flops * machine.n_gpus) if machine else 0.0
+    )
     return 2 * (step + seconds_to_save(model, write_rate))
 
 
@@ -149,14 +157,18 @@ def size(config: Config, folder: Path | None) -> Size:
             from transformers import AutoConfig, AutoModelForCausalLM
 
             try:
-                net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.float32)
+                net = AutoModelForCausalLM.from_config(hub.load(AutoConfig, folder), dtype=torch.float32)
             except Exception as error:  # as many types as there are models
-                found = " ".join(str(error).split())[:200]
-                raise ValueError(f"model: {folder} has no size ({found}). Expected a causal language model. Correct it.") from error
+                found = first_sentence(error)
+                raise ValueError(
+                    f"model: {folder} has no size ({found}). Expected a causal language model. Correct it."
+                ) from error
     text = net.config.get_text_config()
     n_positions = getattr(text, "max_position_embeddings", None)
     if n_positions is not None and n_positions < seq_len:
-        raise ValueError(f"train.seq_len: {seq_len}. Expected at most {n_positions}, the positions of the model. Lower train.seq_len.")
+        raise ValueError(
+            f"train.seq_len: {seq_len}. Expected at most {n_positions}, the positions of the model. Lower train.seq_len."
+        )
     return Size(model.n_parameters(net), model.flops_per_token(net, seq_len), text.vocab_size)
 
 
@@ -179,7 +191,10 @@ def table(config: Config, submitted: Collection[str], model: Size | None, machin
     many = [f"{n} {rule}" for rule, n in jobs.items() if n > 1]
     tokens = n_tokens(config)
     k, n_random = config.cluster.k, len(plan.random_experts(config))
-    each = [f"experts {k} x {units(tokens['0'])}", *([f"random experts {n_random} x {units(tokens['random-0'])}"] if n_random else [])]
+    each = [
+        f"experts {k} x {units(tokens['0'])}",
+        *([f"random experts {n_random} x {units(tokens['random-0'])}"] if n_random else []),
+    ]
     single = [f"{name} {units(tokens[name])}" for name in ["seed", *plan.dense_experts(config)]]
     others = f"{len(jobs) - len(many)} of other rules"
     rows = {
@@ -192,7 +207,9 @@ def table(config: Config, submitted: Collection[str], model: Size | None, machin
     flops = {name: n * model.flops_per_token for name, n in tokens.items()}
     longest = max(flops, key=lambda name: flops[name])
     most = f"most for {longest}, {flops[longest]:.3g}"
-    rows["compute"] = f"{sum(flops.values()):.3g} FLOPs in training, {units(model.flops_per_token)} per token; {most}"
+    rows["compute"] = (
+        f"{sum(flops.values()):.3g} FLOPs in training, {units(model.flops_per_token)} per token; {most}"
+    )
     rows["memory"] = (
         f"{units(4 * STATE_BYTES // 3 * model.n_parameters, 'B')} for weights, gradients and optimiser, on each GPU of a training"
     )
@@ -205,8 +222,12 @@ def table(config: Config, submitted: Collection[str], model: Size | None, machin
     for name in dict.fromkeys(["seed", "0", longest]):
         wall = hours[name] / machine.n_gpus
         n = n_chained(wall, machine.runtime_min, machine.notice_s)
-        chain = f", so {n} time limits of {duration(machine.runtime_min / 60)} one after another" if n > 1 else ""
-        rows[f"expert {name}" if name.isdecimal() else name] = f"{duration(wall)} on {machine.n_gpus} GPU{chain}"
+        chain = (
+            f", so {n} time limits of {duration(machine.runtime_min / 60)} one after another" if n > 1 else ""
+        )
+        rows[f"expert {name}" if name.isdecimal() else name] = (
+            f"{duration(wall)} on {machine.n_gpus} GPU{chain}"
+        )
     return _aligned(rows)
 
 

@@ -57,7 +57,11 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 def number(value: object) -> float | None:
     """A finite number, None for anything else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def numbers(table: Sequence[dict[str, Any]], key: str) -> list[float]:
@@ -72,4 +76,8 @@ def median(values: Sequence[float]) -> float | None:
 
 def text(value: object) -> str | None:
     """On one line, without what a terminal would obey."""
-    return None if value is None else " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return (
+        None
+        if value is None
+        else " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    )

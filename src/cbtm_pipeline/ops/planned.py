@@ -52,7 +52,10 @@ def merge(base: Any, over: Mapping[str, Any]) -> Any:
     if not over:
         return base
     merged = dict(base) if isinstance(base, Mapping) else {}
-    return merged | {key: merge(merged.get(key, {}), value) if isinstance(value, Mapping) else value for key, value in over.items()}
+    return merged | {
+        key: merge(merged.get(key, {}), value) if isinstance(value, Mapping) else value
+        for key, value in over.items()
+    }
 
 
 def read_config(paths: Sequence[str]) -> Any:
@@ -62,16 +65,23 @@ def read_config(paths: Sequence[str]) -> Any:
         try:
             read = yaml.safe_load(Path(path).read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}). Expected keys of config.yaml. Mend the file.") from error
+            raise ValueError(
+                f"{path}: not YAML ({' '.join(str(error).split())}). Expected keys of config.yaml. Mend the file."
+            ) from error
         if not isinstance(read, dict):
-            raise ValueError(f"{path}: no sections. Expected sections such as corpus and train. Mend the file.")
+            raise ValueError(
+                f"{path}: no sections. Expected sections such as corpus and train. Mend the file."
+            )
         content = merge(content, read)
     return content
 
 
 def profile_file(name: str) -> Path | None:
     """Where Snakemake finds a profile: by path, else by name in the user's and the site's folders."""
-    homes = [os.environ.get("XDG_CONFIG_HOME") or "~/.config", (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")[0]]
+    homes = [
+        os.environ.get("XDG_CONFIG_HOME") or "~/.config",
+        (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")[0],
+    ]
     for path in [Path(name), *(Path(home).expanduser() / "snakemake" / name for home in homes)]:
         if path.is_file():
             return path
@@ -97,10 +107,14 @@ def dry_run(profile: str, configfiles: list[str]) -> str:
             *configfiles,
             small.name,
         ]
-        run = subprocess.run([sys.executable, "-m", "snakemake", *options], capture_output=True, text=True, timeout=120)
+        run = subprocess.run(
+            [sys.executable, "-m", "snakemake", *options], capture_output=True, text=True, timeout=120
+        )
     if run.returncode:
         said = [line.strip() for line in (run.stdout + run.stderr).splitlines() if line.strip()]
-        raise ValueError(f"profile: {profile}: snakemake says: {' '.join(said[-3:])[-400:]} Expected it to plan the run. Mend the profile.")
+        raise ValueError(
+            f"profile: {profile}: snakemake says: {' '.join(said[-3:])[-400:]} Expected it to plan the run. Mend the profile."
+        )
     return run.stdout + run.stderr
 
 
@@ -112,7 +126,9 @@ def submitted(printed: str) -> list[Job]:
         if command:
             argv = shlex.split(command[1])
             argv = argv[: argv.index("--")]
-            resources, threads = (json.loads(argv[argv.index(name) + 1]) for name in ("--resources", "--threads"))
+            resources, threads = (
+                json.loads(argv[argv.index(name) + 1]) for name in ("--resources", "--threads")
+            )
             rule = block.partition(":")[0]
             jobs[rule] = Job(rule, resources, threads, "--work" in argv)
     return list(jobs.values())
@@ -134,5 +150,7 @@ def test_only(job: Job, timeout_s: float) -> None:
         executor = submitit.SlurmExecutor(folder=folder)
         executor.update_parameters(**job.sbatch)
         script = Path(folder, "script.sh")
-        script.write_text(executor._make_submission_file_text("true", "doctor"))  # what executor.submit writes
+        script.write_text(
+            executor._make_submission_file_text("true", "doctor")
+        )  # what executor.submit writes
         commands.ask("sbatch", "--test-only", str(script), timeout_s=timeout_s)

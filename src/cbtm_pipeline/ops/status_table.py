@@ -71,7 +71,9 @@ def render(status: Status) -> str:
     lines = _wrap(f"{status.outdir}: {who}") if status.rows else []
     if stages:
         groups = [(state, [_stage(row) for row in stages if row.state == state]) for state in STATES]
-        lines += [line for state, names in groups if names for line in _wrap(f"{state:<8} {', '.join(names)}")]
+        lines += [
+            line for state, names in groups if names for line in _wrap(f"{state:<8} {', '.join(names)}")
+        ]
     if experts:
         lines += ["", *_table(experts), "", *_wrap(summary(experts))]
     for row in status.rows:
@@ -129,7 +131,11 @@ def show(text: str) -> None:
 
 def _stage(row: Row) -> str:
     count = f" {row.step}/{row.n_steps}" if row.n_steps and row.state != "done" else ""
-    about = " ".join(filter(None, [row.job and f"job {row.job}", row.job_state, row.reason, row.node])) if row.state != "done" else ""
+    about = (
+        " ".join(filter(None, [row.job and f"job {row.job}", row.job_state, row.reason, row.node]))
+        if row.state != "done"
+        else ""
+    )
     return f"{row.name}{count}{f' ({about})' if about else ''}"
 
 
@@ -140,8 +146,14 @@ def _steps(row: Row) -> str:
 def _table(experts: list[Row]) -> list[str]:
     columns = [[title, *(content(row) for row in experts)] for title, _, content in COLUMNS]
     sides = [side for _, side, _ in COLUMNS]
-    kept = [(cells, side, max(map(len, cells))) for cells, side in zip(columns, sides, strict=True) if any(cells[1:])]
-    lines = ["  ".join(f"{cells[i]:{side}{width}}" for cells, side, width in kept) for i in range(len(experts) + 1)]
+    kept = [
+        (cells, side, max(map(len, cells)))
+        for cells, side in zip(columns, sides, strict=True)
+        if any(cells[1:])
+    ]
+    lines = [
+        "  ".join(f"{cells[i]:{side}{width}}" for cells, side, width in kept) for i in range(len(experts) + 1)
+    ]
     return [line[:WIDTH].rstrip() for line in lines]
 
 

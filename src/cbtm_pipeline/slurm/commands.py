@@ -47,7 +47,18 @@ class Job(NamedTuple):
     end: str
 
 
-LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING"}
+LIVE = {
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "RESIZING",
+    "SIGNALING",
+}
 LIVE |= {"SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"}
 _FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "Comment", "StartTime", "EndTime")
 
@@ -55,17 +66,25 @@ _FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "Commen
 def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment without what a surrounding Slurm job left in it, which would bend the jobs submitted from there."""
     kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
-    return {name: value for name, value in base.items() if name in kept or not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PMI"))}
+    return {
+        name: value
+        for name, value in base.items()
+        if name in kept or not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PMI"))
+    }
 
 
 def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """Run a Slurm command and return what it printed. Raises Unreachable, or Refused with Slurm's own words."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment(), check=False)
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, env=environment(), check=False
+        )
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{command[0]}: no answer within {timeout_s:.0f} s") from None
     except FileNotFoundError:
-        raise Refused(f"{command[0]}: not found. Expected Slurm's commands in PATH. Run where sbatch works.") from None
+        raise Refused(
+            f"{command[0]}: not found. Expected Slurm's commands in PATH. Run where sbatch works."
+        ) from None
     if run.returncode == 0:
         return run.stdout
     said = " ".join((run.stderr or run.stdout).split()) or f"exit status {run.returncode}"
@@ -85,8 +104,12 @@ def queue(timeout_s: float = TIMEOUT_S) -> dict[str, Job]:
     for line in printed.splitlines():
         values = line.split("|")
         if len(values) == len(_FIELDS) + 1:
-            id, name, state, reason, nodes, restarts, comment, start, end = (value.strip() for value in values[: len(_FIELDS)])
-            jobs[id] = Job(id, name, state, reason, nodes, int(restarts or 0), comment.removeprefix("(null)"), start, end)
+            id, name, state, reason, nodes, restarts, comment, start, end = (
+                value.strip() for value in values[: len(_FIELDS)]
+            )
+            jobs[id] = Job(
+                id, name, state, reason, nodes, int(restarts or 0), comment.removeprefix("(null)"), start, end
+            )
     return jobs
 
 
@@ -114,7 +137,9 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, Job]:
 def ended_as(job_id: str) -> str | None:
     """How a job that the queue has forgotten ended (`COMPLETED`, `CANCELLED`, ...), from the accounting; None where there is no record."""
     try:
-        printed = ask("sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State")
+        printed = ask(
+            "sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State"
+        )
     except Refused:  # no accounting here
         return None
     states = printed.split("\n")[0].split()

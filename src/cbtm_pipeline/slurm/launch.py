@@ -33,7 +33,10 @@ from cbtm_pipeline.slurm import commands, events, request
 
 POLL_S = 1.0  # between two looks for the result
 LATENCY_S = 60.0  # a network file system may show a file this much later
-CONFIRM_S = {"COMPLETED": LATENCY_S, "CANCELLED": 2.0}  # an end without a result counts when it has lasted this long ...
+CONFIRM_S = {
+    "COMPLETED": LATENCY_S,
+    "CANCELLED": 2.0,
+}  # an end without a result counts when it has lasted this long ...
 REQUEUE_S = 15.0  # ... or this long: Slurm may still requeue
 AT_ONCE = 4  # submissions under way together: hundreds of experts become ready in the same moment
 SUBMIT_S = 3600.0  # give up when Slurm has accepted nothing for so long
@@ -88,7 +91,9 @@ class Launch:
             if state in HELPLESS and not (state == "TIMEOUT" and self.work):
                 self._fail(f"job {record['job_id']} {HELPLESS[state]}.")
             self._forget()
-            self._say(f"job {record['job_id']} ended ({state.lower()}) before it was done, the next one goes on{self._from_step()}")
+            self._say(
+                f"job {record['job_id']} ended ({state.lower()}) before it was done, the next one goes on{self._from_step()}"
+            )
             record = None
 
     def cancel(self) -> None:
@@ -104,7 +109,12 @@ class Launch:
                 events.add(self.folder, "cancelled", job_id=job_id, fingerprint=self.order["fingerprint"])
                 log.info("job %s cancelled", job_id)
         except OSError as error:
-            log.error("job %s: not cancelled (%s). Expected an answer. Cancel it: scancel %s", record["job_id"], error, record["job_id"])
+            log.error(
+                "job %s: not cancelled (%s). Expected an answer. Cancel it: scancel %s",
+                record["job_id"],
+                error,
+                record["job_id"],
+            )
 
     def _previous(self) -> Record | None:
         """The job of an earlier life of this process that is still to be waited for."""
@@ -120,7 +130,11 @@ class Launch:
         if same and not record.get("cancelled"):
             log.info("waiting again for job %s", record["job_id"])
             return record
-        log.info("job %s is %s: waiting for its end", record["job_id"], "cancelled" if same else "of another config or other data")
+        log.info(
+            "job %s is %s: waiting for its end",
+            record["job_id"],
+            "cancelled" if same else "of another config or other data",
+        )
         self._patiently(lambda: commands.cancel(record["job_id"]))
         while self._patiently(lambda: self._state(record, record["submitted"])) in commands.LIVE:
             self._sleep()
@@ -154,11 +168,15 @@ class Launch:
                 self._say(f"Slurm takes no job now ({said}), trying again")
                 self._sleep(pause)
                 pause = min(2 * pause, 60.0)
-                with contextlib.suppress(commands.Unreachable):  # an answer that was lost on the way back is no refusal
+                with contextlib.suppress(
+                    commands.Unreachable
+                ):  # an answer that was lost on the way back is no refusal
                     record["job_id"] = self._find(token)
         record["submitted"] = time.time()
         events.write_json(self.folder / "job.json", record)
-        events.add(self.folder, "submitted", job_id=record["job_id"], fingerprint=order["fingerprint"], step=step)
+        events.add(
+            self.folder, "submitted", job_id=record["job_id"], fingerprint=order["fingerprint"], step=step
+        )
         self._say(f"job {record['job_id']} submitted{self._from_step()}")
         return record
 
@@ -170,7 +188,13 @@ class Launch:
             # With our lock: should this process be killed now, the next one waits until sbatch has ended.
             fds = [self.lock_fd]
             return subprocess.run(
-                command, input=json.dumps(order), capture_output=True, text=True, pass_fds=fds, env=commands.environment(), check=False
+                command,
+                input=json.dumps(order),
+                capture_output=True,
+                text=True,
+                pass_fds=fds,
+                env=commands.environment(),
+                check=False,
             )
 
     def _wait(self, record: Record) -> tuple[dict[str, Any] | None, str]:
@@ -203,15 +227,21 @@ class Launch:
             return commands.ended_as(record["job_id"]) or "UNKNOWN"
         if job.state == "PENDING" and job.reason in FOREVER:
             commands.cancel(job.id)
-            self._fail(f"job {job.id} would wait for ever ({job.reason}). Expected what the partition grants. Mend the profile.")
-        where = f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason not in ("", "None") else ""
+            self._fail(
+                f"job {job.id} would wait for ever ({job.reason}). Expected what the partition grants. Mend the profile."
+            )
+        where = (
+            f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason not in ("", "None") else ""
+        )
         again = f", restarted {job.restarts} times" if job.restarts else ""
         self._say(f"job {job.id} {job.state.lower()}{where}{again}")
         return job.state
 
     def _take(self, result: dict[str, Any], record: Record) -> None:
         if result["status"]:
-            self._fail(result["error"] or f"job {record['job_id']} ended with exit status {result['status']}.")
+            self._fail(
+                result["error"] or f"job {record['job_id']} ended with exit status {result['status']}."
+            )
         until = time.monotonic() + LATENCY_S
         for index, output in enumerate(map(Path, self.order["outputs"])):
             # Snakemake, started again, has deleted what was published while it was dead.
@@ -223,7 +253,9 @@ class Launch:
                     self._fail(f"{output}: missing. Expected the job to have made it. Start again.")
                 self._sleep()
         self._forget()
-        events.add(self.folder, "taken", job_id=record["job_id"], fingerprint=self.order["fingerprint"], status=0)
+        events.add(
+            self.folder, "taken", job_id=record["job_id"], fingerprint=self.order["fingerprint"], status=0
+        )
         log.info("job %s done", record["job_id"])
 
     def _find(self, token: str) -> str | None:
@@ -244,7 +276,11 @@ class Launch:
         (self.folder / "job.json").unlink(missing_ok=True)  # first: what is left has no meaning without it
         (self.folder / "result.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder / "kept", ignore_errors=True)
-        for path in [*self.folder.glob("*.pkl"), *self.folder.glob("*.sh"), *self.folder.glob(".submission_file_*")]:
+        for path in [
+            *self.folder.glob("*.pkl"),
+            *self.folder.glob("*.sh"),
+            *self.folder.glob(".submission_file_*"),
+        ]:
             path.unlink(missing_ok=True)
 
     def _fail(self, why: str) -> NoReturn:
@@ -275,11 +311,20 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--name", required=True, help="of the job")
     p.add_argument("--folder", required=True, type=Path, help="holds a folder for every job")
-    p.add_argument("--resources", required=True, type=json.loads, help="JSON object with the resources of the profile")
+    p.add_argument(
+        "--resources", required=True, type=json.loads, help="JSON object with the resources of the profile"
+    )
     p.add_argument("--threads", type=int, default=1, help="CPUs of each task")
-    p.add_argument("--made-from", default="", help="identity of all that the work depends on; a job of other work is replaced")
+    p.add_argument(
+        "--made-from",
+        default="",
+        help="identity of all that the work depends on; a job of other work is replaced",
+    )
     p.add_argument("--outputs", nargs="*", default=[])
-    p.add_argument("--work", help="a training's folder with its resumable state: it goes on after a time limit, on one task per GPU")
+    p.add_argument(
+        "--work",
+        help="a training's folder with its resumable state: it goes on after a time limit, on one task per GPU",
+    )
     p.add_argument("command", nargs="+", help="after --: the module to run")
     args = p.parse_args()
     cli.start_logging(args.name, None)
@@ -294,7 +339,9 @@ def main() -> None:
         "work": args.work,
         "outputs": args.outputs,
         "gpus": int(args.resources.get("gpus", 0)),
-        "fingerprint": hashlib.blake2b(json.dumps([args.made_from, args.command]).encode(), digest_size=16).hexdigest(),
+        "fingerprint": hashlib.blake2b(
+            json.dumps([args.made_from, args.command]).encode(), digest_size=16
+        ).hexdigest(),
         "sbatch": sbatch,
     }
 

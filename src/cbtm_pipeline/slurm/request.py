@@ -24,12 +24,32 @@ RESOURCES = (
     "notice_s",
     "slurm_extra",
 )
-SNAKEMAKES = {"tmpdir", "slurm_jobs", "mem", "mem_mib", "disk", "disk_mb", "disk_mib"}  # resources that Snakemake adds or keeps for itself
+SNAKEMAKES = {
+    "tmpdir",
+    "slurm_jobs",
+    "mem",
+    "mem_mib",
+    "disk",
+    "disk_mb",
+    "disk_mib",
+}  # resources that Snakemake adds or keeps for itself
 OWN_OPTIONS = {  # of sbatch, and the resource that sets them
     "partition": "slurm_partition", "account": "slurm_account", "time": "runtime", "mem": "mem_mb", "gpus": "gpus", "gpus-per-node": "gpus",
     "gres": "gpus", "nodes": "nodes", "qos": "qos", "constraint": "constraint", "signal": "notice_s", "cpus-per-task": "set-threads",
 }  # fmt: skip
-LAUNCHERS = {"job-name", "comment", "output", "error", "open-mode", "requeue", "no-requeue", "export", "array", "wrap", "parsable"}
+LAUNCHERS = {
+    "job-name",
+    "comment",
+    "output",
+    "error",
+    "open-mode",
+    "requeue",
+    "no-requeue",
+    "export",
+    "array",
+    "wrap",
+    "parsable",
+}
 
 
 def command_line(
@@ -48,9 +68,25 @@ def command_line(
     """
     if not resources.get("slurm_partition"):
         return []
-    mine = {key: value for key, value in resources.items() if not key.startswith("_") and key not in SNAKEMAKES and value != ""}
-    command = ["python", "-m", "cbtm_pipeline.slurm.launch", "--name", name, "--folder", folder, "--resources", json.dumps(mine)]
-    made_from = hashlib.blake2b(json.dumps([depends_on, *map(identity, inputs)]).encode(), digest_size=16).hexdigest()
+    mine = {
+        key: value
+        for key, value in resources.items()
+        if not key.startswith("_") and key not in SNAKEMAKES and value != ""
+    }
+    command = [
+        "python",
+        "-m",
+        "cbtm_pipeline.slurm.launch",
+        "--name",
+        name,
+        "--folder",
+        folder,
+        "--resources",
+        json.dumps(mine),
+    ]
+    made_from = hashlib.blake2b(
+        json.dumps([depends_on, *map(identity, inputs)]).encode(), digest_size=16
+    ).hexdigest()
     command += ["--threads", str(threads), "--made-from", made_from]
     return [*command, "--outputs", *outputs, *(["--work", work] if work else []), "--"]
 
@@ -71,7 +107,9 @@ def _identity(path: str, size: int, mtime_ns: int) -> str:
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
-def sbatch_parameters(name: str, resources: dict[str, Any], threads: int, comment: str, resumable: bool) -> dict[str, Any]:
+def sbatch_parameters(
+    name: str, resources: dict[str, Any], threads: int, comment: str, resumable: bool
+) -> dict[str, Any]:
     """What submitit asks sbatch for. `resources` are Snakemake's, by the names that profiles/slurm explains; `resumable` is a training.
 
     A training runs one task per GPU, anything else one task. Raises ValueError that names the resource.
@@ -80,7 +118,9 @@ def sbatch_parameters(name: str, resources: dict[str, Any], threads: int, commen
     for key in r:
         if key not in RESOURCES:
             near = difflib.get_close_matches(key, RESOURCES, 1, 0)[0]
-            raise ValueError(f"{key}: unknown resource. Expected one of {', '.join(RESOURCES)}. Did you mean {near} in the profile?")
+            raise ValueError(
+                f"{key}: unknown resource. Expected one of {', '.join(RESOURCES)}. Did you mean {near} in the profile?"
+            )
     gpus, nodes = int(r.get("gpus", 0)), int(r.get("nodes", 1))
     if "runtime" not in r:
         raise ValueError("runtime: missing. Expected minutes. Set it in default-resources of the profile.")
@@ -91,10 +131,14 @@ def sbatch_parameters(name: str, resources: dict[str, Any], threads: int, commen
     for option in shlex.split(str(r.get("slurm_extra", ""))):
         key, _, value = option.removeprefix("--").partition("=")
         if key in OWN_OPTIONS or key in LAUNCHERS:
-            instead = f"Set {OWN_OPTIONS[key]} instead." if key in OWN_OPTIONS else "Remove it from the profile."
+            instead = (
+                f"Set {OWN_OPTIONS[key]} instead." if key in OWN_OPTIONS else "Remove it from the profile."
+            )
             raise ValueError(f"slurm_extra: {option}. Expected no option that is set here already. {instead}")
         if not option.startswith("--") or not key:
-            raise ValueError(f"slurm_extra: {option}. Expected options of sbatch such as --exclude=node7. Change it in the profile.")
+            raise ValueError(
+                f"slurm_extra: {option}. Expected options of sbatch such as --exclude=node7. Change it in the profile."
+            )
         more[key] = value or True
     parameters = {
         "job_name": name,

@@ -16,7 +16,9 @@ from cbtm_pipeline.slurm.task import Task
 def main() -> None:
     order = json.load(sys.stdin)
     Path(order["folder"]).mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder=order["folder"], max_num_timeout=10**6)  # the guard against endless chains is our own
+    executor = submitit.SlurmExecutor(
+        folder=order["folder"], max_num_timeout=10**6
+    )  # the guard against endless chains is our own
     executor.update_parameters(**order["sbatch"])
     try:
         print(executor.submit(Task(order)).job_id)

@@ -27,11 +27,16 @@ from typing import Any
 
 import submitit
 
+from cbtm_pipeline.base.cli import EXIT_SAVED
 from cbtm_pipeline.slurm import commands, events
 
-SAVED = 85  # exit status of a module that was stopped by a signal and can go on
 REQUEUE_TRIES = 12
-STOPPED = {SAVED, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2}  # or it was not yet far enough to have a handler
+STOPPED = {
+    EXIT_SAVED,
+    -signal.SIGTERM,
+    -signal.SIGUSR1,
+    -signal.SIGUSR2,
+}  # or it was not yet far enough to have a handler
 
 
 class Task:
@@ -50,7 +55,9 @@ class Task:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's own: checkpoint(), scontrol requeue, leave
         assert callable(requeue)
         if job.num_tasks > 1:
-            torch_environment = submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            torch_environment = submitit.helpers.TorchDistributedEnvironment().export(
+                set_cuda_visible_devices=False, overwrite=True
+            )
             os.environ["MASTER_ADDR"] = address(torch_environment.master_addr)
         first = job.global_rank == 0
         work = Path(order["work"]) if order["work"] else None
@@ -59,7 +66,9 @@ class Task:
             step = events.saved_step(work)
             if first:
                 wrong = wrong_gpus(order["gpus"]) or self._stalled(folder, step)
-                self._event("started", step=step, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), n_tasks=job.num_tasks)
+                self._event(
+                    "started", step=step, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), n_tasks=job.num_tasks
+                )
                 if wrong:
                     self._finish(1, wrong)
                     sys.exit(1)  # with it srun ends the other ranks
@@ -71,11 +80,15 @@ class Task:
                     return  # rank 0 decides; an exit status would make srun kill it meanwhile
                 if signal.SIGUSR2 in received and signal.SIGTERM not in received:
                     self._requeue(requeue)
-                sys.exit(SAVED)
+                sys.exit(EXIT_SAVED)
             if first and status and self._superseded(folder):
-                sys.exit(status)  # Slurm took this node for lost and started the job elsewhere: that one has the say
+                sys.exit(
+                    status
+                )  # Slurm took this node for lost and started the job elsewhere: that one has the say
             if job.num_tasks > 1 and status:
-                sys.exit(1)  # whose fault it was is not clear from here: srun ends the other ranks, and a new job tries again
+                sys.exit(
+                    1
+                )  # whose fault it was is not clear from here: srun ends the other ranks, and a new job tries again
             if status >= 0:
                 if first:
                     self._finish(status, None)
@@ -105,14 +118,20 @@ class Task:
         return not incarnation().items() <= newest.items()
 
     def _event(self, event: str, **values: Any) -> None:
-        about = {"fingerprint": self.order["fingerprint"], **incarnation(), "node": os.environ.get("SLURMD_NODENAME")}
+        about = {
+            "fingerprint": self.order["fingerprint"],
+            **incarnation(),
+            "node": os.environ.get("SLURMD_NODENAME"),
+        }
         events.add(Path(self.order["folder"]), event, **about, **values)
 
     def _finish(self, status: int, error: str | None) -> None:
         folder = Path(self.order["folder"])
         if status == 0:
             keep(self.order["outputs"], folder / "kept")
-        events.write_json(folder / "result.json", {"token": self.order["token"], "status": status, "error": error})
+        events.write_json(
+            folder / "result.json", {"token": self.order["token"], "status": status, "error": error}
+        )
 
 
 def incarnation() -> dict[str, Any]:
@@ -157,7 +176,9 @@ def wrong_gpus(expected: int) -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        visible = ",".join(line.split(":")[0].removeprefix("GPU ") for line in listed.splitlines() if line.startswith("GPU "))
+        visible = ",".join(
+            line.split(":")[0].removeprefix("GPU ") for line in listed.splitlines() if line.startswith("GPU ")
+        )
     found = [index for index in (visible or "").split(",") if index]
     if len(found) == expected:
         return None

@@ -22,7 +22,9 @@ class Stream:
         self.segments = [s for s in segments if len(s)]
         self.starts = np.cumsum([0, *(len(s) for s in self.segments)])
         if not self.segments:
-            raise ValueError("training data: no tokens. Expected at least one document. Lower cluster.k or give more text.")
+            raise ValueError(
+                "training data: no tokens. Expected at least one document. Lower cluster.k or give more text."
+            )
 
     @property
     def n_tokens(self) -> int:
@@ -48,7 +50,9 @@ class Stream:
 ALL = slice(None)
 
 
-def batch(stream: Stream, rng_seed: int, step: int, batch_size: int, seq_len: int, part: slice = ALL) -> np.ndarray:
+def batch(
+    stream: Stream, rng_seed: int, step: int, batch_size: int, seq_len: int, part: slice = ALL
+) -> np.ndarray:
     """Tokens of step 0, 1, ... (int64, (B, T + 1)): inputs are all but the last column, targets all but the first. `part`: of its rows."""
     n_blocks = stream.n_blocks(seq_len)
     epoch_B, place_B = np.divmod(step * batch_size + np.arange(batch_size), n_blocks)

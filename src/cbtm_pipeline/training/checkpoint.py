@@ -32,7 +32,9 @@ class State(NamedTuple):
     tensors: Tensors
 
 
-def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, keep: bool = True) -> Tensors:
+def capture(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, keep: bool = True
+) -> Tensors:
     """A copy in the host's memory of weights, buffers and optimiser tensors by name; weights that layers share appear once.
 
     Of a sharded model all processes have to ask; those that do not `keep` it get nothing, and hold one whole tensor at a time.
@@ -44,7 +46,9 @@ def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = No
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in copies if keep}
 
 
-def restore(tensors: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(
+    tensors: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Put captured tensors back into a model and an optimiser of the same make, one after the other."""
     places = dict([*model.named_parameters(), *model.named_buffers()])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -57,7 +61,9 @@ def restore(tensors: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module,
         else:
             index, _, name = name.partition(".")
             p = parameters[int(index)]
-            state.setdefault(int(index), {})[name] = sharding.like(tensor, p) if tensor.shape == p.shape else tensor.clone()
+            state.setdefault(int(index), {})[name] = (
+                sharding.like(tensor, p) if tensor.shape == p.shape else tensor.clone()
+            )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -107,7 +113,9 @@ def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
     try:
         _read(path)
     except ValueError as error:
-        raise OSError(None, f"damaged as soon as it was written ({error}); the states before are kept", str(path)) from error
+        raise OSError(
+            None, f"damaged as soon as it was written ({error}); the states before are kept", str(path)
+        ) from error
     for old in candidates(folder)[KEPT:]:
         old.unlink()
 
@@ -126,7 +134,10 @@ def load(folder: Path, fingerprint: str) -> State | None:
             damaged[path] = str(error)
             continue
         if about["fingerprint"] != fingerprint:
-            log.info("%s: the state of another training (its plan, data or seed model changed), training starts anew", folder)
+            log.info(
+                "%s: the state of another training (its plan, data or seed model changed), training starts anew",
+                folder,
+            )
             discard(folder)
             return None
         for other in damaged:
@@ -152,7 +163,9 @@ def discard(folder: Path) -> None:
 
 def candidates(folder: Path) -> list[Path]:
     """Files of saved states, newest first."""
-    return sorted(folder.glob("step-*.safetensors"), key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
+    return sorted(
+        folder.glob("step-*.safetensors"), key=lambda path: int(path.stem.removeprefix("step-")), reverse=True
+    )
 
 
 def _read(path: Path) -> tuple[dict, Tensors]:

@@ -84,13 +84,17 @@ class Group:
         about = json.dumps([state.step if state else 0, entries]).encode()
         size = torch.tensor([len(about)], device=self.device)
         dist.broadcast(size, 0)
-        text = torch.tensor(list(about) if self.rank == 0 else [0] * int(size), dtype=torch.uint8, device=self.device)
+        text = torch.tensor(
+            list(about) if self.rank == 0 else [0] * int(size), dtype=torch.uint8, device=self.device
+        )
         dist.broadcast(text, 0)
         step, entries = json.loads(bytes(text.tolist()))
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name, dtype, shape in entries:
-                tensor = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device)
+                tensor = torch.empty(
+                    shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=self.device
+                )
                 if state:
                     tensor.copy_(state.tensors[name])
                 dist.broadcast(tensor, 0)
@@ -118,7 +122,9 @@ class Group:
             n_with = torch.ones(len(bucket), device=self.device)
             if without:
                 n_with[without] = 0
-            flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket), n_with])
+            flat = torch.cat(
+                [*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket), n_with]
+            )
             dist.all_reduce(flat)
             *sums, n_with = flat.split([*(p.numel() for p in bucket), len(bucket)])
             for i, (p, total) in enumerate(zip(bucket, sums, strict=True)):
@@ -214,7 +220,9 @@ def _connect(group: Group) -> None:
     if torch.cuda.is_available():
         n_gpus = torch.cuda.device_count()
         if group.local_rank >= n_gpus > 1:
-            raise ValueError(f"LOCAL_RANK: {group.local_rank}. Expected less than {n_gpus}, the GPUs here. Start one process for each GPU.")
+            raise ValueError(
+                f"LOCAL_RANK: {group.local_rank}. Expected less than {n_gpus}, the GPUs here. Start one process for each GPU."
+            )
         group.device = torch.device("cuda", group.local_rank if n_gpus > 1 else 0)
         torch.cuda.set_device(group.device)
     on_gpu = group.device.type == "cuda"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.training import training_log
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ The model has learned from its text alone, with whatever is wrong or one-sided i
 """
 
 
-def publish(out: Path, model: "PreTrainedModel", tokenizer: Path, metrics: Path, card: dict[str, Any]) -> dict[str, Any]:
+def publish(
+    out: Path, model: "PreTrainedModel", tokenizer: Path, metrics: Path, card: dict[str, Any]
+) -> dict[str, Any]:
     """Write the expert's folder around `out` (its model.safetensors), which comes last; return the card.
 
     Everything is prepared in a folder of its own, then moved file by file. A run that is killed in between leaves either no weights or
@@ -66,7 +70,9 @@ def publish(out: Path, model: "PreTrainedModel", tokenizer: Path, metrics: Path,
     artifact.write_json(staging / "card.json", card)
     (staging / "README.md").write_text(_readme(card, type(model).__name__), "utf-8")
     shutil.copyfile(metrics, staging / "metrics.jsonl")
-    training_log.write_events(staging / "tensorboard" / "events.out.tfevents.0.cbtm", training_log.read(metrics))
+    training_log.write_events(
+        staging / "tensorboard" / "events.out.tfevents.0.cbtm", training_log.read(metrics)
+    )
     for path in tokenizer.parent.iterdir():
         if path.is_file() and path.name != "card.json" and not path.name.startswith("."):
             shutil.copyfile(path, staging / path.name)
@@ -86,11 +92,21 @@ def _readme(card: dict[str, Any], architecture: str) -> str:
     what = {
         "clusters": f"the expert on cluster {plan['group']}",
         "random": f"the expert on random cluster {plan['group']}, a control",
-        "corpus": "the seed model that every expert starts from" if name == "seed" else "a dense model on the whole corpus, the baseline",
+        "corpus": "the seed model that every expert starts from"
+        if name == "seed"
+        else "a dense model on the whole corpus, the baseline",
     }[plan["data"]]
-    title = "Seed model" if name == "seed" else f"Expert {name}" if plan["data"] != "corpus" else f"Dense model ({name})"
+    title = (
+        "Seed model"
+        if name == "seed"
+        else f"Expert {name}"
+        if plan["data"] != "corpus"
+        else f"Dense model ({name})"
+    )
     loss = "none" if card["final_loss"] is None else f"{card['final_loss']:.4f}"
-    return README.format(title=title, what=what, architecture=architecture, loss=loss, file=WEIGHTS, **{**plan, **card})
+    return README.format(
+        title=title, what=what, architecture=architecture, loss=loss, file=WEIGHTS, **{**plan, **card}
+    )
 
 
 def read_card(weights: Path) -> dict[str, Any]:
@@ -99,16 +115,15 @@ def read_card(weights: Path) -> dict[str, Any]:
     card = artifact.read_json(path, "expert")
     if artifact.identity(weights) != card["weights"]:
         raise ValueError(
-            f"{weights}: not the weights that card.json speaks of. Expected identity {card['weights']}. "
-            f"Make it again: snakemake --cores 2 --force {weights}"
+            f"{weights}: not the weights that card.json speaks of. Expected identity {card['weights']}. {make_again(weights)}"
         )
     return card
 
 
-def is_published(weights: Path, plan: dict[str, Any], made_from: dict[str, str]) -> bool:
+def is_published(weights: Path, plan: TrainingPlan, made_from: dict[str, str]) -> bool:
     """Whether exactly this training has been published, and is whole."""
     try:
         card = read_card(weights)
     except (OSError, ValueError):
         return False
-    return (card["plan"], card["made_from"]) == (plan, made_from)
+    return (card["plan"], card["made_from"]) == (plan.content(), made_from)

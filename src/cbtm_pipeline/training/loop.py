@@ -22,6 +22,7 @@ import torch
 from cbtm_pipeline import config
 from cbtm_pipeline.base import lock, parallel
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.training import batches, checkpoint, distributed, model, training_log
 from cbtm_pipeline.training import step as train_step
 from cbtm_pipeline.training.placement import Placed, place
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 USUAL = 100  # steps whose median loss is the usual one
-VALIDATION_SHARE = 0.05  # of the sequences trained on: so many are read for validation at most, over the whole training
+VALIDATION_SHARE = (
+    0.05  # of the sequences trained on: so many are read for validation at most, over the whole training
+)
 VALIDATION_TOKENS = 1 << 16  # that are enough for one look
 
 
@@ -43,11 +46,17 @@ class History:
 
     def usual_loss(self) -> float:
         """Median of the last steps (nats per token), or that of a guess among all tokens while there are few."""
-        return statistics.median(self.losses) if len(self.losses) >= USUAL // 5 else max([self.of_a_guess, *self.losses])
+        return (
+            statistics.median(self.losses)
+            if len(self.losses) >= USUAL // 5
+            else max([self.of_a_guess, *self.losses])
+        )
 
     def stalled(self, patience: int | None) -> bool:
         """Whether the last `patience` looks have all been no better than the best one before them."""
-        return patience is not None and min(self.validation[-patience:], default=0) >= min(self.validation[:-patience], default=math.inf)
+        return patience is not None and min(self.validation[-patience:], default=0) >= min(
+            self.validation[:-patience], default=math.inf
+        )
 
 
 class Flight(NamedTuple):
@@ -81,17 +90,21 @@ def looks(n_steps: int, n: int) -> set[int]:
     return {round(n_steps * (i + 1) / n) for i in range(n)} - {0} if n else set()
 
 
-def validate(placed: Placed, stream: batches.Stream, how: dict[str, Any], group: distributed.Group) -> torch.Tensor:
+def validate(
+    placed: Placed, stream: batches.Stream, plan: TrainingPlan, group: distributed.Group
+) -> torch.Tensor:
     """Mean loss (nats per token) of as much validation text as is worth its time: the first blocks of the stream, the same at each look."""
-    seq_len, world = how["seq_len"], group.world_size
-    affordable = VALIDATION_SHARE * how["n_steps"] * how["batch_size"] / how["validations"]
+    seq_len, world = plan.seq_len, group.world_size
+    affordable = VALIDATION_SHARE * plan.n_steps * plan.batch_size / plan.validations
     n = max(1, min(stream.n_blocks(seq_len), VALIDATION_TOKENS // seq_len, int(affordable)))
     own = range(group.rank, n, world)
     total = torch.zeros((), device=placed.device)
     placed.loss_of.eval()
     with torch.no_grad(), torch.autocast(placed.device.type, torch.bfloat16, enabled=placed.bf16):
         for start in range(0, -(-n // world), placed.micro_batch_size):
-            some = own[start : start + placed.micro_batch_size]  # none in the last processes, but a sharded model is computed by all
+            some = own[
+                start : start + placed.micro_batch_size
+            ]  # none in the last processes, but a sharded model is computed by all
             tokens_BT = np.stack([stream.read(block * seq_len, seq_len + 1) for block in some or [0]])
             loss = placed.loss_of(torch.from_numpy(tokens_BT).to(placed.device))
             total += loss / (n * seq_len) if some else 0 * loss
@@ -100,7 +113,11 @@ def validate(placed: Placed, stream: batches.Stream, how: dict[str, Any], group:
 
 
 def resume(
-    net: "PreTrainedModel", optimizer: torch.optim.Optimizer, state: Path, fingerprint: str, group: distributed.Group = distributed.ALONE
+    net: "PreTrainedModel",
+    optimizer: torch.optim.Optimizer,
+    state: Path,
+    fingerprint: str,
+    group: distributed.Group = distributed.ALONE,
 ) -> int:
     """Put what folder `state` holds into the model and the optimiser; return how many steps that was, 0 where there is nothing.
 
@@ -116,7 +133,7 @@ def resume(
 def train(
     net: "PreTrainedModel",
     stream: batches.Stream,
-    how: dict[str, Any],
+    plan: TrainingPlan,
     run: config.Run,
     state: Path,
     fingerprint: str,
@@ -124,24 +141,25 @@ def train(
     group: distributed.Group = distributed.ALONE,
     validation: batches.Stream | None = None,
 ) -> int | None:
-    """Train `net` by the plan `how`, from the state saved in folder `state` if there is one.
+    """Train `net` by the plan `plan`, from the state saved in folder `state` if there is one.
 
     Returns the number of steps after which the training has ended, fewer than planned where `patience` looks at `validation` saw nothing
     get better; None if `stop()` came true, and state is saved. All processes of `group` end with the same weights. Raises ValueError for a
     step whose loss or gradient is no finite number, or whose loss is far from usual; the state before it is saved.
     """
-    n_steps, batch_size, seq_len = how["n_steps"], how["batch_size"], how["seq_len"]
+    n_steps, batch_size, seq_len = plan.n_steps, plan.batch_size, plan.seq_len
     n_tokens = batch_size * seq_len
-    schedule = {key: how[key] for key in ("n_steps", "lr", "schedule", "final_lr_ratio", "warmup_ratio")}
-    order = 2 * how["rng_seed"] + (how["expert"] != "seed")  # experts do not read again, in the same order, what the seed has read
+    order = 2 * plan.rng_seed + (
+        plan.expert != "seed"
+    )  # experts do not read again, in the same order, what the seed has read
     part = slice(group.rank, None, group.world_size)
 
-    placed = place(net, how, run, group)
-    optimizer = train_step.make_optimizer(net, how)
+    placed = place(net, plan, run, group)
+    optimizer = train_step.make_optimizer(net, plan)
     first = resume(net, optimizer, state, fingerprint, group)
     bad = torch.zeros((), dtype=torch.bool, device=placed.device)
     n_ahead = 1 if placed.device.type == "cuda" else 0  # steps that are queued before the one before is read
-    validated = looks(n_steps, how["validations"]) if validation else set()
+    validated = looks(n_steps, plan.validations) if validation else set()
     flying: deque[Flight] = deque()
     saved_at = time.monotonic()
 
@@ -156,8 +174,10 @@ def train(
     ):
         earlier = group.first_does("history", lambda: training_log.history(state / "metrics.jsonl", USUAL))
         history = History(net.config.get_text_config().vocab_size, *earlier)
-        track = training_log.tracker(run.wandb if metrics else None, how, fingerprint, state.parent)
-        progress = training_log.Progress(n_steps, first, n_tokens, model.flops_per_token(net, seq_len), run.log_seconds, group.world_size)
+        track = training_log.tracker(run.wandb if metrics else None, plan, fingerprint, state.parent)
+        progress = training_log.Progress(
+            n_steps, first, n_tokens, model.flops_per_token(net, seq_len), run.log_seconds, group.world_size
+        )
 
         def save(step: int) -> None:
             tensors = checkpoint.capture(net, optimizer, keep=group.rank == 0)
@@ -176,7 +196,7 @@ def train(
                     if step - 1 > first:
                         save(step - 1)
                     raise ValueError(
-                        f"expert {how['expert']}, step {step}: loss {loss:.4g}, gradient norm {norm:.4g}. Expected finite numbers, and a "
+                        f"expert {plan.expert}, step {step}: loss {loss:.4g}, gradient norm {norm:.4g}. Expected finite numbers, and a "
                         f"loss up to {limit:.4g}, train.max_loss_jump above the usual one. Lower train.lr or train.clip_norm; the last "
                         f"good state is kept in {state}."
                     )
@@ -195,24 +215,33 @@ def train(
 
         tokens = parallel.in_order(reader, read, range(first, n_steps), 1)
         for step in range(first, n_steps):
-            if history.stalled(how["patience"]):
+            if history.stalled(plan.patience):
                 log.info(
-                    "validation has not got better for %d looks: the training ends after step %d of %d", how["patience"], step, n_steps
+                    "validation has not got better for %d looks: the training ends after step %d of %d",
+                    plan.patience,
+                    step,
+                    n_steps,
                 )
                 return step
             asked = time.monotonic()
             tokens_BT = next(tokens).to(placed.device, non_blocking=True)
             waited_s = time.monotonic() - asked
-            draw = ((how["rng_seed"] << 32) + step) * group.world_size + group.rank
+            draw = ((plan.rng_seed << 32) + step) * group.world_size + group.rank
             torch.manual_seed(draw % 2**63)  # dropout, where a pretrained model has it
-            loss = train_step.accumulate(placed.loss_of, tokens_BT, n_tokens, placed.micro_batch_size, placed.bf16)
+            loss = train_step.accumulate(
+                placed.loss_of, tokens_BT, n_tokens, placed.micro_batch_size, placed.bf16
+            )
             group.add_gradients(net.parameters())
             due = group.rank == 0 and time.monotonic() - saved_at >= run.checkpoint_seconds
             sums = group.add_up(loss, bool(stop()), due)
-            lr, limit = train_step.learning_rate(step, **schedule), history.usual_loss() + how["max_loss_jump"]
-            norm = train_step.update(optimizer, sums[0], lr, how["clip_norm"], limit, bad)
-            valid = [validate(placed, validation, how, group)] if validation and step + 1 in validated else []
-            flying.append(Flight(step + 1, lr, limit, waited_s, later(torch.stack([*sums, norm, bad.float(), *valid]))))
+            lr, limit = train_step.learning_rate(step, plan), history.usual_loss() + plan.max_loss_jump
+            norm = train_step.update(optimizer, sums[0], lr, plan.clip_norm, limit, bad)
+            valid = (
+                [validate(placed, validation, plan, group)] if validation and step + 1 in validated else []
+            )
+            flying.append(
+                Flight(step + 1, lr, limit, waited_s, later(torch.stack([*sums, norm, bad.float(), *valid])))
+            )
 
             stopping, saving = land(0 if valid or step + 1 == n_steps else n_ahead)
             if (stopping or saving) and step + 1 < n_steps:
@@ -221,6 +250,8 @@ def train(
                 saved_at = time.monotonic()
             if stopping and step + 1 < n_steps:
                 saver.wait()
-                log.info("told to stop: state saved after step %d of %d, start again to go on", step + 1, n_steps)
+                log.info(
+                    "told to stop: state saved after step %d of %d, start again to go on", step + 1, n_steps
+                )
                 return None
     return n_steps

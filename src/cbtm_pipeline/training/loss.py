@@ -15,7 +15,10 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}  # what a processor's cache holds; what keeps a GPU busy (0.5 GB in bf16)
+CHUNK_LOGITS = {
+    "cpu": 1 << 21,
+    "cuda": 1 << 28,
+}  # what a processor's cache holds; what keeps a GPU busy (0.5 GB in bf16)
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:
@@ -38,7 +41,9 @@ def _chunk(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND, weight_VD, bias_V, target_N, n_rows: int, chunk: Callable) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_ND, weight_VD, bias_V, target_N, n_rows: int, chunk: Callable
+    ) -> torch.Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         with torch.autocast(device, enabled=False):

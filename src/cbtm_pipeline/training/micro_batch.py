@@ -41,7 +41,10 @@ def even(batch_size: int, largest: int) -> int:
 
 def kept_bytes(loss_of: torch.nn.Module, tokens_BT: torch.Tensor, bf16: bool) -> int:
     """Bytes that autograd keeps of a forward pass, parameters and what is there anyway not counted."""
-    known = {sharding.own(t).untyped_storage().data_ptr() for t in [*loss_of.parameters(), *loss_of.buffers(), tokens_BT]}
+    known = {
+        sharding.own(t).untyped_storage().data_ptr()
+        for t in [*loss_of.parameters(), *loss_of.buffers(), tokens_BT]
+    }
     seen: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,7 +70,13 @@ def sequence_bytes(loss_of: torch.nn.Module, sequence_T: torch.Tensor, bf16: boo
 
 
 def choose(
-    batch_size: int, n_parameters: int, vocab_size: int, kept: int, kept_recomputing: int, total_bytes: float, n_shards: int = 1
+    batch_size: int,
+    n_parameters: int,
+    vocab_size: int,
+    kept: int,
+    kept_recomputing: int,
+    total_bytes: float,
+    n_shards: int = 1,
 ) -> Plan:
     """The micro-batch for a GPU with `total_bytes`; `batch_size` is this process's share, `kept` the bytes that a sequence leaves for the
     backward pass, `kept_recomputing` the same with activations computed anew, which is done only where not even one sequence fits without.

@@ -2,12 +2,14 @@
 
 import math
 import shutil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from cbtm_pipeline import config
+from cbtm_pipeline.base import device as devices
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.training import checkpoint, distributed, micro_batch, model, sharding
 from cbtm_pipeline.training import step as train_step
 from cbtm_pipeline.training.loss import NextToken
@@ -27,15 +29,21 @@ class Placed(NamedTuple):
     device: torch.device
 
 
-def place(net: "PreTrainedModel", how: dict[str, Any], run: config.Run, group: distributed.Group = distributed.ALONE) -> Placed:
+def place(
+    net: "PreTrainedModel", plan: TrainingPlan, run: config.Run, group: distributed.Group = distributed.ALONE
+) -> Placed:
     """Put the model on its device, or its shards on all; choose the micro-batch; compile. Raises ValueError if memory is too small."""
-    bf16, n, world = train_step.use_bf16(how["precision"]), model.n_parameters(net), group.world_size
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16, n, world = train_step.use_bf16(plan.precision), model.n_parameters(net), group.world_size
+    device = devices.best()
     total_bytes = micro_batch.device_bytes(device)
-    sharded = world > 1 and (run.sharded if run.sharded is not None else micro_batch.PER_PARAMETER * n > SHARDED_ABOVE * total_bytes)
-    if sharded and how["batch_size"] % world:
+    sharded = world > 1 and (
+        run.sharded
+        if run.sharded is not None
+        else micro_batch.PER_PARAMETER * n > SHARDED_ABOVE * total_bytes
+    )
+    if sharded and plan.batch_size % world:
         raise ValueError(
-            f"train.batch_size: {how['batch_size']} sequences on {world} processes. Expected a multiple, as the model is sharded. "
+            f"train.batch_size: {plan.batch_size} sequences on {world} processes. Expected a multiple, as the model is sharded. "
             "Change it, or the number of GPUs."
         )
     group.same_weights(net.train())
@@ -43,30 +51,46 @@ def place(net: "PreTrainedModel", how: dict[str, Any], run: config.Run, group: d
     if sharded:  # goes to the device piece by piece
         sharding.shard(loss_of, layers, bf16, device.type)
     else:
-        model.to_device(net)
-    chosen = _micro_batch(loss_of, how, bf16, device, total_bytes, -(-how["batch_size"] // world), world if sharded else 1)
+        devices.move(net)
+    chosen = _micro_batch(
+        loss_of, plan, bf16, device, total_bytes, -(-plan.batch_size // world), world if sharded else 1
+    )
     _recompute(net, chosen.recompute)
     # without a GPU compiling takes longer than it saves in a small training, so that there people have to ask for it
-    if how["compile"] or (how["compile"] is None and device.type == "cuda" and (shutil.which("cc") or shutil.which("gcc"))):
+    if plan.compile or (
+        plan.compile is None and device.type == "cuda" and (shutil.which("cc") or shutil.which("gcc"))
+    ):
         for layer in layers:
             layer.compile(dynamic=False)
         loss_of.chunk = torch.compile(loss_of.chunk, dynamic=False)
     notes = [f"{group.world_size} processes"] if group.world_size > 1 else []
-    notes += [f"{chosen.micro_batch_size} sequences at once", *["activations computed anew"] * chosen.recompute, *["sharded"] * sharded]
+    notes += [
+        f"{chosen.micro_batch_size} sequences at once",
+        *["activations computed anew"] * chosen.recompute,
+        *["sharded"] * sharded,
+    ]
     log.info("%s, %s", device, ", ".join(notes))
     return Placed(loss_of, chosen.micro_batch_size, bf16, device)
 
 
 def _micro_batch(
-    loss_of: NextToken, how: dict[str, Any], bf16: bool, device: torch.device, total_bytes: float, batch_size: int, n_shards: int
+    loss_of: NextToken,
+    plan: TrainingPlan,
+    bf16: bool,
+    device: torch.device,
+    total_bytes: float,
+    batch_size: int,
+    n_shards: int,
 ) -> micro_batch.Plan:
     """What the config says, or as much as there is memory for."""
-    asked = how["recompute"]
-    if how["micro_batch_size"] is not None:
-        return micro_batch.Plan(min(how["micro_batch_size"], batch_size), bool(asked))
+    asked = plan.recompute
+    if plan.micro_batch_size is not None:
+        return micro_batch.Plan(min(plan.micro_batch_size, batch_size), bool(asked))
     if math.isinf(total_bytes):
-        return micro_batch.Plan(micro_batch.even(batch_size, max(1, micro_batch.CPU_TOKENS // how["seq_len"])), bool(asked))
-    sequence_T, net = torch.zeros(how["seq_len"] + 1, dtype=torch.int64, device=device), loss_of.net
+        return micro_batch.Plan(
+            micro_batch.even(batch_size, max(1, micro_batch.CPU_TOKENS // plan.seq_len)), bool(asked)
+        )
+    sequence_T, net = torch.zeros(plan.seq_len + 1, dtype=torch.int64, device=device), loss_of.net
     kept = micro_batch.sequence_bytes(loss_of, sequence_T, bf16)
     _recompute(net, True)
     # what all layers keep in between, and what one of them leaves while it is computed anew
@@ -74,7 +98,9 @@ def _micro_batch(
     if asked is not None:
         kept = recomputing = recomputing if asked else kept
     vocab_size = net.config.get_text_config().vocab_size
-    chosen = micro_batch.choose(batch_size, model.n_parameters(net), vocab_size, kept, recomputing, total_bytes, n_shards)
+    chosen = micro_batch.choose(
+        batch_size, model.n_parameters(net), vocab_size, kept, recomputing, total_bytes, n_shards
+    )
     return chosen if asked is None else chosen._replace(recompute=asked)
 
 

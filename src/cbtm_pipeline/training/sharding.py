@@ -16,10 +16,17 @@ def shard(loss_of: "NextToken", layers: torch.nn.ModuleList, bf16: bool, device:
     """Spread the parameters over the devices of all processes: each layer on its own, everything else together. With bf16, weights
     travel in bf16."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes most of a second, and few trainings are sharded
+    from torch.distributed.fsdp import (  # takes most of a second, and few trainings are sharded
+        MixedPrecisionPolicy,
+        fully_shard,
+    )
 
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if bf16
+        else MixedPrecisionPolicy()
+    )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(loss_of, mesh=mesh, mp_policy=policy)
@@ -60,4 +67,6 @@ def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     slices: Any = model
-    return distribute_tensor(tensor.to(slices.device), slices.device_mesh, slices.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(slices.device), slices.device_mesh, slices.placements, src_data_rank=None
+    )

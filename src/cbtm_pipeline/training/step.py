@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.training import sharding
 
 if TYPE_CHECKING:
     from cbtm_pipeline.training.loss import NextToken
 
 
-def learning_rate(step: int, n_steps: int, lr: float, schedule: str, final_lr_ratio: float, warmup_ratio: float) -> float:
+def learning_rate(step: int, plan: TrainingPlan) -> float:
     """The rate of step 0 ... n_steps - 1: up in equal parts to lr, then down on a line or a cosine to final_lr_ratio * lr at the last."""
-    n_warmup = math.ceil(warmup_ratio * n_steps)
+    n_warmup = math.ceil(plan.warmup_ratio * plan.n_steps)
     if step < n_warmup:
-        return lr * (step + 1) / n_warmup
-    done = (step + 1 - n_warmup) / (n_steps - n_warmup)
-    left = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return lr * (final_lr_ratio + (1 - final_lr_ratio) * left)
+        return plan.lr * (step + 1) / n_warmup
+    done = (step + 1 - n_warmup) / (plan.n_steps - n_warmup)
+    left = 1 - done if plan.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return plan.lr * (plan.final_lr_ratio + (1 - plan.final_lr_ratio) * left)
 
 
 def use_bf16(precision: str) -> bool:
@@ -33,17 +34,19 @@ def use_bf16(precision: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def make_optimizer(net: torch.nn.Module, how: dict[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(net: torch.nn.Module, plan: TrainingPlan) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": how["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": plan.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=how["lr"], betas=tuple(how["betas"]), fused=True)
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=plan.betas, fused=True)
 
 
-def accumulate(loss_of: "NextToken", tokens_BT: torch.Tensor, n_targets: int, micro_batch_size: int, bf16: bool) -> torch.Tensor:
+def accumulate(
+    loss_of: "NextToken", tokens_BT: torch.Tensor, n_targets: int, micro_batch_size: int, bf16: bool
+) -> torch.Tensor:
     """Add to the parameters what sequences (int64, (B, T + 1)) contribute to the gradient of the mean loss of n_targets tokens.
 
     Returns their share of that loss (nats per token, float32). With n_targets of a whole batch, loss and gradient of its parts add up to
@@ -61,7 +64,12 @@ def accumulate(loss_of: "NextToken", tokens_BT: torch.Tensor, n_targets: int, mi
 
 
 def update(
-    optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float, clip_norm: float, limit: float, bad: torch.Tensor
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    lr: float,
+    clip_norm: float,
+    limit: float,
+    bad: torch.Tensor,
 ) -> torch.Tensor:
     """One step of the optimiser with gradients clipped to the norm `clip_norm`; returns their norm before that. The host waits for nothing.
 

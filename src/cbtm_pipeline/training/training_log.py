@@ -12,10 +12,21 @@ import torch
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.plan import TrainingPlan
 
 Row = dict[str, Any]
 
-_PLOTTED = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_bytes", "data_wait_s", "power_w")
+_PLOTTED = (
+    "loss",
+    "valid_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_s",
+    "mfu",
+    "memory_bytes",
+    "data_wait_s",
+    "power_w",
+)
 
 # Dense bf16 operations per second of the tensor cores, from the vendor's data sheets; the first name that fits counts.
 PEAK_FLOPS = {
@@ -88,7 +99,7 @@ def history(path: Path, n: int) -> tuple[list[float], list[float]]:
     return [row["loss"] for row in rows[-n:]], [row["valid_loss"] for row in rows if "valid_loss" in row]
 
 
-def tracker(project: str | None, plan: Row, fingerprint: str, folder: Path) -> Callable[[Row], Any]:
+def tracker(project: str | None, plan: TrainingPlan, fingerprint: str, folder: Path) -> Callable[[Row], Any]:
     """What takes each row to Weights & Biases, if run.wandb names a project; a training that goes on goes on there, too.
 
     Raises ValueError where that cannot be: before the first step, not after the last one.
@@ -98,10 +109,19 @@ def tracker(project: str | None, plan: Row, fingerprint: str, folder: Path) -> C
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"run.wandb: {project}, but the package wandb is missing. Expected it. Run pip install wandb.") from error
-    about: dict[str, Any] = {"project": project, "name": f"expert {plan['expert']}", "id": fingerprint, "config": plan}
+        raise ValueError(
+            f"run.wandb: {project}, but the package wandb is missing. Expected it. Run pip install wandb."
+        ) from error
+    about: dict[str, Any] = {
+        "project": project,
+        "name": f"expert {plan.expert}",
+        "id": fingerprint,
+        "config": plan.content(),
+    }
     try:
-        run = wandb.init(**about, resume="allow", dir=folder, settings=wandb.Settings(console="off", silent=True))
+        run = wandb.init(
+            **about, resume="allow", dir=folder, settings=wandb.Settings(console="off", silent=True)
+        )
     except wandb.Error as error:
         found = " ".join(str(error).split())
         raise ValueError(
@@ -113,8 +133,16 @@ def tracker(project: str | None, plan: Row, fingerprint: str, folder: Path) -> C
 class Progress:
     """What a step's row says besides the model's numbers, and a log line every few seconds."""
 
-    def __init__(self, n_steps: int, step: int, n_tokens: int, flops_per_token: int, every_s: float, n_devices: int = 1):
-        self.n_steps, self.step, self.n_tokens, self.flops_per_token, self.every_s = n_steps, step, n_tokens, flops_per_token, every_s
+    def __init__(
+        self, n_steps: int, step: int, n_tokens: int, flops_per_token: int, every_s: float, n_devices: int = 1
+    ):
+        self.n_steps, self.step, self.n_tokens, self.flops_per_token, self.every_s = (
+            n_steps,
+            step,
+            n_tokens,
+            flops_per_token,
+            every_s,
+        )
         self.said = self.completed = time.monotonic()
         self.waited_s = 0.0  # since the last line
         peak_flops = _peak_flops()
@@ -130,12 +158,19 @@ class Progress:
         rate = self.n_tokens / max(now - self.completed, 1e-9)
         self.completed = now
         self.waited_s += row["data_wait_s"]
-        more = {"n_tokens": row["step"] * self.n_tokens, "tokens_per_s": rate, "mfu": self.mfu(rate), "memory_bytes": memory_bytes()}
+        more = {
+            "n_tokens": row["step"] * self.n_tokens,
+            "tokens_per_s": rate,
+            "mfu": self.mfu(rate),
+            "memory_bytes": memory_bytes(),
+        }
         more |= {"power_w": watts} if self._due(row) and (watts := _power()) else {}
         return {**row, **more, "time": time.time()}
 
     def _due(self, row: Row) -> bool:
-        return self.completed - self.said >= self.every_s or row["step"] == self.n_steps or "valid_loss" in row
+        return (
+            self.completed - self.said >= self.every_s or row["step"] == self.n_steps or "valid_loss" in row
+        )
 
     def say(self, row: Row) -> bool:
         """Say how far it is if the last line is old enough, or this step the last, or validated. True when a line was written."""
@@ -148,7 +183,10 @@ class Progress:
         parts += [f"validation {row['valid_loss']:.4f}"] if "valid_loss" in row else []
         parts += [f"lr {row['lr']:.2e}", f"{rate:.4g} tokens/s"]
         parts += [f"MFU {100 * share:.1f} %"] if (share := self.mfu(rate)) else []
-        parts += [f"{row['memory_bytes'] / 1e9:.1f} GB", f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %"]
+        parts += [
+            f"{row['memory_bytes'] / 1e9:.1f} GB",
+            f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %",
+        ]
         parts += [f"{row['power_w']:.0f} W"] if "power_w" in row else []
         log.info("  ".join([*parts, f"ETA {_clock((self.n_steps - step) * seconds / n)}"]))
         self.said, self.step, self.waited_s = self.completed, step, 0.0
@@ -193,9 +231,17 @@ def write_events(path: Path, rows: Sequence[Row]) -> None:
 
     with path.open("wb") as file:
         writer = RecordWriter(file)
-        writer.write(Event(wall_time=rows[0]["time"] if rows else 0.0, file_version="brain.Event:2").SerializeToString())
+        writer.write(
+            Event(
+                wall_time=rows[0]["time"] if rows else 0.0, file_version="brain.Event:2"
+            ).SerializeToString()
+        )
         for row in rows:
-            values = [Summary.Value(tag=name, simple_value=row[name]) for name in _PLOTTED if row.get(name) is not None]
+            values = [
+                Summary.Value(tag=name, simple_value=row[name])
+                for name in _PLOTTED
+                if row.get(name) is not None
+            ]
             event = Event(wall_time=row["time"], step=row["step"], summary=Summary(value=values))
             writer.write(event.SerializeToString())
         writer.flush()

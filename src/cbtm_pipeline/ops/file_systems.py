@@ -1,25 +1,35 @@
-"""What jobs on other machines can reach: a file system that is theirs as well and keeps its promises, and models without a network."""
+"""File systems: whether compute nodes see them, and whether locks and hard links work on them."""
 
 import fcntl
-import json
 import os
 import re
 import socket
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "orangefs", "pvfs2", "cifs", "smb3", "afs", "glusterfs"}
+from cbtm_pipeline.ops.finding import Line
+
+SHARED = {
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "wekafs",
+    "panfs",
+    "orangefs",
+    "pvfs2",
+    "cifs",
+    "smb3",
+    "afs",
+    "glusterfs",
+}
 SHARED |= {"9p", "virtiofs", "gfs2", "ocfs2", "juicefs", "ceph-fuse", "mfs", "vastfs", "quobyte"}
 PROBE_BYTES = 1 << 25
-HUB_S = 4.0
-
-
-Line = tuple[str, str]  # ok, warn or FAIL, and what was found
 
 
 class Mount(NamedTuple):
@@ -51,7 +61,9 @@ def find_mount(path: Path, mountinfo: str) -> Mount:
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
-        if path.is_relative_to(point) and len(point) >= len(best.point):  # of two on one point, the later hides the earlier
+        if path.is_relative_to(point) and len(point) >= len(
+            best.point
+        ):  # of two on one point, the later hides the earlier
             kind, _, *options = right.split()
             best = Mount(point, kind.removeprefix("fuse."), ",".join([left.split()[5], *options]))
     return best
@@ -65,7 +77,10 @@ def seen_by(hosts: Collection[str], mounts: Mapping[str, Mount]) -> Iterator[Lin
         if mount.shared or here:
             yield "ok", f"{what}, {'which is shared' if mount.shared else 'and every node is this machine'}"
         else:
-            yield "warn", f"{what}. Expected a shared file system (nfs, lustre, gpfs ...), as compute nodes may not see it. Move them"
+            yield (
+                "warn",
+                f"{what}. Expected a shared file system (nfs, lustre, gpfs ...), as compute nodes may not see it. Move them",
+            )
 
 
 def existing(path: Path) -> Path:
@@ -106,11 +121,20 @@ def probe(folder: Path) -> Probe:
 def promises(outdir: Path, mount: Mount, found: Probe, for_slurm: bool) -> Iterator[Line]:
     """What a file system has to keep for launchers and trainings."""
     if not found.locks:  # a launcher cannot do without, a training has a second way
-        yield "FAIL" if for_slurm else "warn", f"{outdir}: no file locks. Expected flock to work. Have it mounted so, or change outdir"
+        yield (
+            "FAIL" if for_slurm else "warn",
+            f"{outdir}: no file locks. Expected flock to work. Have it mounted so, or change outdir",
+        )
     elif mount.locks_stay_here:
-        yield "warn", f"{outdir}: locks are not seen by other hosts ({mount.options}). Expected them to be. Run snakemake on one host only"
+        yield (
+            "warn",
+            f"{outdir}: locks are not seen by other hosts ({mount.options}). Expected them to be. Run snakemake on one host only",
+        )
     if not found.links:
-        yield "warn", f"{outdir}: no hard links. Expected them, to keep a result that nobody waits for. Such a job is done again"
+        yield (
+            "warn",
+            f"{outdir}: no hard links. Expected them, to keep a result that nobody waits for. Such a job is done again",
+        )
     if found.locks and found.links:
         yield "ok", f"files: outdir has locks and hard links, and takes {found.write_rate / 1e6:.0f} MB/s"
 
@@ -139,55 +163,3 @@ def used_bytes(folder: Path) -> int:
             except OSError:  # gone meanwhile: a run may be going on
                 continue
     return total
-
-
-def cached(name: str) -> Path | None:
-    """The local folder of a model or tokenizer, given by its path or by its name on the hub."""
-    import huggingface_hub
-
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):  # not there, or no possible name
-        return None
-
-
-def hub_cache() -> Path:
-    import huggingface_hub
-
-    return Path(huggingface_hub.constants.HF_HUB_CACHE)
-
-
-def lacks_weights(folder: Path | None) -> list[str]:
-    """Files that a model needs and that are not in its folder."""
-    if folder is None:
-        return ["the model"]
-    index, single = folder / "model.safetensors.index.json", "model.safetensors"
-    try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.exists() else {single}
-    except (ValueError, KeyError, AttributeError):
-        return [f"a whole {index.name}"]
-    return [name for name in ["config.json", *sorted(names)] if not (folder / name).exists()]
-
-
-def lacks_tokenizer(folder: Path | None) -> list[str]:
-    """The same for a tokenizer, which may be stored in several ways."""
-    if folder is None:
-        return ["the tokenizer"]
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return [] if any((folder / name).exists() for name in names) else [names[0]]
-
-
-def hub_problem(name: str) -> str | None:
-    """Why a model cannot be had from the hub now; None if it can."""
-    import huggingface_hub
-
-    url = f"{huggingface_hub.constants.ENDPOINT}/api/models/{name}"
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_S):
-            return None
-    except urllib.error.HTTPError as error:
-        return f"no public {name}" if error.code in (401, 403, 404) else f"{url} answers {error.code}"
-    except (OSError, ValueError) as error:
-        return f"{huggingface_hub.constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"

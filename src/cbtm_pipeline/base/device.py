@@ -1,0 +1,15 @@
+"""Where models compute."""
+
+import torch
+
+
+def best() -> torch.device:
+    """The GPU if there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def move(net: torch.nn.Module) -> torch.device:
+    """Move a model to the best device, and return that."""
+    device = best()
+    torch.nn.Module.to(net, device)
+    return device

@@ -1,0 +1,126 @@
+"""Text to token ids: the encoder of the corpus, and the card of a run's tokenizer."""
+
+import re
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import tokenizers
+from gigatoken.gigatoken_rs import load_hf_json
+
+from cbtm_pipeline.base import artifact
+
+PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces
+_WINDOW = 1 << 16
+_LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
+_SPACE = re.compile(rb"(?<=\S)(?= \S)")
+_CACHE_BYTES = (
+    1 << 28
+)  # gigatoken's cache of words grows without bound, so it is begun anew when memory has grown by so much
+_LOOK_BYTES = (
+    1 << 24
+)  # text between two looks at the memory; words that never come again make a cache of ten times their size
+_STATM = Path("/proc/self/statm")  # of Linux
+_PROBES = (
+    "It's  the fox's\tdog\r\n\r\nwe'll\n \n  x=1234567.89; // #$%^&*() __init__ HTTPServer I'M",
+    "naïve café e\u0301 Ünïcödé \u00a0\u2003\u3000 日本語 한국어 العربية हिन्दी 😀👩‍👩‍👧 ﬁ ½ \u200b\ufeff \x00\x01\x7f \U0010ffff",
+    "a" * 300 + " " * 300 + "\n" * 30 + "=" * 100 + "9" * 50,
+)
+
+
+def pieces(text: bytes) -> Iterator[bytes]:
+    """Cut UTF-8 text longer than PIECE_BYTES, so that encoding takes bounded memory; shorter text stays whole, so its tokens are exact.
+
+    A cut lies at the start of a line, else in front of a space, in either case between two words; only where the last 64 kB of a piece have
+    neither does it fall between two arbitrary characters. GPT-like tokenizers give the same tokens with and without the first two kinds.
+    """
+    start = 0
+    while len(text) - start > PIECE_BYTES:
+        end = start + PIECE_BYTES
+        for cut in (_LINE_START, _SPACE):
+            if found := [m.end() for m in cut.finditer(text, end - _WINDOW, end)]:
+                end = found[-1]
+                break
+        while text[end] & 0xC0 == 0x80:  # within a character
+            end -= 1
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+class Encoder:
+    """Text to token ids, special tokens in the text read as ordinary characters. `tokenizers` is the reference; gigatoken is many times
+    faster, and `why_slow` says why it cannot be used for this tokenizer at all ("" if it can)."""
+
+    def __init__(self, tokenizer_json: Path):
+        text = tokenizer_json.read_text("utf-8")
+        try:
+            self.slow = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(
+                f"{tokenizer_json}: not a tokenizer ({error}). Expected tokenizer.json. Run the rule tokenizer again."
+            ) from error
+        self.slow.no_truncation()
+        self.slow.no_padding()
+        self.slow.encode_special_tokens = True
+        content = orjson.loads(text) | {"truncation": None, "padding": None}
+        added = content.get("added_tokens") or []
+        content["added_tokens"] = [token for token in added if not token["special"]]
+        self._fast_json = orjson.dumps(content)
+        self._n_bytes, self._memory = 0, _memory()
+        self.why_slow = ""
+        tokens = [token["content"] for token in added]
+        probes = [*_PROBES, *(p for t in tokens for p in (t, f"a{t}b", f"a {t} b{t}{t} \n{t}"))]
+        try:
+            self._fast = load_hf_json(self._fast_json)
+            if not self.agrees([p.encode() for p in probes]):
+                self.why_slow = "gigatoken encodes differently"
+        except Exception as error:
+            self.why_slow = str(error).partition("\n")[0] or type(error).__name__
+
+    def encode(self, text: bytes, fast: bool) -> np.ndarray:
+        """Token ids of one document (uint32), by gigatoken (`fast`) or the reference."""
+        encode = self._encode_fast if fast else self._encode_slow
+        if len(text) <= PIECE_BYTES:
+            return encode(text)
+        return np.concatenate([encode(piece) for piece in pieces(text)])
+
+    def agrees(self, texts: Iterable[bytes]) -> bool:
+        """Whether gigatoken gives the reference's ids."""
+        return all(np.array_equal(self._encode_fast(text), self._encode_slow(text)) for text in texts)
+
+    def _encode_fast(self, text: bytes) -> np.ndarray:
+        self._n_bytes += len(text)
+        if self._n_bytes > _LOOK_BYTES:
+            self._n_bytes = 0
+            if _memory() - self._memory > _CACHE_BYTES:
+                del self._fast
+                self._memory = _memory()
+                self._fast = load_hf_json(self._fast_json)
+        return self._fast.encode(text)
+
+    def _encode_slow(self, text: bytes) -> np.ndarray:
+        encoding = self.slow.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)[0]
+        return np.array(encoding.ids, np.uint32)
+
+
+def _memory() -> int:
+    """Bytes of memory that this process holds, or where the system does not say that, the most that it has held."""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_card(tokenizer_json: Path) -> dict[str, Any]:
+    """card.json beside a tokenizer: `separator_id`, `vocab_size`, `source`. Raises ValueError if it belongs to another tokenizer.json."""
+    path = tokenizer_json.with_name("card.json")
+    card = artifact.read_json(path, "tokenizer")
+    if card["identity"] != artifact.identity(tokenizer_json):
+        raise ValueError(
+            f"{path}: speaks of another tokenizer.json. Expected the one beside it. Run the rule tokenizer again."
+        )
+    return card

@@ -1,0 +1,105 @@
+"""Vectors of documents: how either embedder makes them, and how later rules read them back.
+
+Shapes: N documents, D dimensions, V terms.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import sparse
+
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import shard_files
+from cbtm_pipeline.embedding import encoder, encoder_files, tfidf
+
+CHUNK_TEXTS = 512  # that an encoder sorts by length at once
+Embedder = tfidf.Embedder | encoder.Encoder
+
+
+def texts(folder: Path, entry: shard_files.Entry) -> Iterator[list[str]]:
+    """The texts of a shard, CHUNK_TEXTS at a time. Raises ValueError for a file that is damaged or another than the manifest's."""
+    path, n = folder / f"{entry['name']}.parquet", 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(CHUNK_TEXTS, columns=["text"]):
+                n += len(batch)
+                yield batch["text"].to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"{path}: unreadable ({error}). Expected the column text. Run shard again."
+        ) from error
+    if n != entry["n_documents"]:
+        raise ValueError(
+            f"{path}: {n} rows. Expected {entry['n_documents']}, as in the manifest. Run shard again."
+        )
+
+
+def embed(folder: Path, entry: shard_files.Entry, embedder: Embedder) -> Iterator[np.ndarray]:
+    """Embeddings of a shard's documents in one or more chunks, float32 (rows, D), of length one or zero."""
+    if isinstance(embedder, tfidf.Embedder):
+        yield tfidf.embed(shard_files.documents(folder, entry), embedder.E_VD)
+    else:
+        yield encoder.embed(embedder, [])
+        for chunk in texts(folder, entry):
+            yield encoder.embed(embedder, chunk)
+
+
+def write(path: Path, h_ND: np.ndarray) -> None:
+    """Write vectors as .npy, whole or not at all."""
+    with artifact.publish(path) as tmp, tmp.open("wb") as file:
+        np.save(file, h_ND, allow_pickle=False)
+
+
+def read(folder: Path, entry: shard_files.Entry) -> np.ndarray:
+    """Memory-map the vectors (float32, (n_documents, D)) of an entry of embed/manifest.json. Raises ValueError if the file is another."""
+    path = folder / f"{entry['name']}.npy"
+    shard_files.check_file(path, entry["identity"], "embed")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _read(path: Path, shards: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """The arrays of embedder.npz, and what it says of the encoder if there is one."""
+    arrays, meta = artifact.read_npz(path, "embedder")
+    artifact.check_made_from(path, meta, "shards", artifact.identity(shards))
+    return arrays, meta.get("encoder")
+
+
+def read_embedder(path: Path, shards: Path) -> Embedder:
+    """Read embedder.npz, and load the encoder that it names. Raises ValueError unless it was made for the corpus of shards/manifest.json,
+    and with the encoder that is there now."""
+    arrays, about = _read(path, shards)
+    if about is None:
+        return tfidf.Embedder(**arrays)
+    loaded = encoder_files.load(about["name"], about["n_windows"], about.get("revision"))
+    if loaded.identity != about["identity"]:
+        raise ValueError(
+            f"embed.encoder: {loaded.name}: its files have changed ({loaded.identity}). Expected those that the vectors were made with, "
+            f"{about['identity']}. Bring them back, or run embed again: snakemake --cores 2 --force {path}"
+        )
+    return loaded
+
+
+def term_weights(path: Path, shards: Path, counts_NV: sparse.csr_array) -> np.ndarray:
+    """Weight of each term, (V,): that of the embedder in embedder.npz. An encoder has none: idf in these counts, or zero for a term of one
+    document or of more than half of them."""
+    arrays, about = _read(path, shards)
+    if about is None:
+        return arrays["idf_V"]
+    from sklearn.feature_extraction.text import TfidfTransformer  # takes a second, and only this needs it
+
+    n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
+    df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
+    return np.where((df_V > 1) & (df_V <= n / 2), TfidfTransformer().fit(counts_NV).idf_, 0).astype(
+        np.float32
+    )
+
+
+def read_manifest(path: Path, shards: Path) -> dict[str, Any]:
+    """Read embed/manifest.json. Raises ValueError unless its vectors belong to the corpus of shards/manifest.json."""
+    manifest = artifact.read_json(path, "vectors")
+    artifact.check_made_from(path, manifest, "shards", artifact.identity(shards))
+    return manifest
