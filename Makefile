@@ -5,10 +5,10 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dag clean
+.PHONY: help setup demo test test-fast check format dag clean
 
 help:  ## say what there is
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## install everything into .venv (once)
 
@@ -27,6 +27,9 @@ test: setup  ## all tests; those on a real Slurm where its packages are or can b
 	@$(BIN)/python -m pytest tests/slurm >slurm-tests.log 2>&1 & slurm=$$!; \
 	$(BIN)/python -m pytest --ignore=tests/slurm; status=$$?; \
 	wait $$slurm || status=1; cat slurm-tests.log; exit $$status
+
+test-fast: setup  ## the fast tests, in parallel: under two minutes
+	$(BIN)/python -m pytest -q -n auto -m "not slow" --ignore=tests/slurm
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff check

@@ -1,14 +1,17 @@
-"""The corpus path, from text to the token shards of every cluster: ours and the published recipe, in one run on the same text and cores.
+"""Compare our path from text to the token shards of every cluster with the published recipe, in one run.
 
     python benchmarks/corpus.py --corpus 'texts/*.jsonl.zst' --tokenizer folder/with/tokenizer --compare-ids
 
-Ours are the rules as the workflow runs them: processes that start, read, check, write and fsync. The recipe (benchmarks/recipe.py) gets its
-text as plain JSON lines, one process per core, and its embedder in memory. Fitting the embedder and k-means is shown apart for both: it is
-done on a sample, so that its time does not grow with the corpus. Without --corpus the built-in demo corpus is read.
+Both read the same text on the same cores. Ours are the rules as the workflow runs them: processes that start,
+read, check, write and fsync. The recipe (benchmarks/recipe.py) gets its text as plain JSON lines, one process
+per core, and its embedder in memory. The time to fit the embedder and k-means is shown separately for both,
+because they are fitted on a sample, and so this time does not grow with the corpus. Without --corpus, the
+built-in demo corpus is read.
 
-Cost model of ours, per document byte of English text with 50 000 tokens in the vocabulary (0.31 tokens): shard reads 1 byte, encodes it
-and writes 0.62 (ids) + 0.47 (lz4 text); embed reads 0.62 and 125 of E, mostly from the cache (400 a token), and writes 0.1 (400 a
-document); assign reads 0.72 and writes 0.62.
+Cost model of ours, in bytes per byte of document, for English text and a vocabulary of 50 000 tokens (0.31
+tokens per byte). shard reads 1, encodes it, and writes 0.62 (ids) + 0.47 (lz4 text). embed reads 0.62, reads
+125 of E mostly from the cache (400 per token), and writes 0.1 (400 per document). assign reads 0.72 and
+writes 0.62.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import recipe
@@ -35,9 +39,11 @@ COMPARED_AT_ONCE = 1000  # documents
 
 
 def plain_copies(patterns: list[str], folder: Path, n_files: int, demo: Path) -> tuple[list[Path], int]:
-    """The corpus as so many plain JSON-lines files of about one size, and its bytes of text.
+    """Write the corpus as `n_files` plain JSON-lines files of similar size; returns them and the bytes of
+    text.
 
-    A document whose id came before is left out: ours would have to write its shard again, and the recipe does not look for any.
+    A document whose id came before is left out. Ours would have to write its shard again, and the recipe does
+    not look for such documents.
     """
     paths = [folder / f"text-{i}.jsonl" for i in range(n_files)]
     files = [path.open("wb") for path in paths]
@@ -59,14 +65,14 @@ def plain_copies(patterns: list[str], folder: Path, n_files: int, demo: Path) ->
 
 
 def fitting_seconds(log: Path) -> float:
-    """How long rule embed took to fit its embedder, as its log says."""
+    """The time that rule embed took to fit its embedder, from its log."""
     found = re.search(r"fitted on \d+ documents in ([\d.]+) s", log.read_text("utf-8"))
     assert found, log
     return float(found[1])
 
 
 def differing(folder: Path) -> tuple[int, int, int]:
-    """Documents, tokens, and documents whose ids are not the reference tokenizer's, over all shards."""
+    """Count the documents, the tokens, and the documents with other ids than the reference, in all shards."""
     import pyarrow.parquet as pq
 
     reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer/tokenizer.json"))
@@ -89,7 +95,7 @@ def differing(folder: Path) -> tuple[int, int, int]:
 
 
 def sample(paths: list[Path], n: int) -> list[str]:
-    """About n texts, evenly from all files."""
+    """About n texts, spread evenly over all files."""
 
     def lines() -> Iterator[bytes]:
         for path in paths:
@@ -101,7 +107,8 @@ def sample(paths: list[Path], n: int) -> list[str]:
     return [json.loads(line)["text"] for i, line in enumerate(lines()) if i % every == 0][:n]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--corpus", nargs="+", default=["builtin:demo"], help="files, folders or globs")
     p.add_argument(
@@ -123,56 +130,77 @@ def main() -> None:
     p.add_argument(
         "--compare-ids", action="store_true", help="compare every token id with the reference tokenizer's"
     )
-    p.add_argument("--no-recipe", action="store_true", help="ours alone")
-    args = p.parse_args()
+    p.add_argument("--no-recipe", action="store_true", help="run ours alone")
+    return p.parse_args()
+
+
+class Report:
+    """Prints one line for each measured step of a corpus with `n_bytes` bytes of text."""
+
+    def __init__(self, n_bytes: int):
+        self.n_bytes = n_bytes
+
+    def line(self, who: str, what: str, seconds: float, note: str = "") -> None:
+        """Print the time and speed of a step."""
+        speed = self.n_bytes / MB / seconds
+        print(f"{who:>7} {what:<28} {seconds:8.2f} s {speed:8.1f} MB/s  {note}", flush=True)
+
+
+def measure_ours(
+    report: Report, folder: Path, content: dict[str, Any], n_workers: int
+) -> tuple[float, float]:
+    """Run the rules; returns the seconds of shard, embed and assign together, and of fitting the embedder."""
+    peaks = dict(rules(folder, content, n_workers))
+    fitting = fitting_seconds(folder / "embed.log")
+    for rule in ("shard", "embed", "fit_kmeans", "assign"):
+        note = f"peak {peaks[rule].total / MB:.0f} MB"
+        note += f", of which fitting {fitting:.1f} s" if rule == "embed" else ""
+        report.line("ours", rule, peaks[rule].seconds, note)
+    seconds = sum(peaks[rule].seconds for rule in ("shard", "embed", "assign"))
+    report.line("ours", "shard + embed + assign", seconds)
+    return seconds, fitting
+
+
+def measure_recipe(
+    report: Report, folder: Path, paths: list[Path], content: dict[str, Any], k: int
+) -> tuple[float, float]:
+    """Run the recipe; returns the seconds of clustering and tokenising, and of fitting the embedder."""
+    texts = sample(paths, content["embed"]["fit_documents"])
+    began = time.perf_counter()
+    embedder = recipe.fit(texts, content["embed"]["n_components"])
+    fitting = time.perf_counter() - began
+    centres_KD = embedder.transform(texts[:k])
+    steps = recipe.run(paths, embedder, centres_KD, folder / "tokenizer/tokenizer.json")
+    report.line("recipe", "fit tf-idf and SVD", fitting, f"on {len(texts)} documents")
+    for step, seconds in steps.items():
+        report.line("recipe", step, seconds)
+    report.line("recipe", "cluster + tokenise", sum(steps.values()))
+    return sum(steps.values()), fitting
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    args = arguments()
     os.environ["OMP_NUM_THREADS"] = str(args.workers)
     content = configured(args.k, args.tokenizer)
     if args.fit_documents:
         content["embed"] |= {"fit_documents": args.fit_documents}
-
     folder = Path(tempfile.mkdtemp())
     try:
         paths, n_bytes = plain_copies(args.corpus, folder, args.workers, args.demo)
         content["corpus"] |= {"train": list(map(str, paths))}
         print(f"{n_bytes / MB:.1f} MB of text, {args.workers} workers")
-
-        def say(who: str, what: str, seconds: float, note: str = "") -> None:
-            print(
-                f"{who:>7} {what:<28} {seconds:8.2f} s {n_bytes / MB / seconds:8.1f} MB/s  {note}", flush=True
-            )
-
-        peaks = dict(rules(folder, content, args.workers))
-        fitting = fitting_seconds(folder / "embed.log")
-        for rule in ("shard", "embed", "fit_kmeans", "assign"):
-            note = f"peak {peaks[rule].total / MB:.0f} MB" + (
-                f", of which fitting {fitting:.1f} s" if rule == "embed" else ""
-            )
-            say("ours", rule, peaks[rule].seconds, note)
-        path = sum(peaks[rule].seconds for rule in ("shard", "embed", "assign"))
-        say("ours", "shard + embed + assign", path)
+        report = Report(n_bytes)
+        ours, our_fitting = measure_ours(report, folder, content, args.workers)
         if args.compare_ids:
-            print(
-                "        {} documents, {} tokens, {} documents with other ids than the reference's".format(
-                    *differing(folder)
-                ),
-                flush=True,
-            )
+            documents, tokens, other = differing(folder)
+            found = f"{documents} documents, {tokens} tokens, {other} documents"
+            print(f"        {found} with other ids than the reference's", flush=True)
         if not args.no_recipe:
-            texts = sample(paths, content["embed"]["fit_documents"])
-            began = time.perf_counter()
-            embedder = recipe.fit(texts, content["embed"]["n_components"])
-            theirs_fitting = time.perf_counter() - began
-            centres_KD = embedder.transform(texts[: args.k])
-            theirs = recipe.run(paths, embedder, centres_KD, folder / "tokenizer/tokenizer.json")
-            say("recipe", "fit tf-idf and SVD", theirs_fitting, f"on {len(texts)} documents")
-            for step, seconds in theirs.items():
-                say("recipe", step, seconds)
-            total = sum(theirs.values())
-            say("recipe", "cluster + tokenise", total)
-            print(f"recipe / ours, fitting on neither side: {total / (path - fitting):.1f}")
-            print(
-                f"recipe / ours, fitting of the embedder on both sides: {(total + theirs_fitting) / path:.1f}"
-            )
+            theirs, their_fitting = measure_recipe(report, folder, paths, content, args.k)
+            without, both = theirs / (ours - our_fitting), (theirs + their_fitting) / ours
+            print(f"recipe / ours, fitting on neither side: {without:.1f}")
+            print(f"recipe / ours, fitting of the embedder on both sides: {both:.1f}")
     finally:
         shutil.rmtree(folder)
 

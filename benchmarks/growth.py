@@ -1,9 +1,10 @@
-"""Time and peak memory of the rules shard, embed, fit_kmeans and assign on corpora of different size, run as the workflow runs them.
+"""Measure time and peak memory of the rules shard, embed, fit_kmeans and assign on corpora of different size.
 
     python benchmarks/growth.py --workers 2 --corpus small.jsonl.zst --corpus 'large-*.jsonl.zst'
 
-Every --corpus is one corpus: files, folders or globs. Everything is written to a temporary folder. Memory is the
-resident set, looked at 50 times a second: the peak of the rule's process, and the peak of the sum of its workers.
+The rules run as in the workflow and write to a temporary folder. Every --corpus is one corpus: files, folders
+or globs. Memory is the resident set, read 50 times a second: the peak of the rule's process, and the peak of
+the sum of its workers.
 """
 
 import argparse
@@ -26,7 +27,7 @@ MB = 1e6
 
 
 class Peak(NamedTuple):
-    """What a command needed; memory in bytes."""
+    """The resources that a command took; memory in bytes."""
 
     seconds: float
     cpu_seconds: float
@@ -36,7 +37,7 @@ class Peak(NamedTuple):
 
 
 def measure(module: str, *args: object) -> Peak:
-    """Run a module of the package and watch it and its child processes."""
+    """Run a module of the package and measure it and its child processes."""
     began, used = time.monotonic(), _cpu_seconds()
     run = subprocess.Popen([sys.executable, "-m", f"cbtm_pipeline.{module}", *map(str, args)])
     process = psutil.Process(run.pid)
@@ -55,13 +56,16 @@ def measure(module: str, *args: object) -> Peak:
 
 
 def _cpu_seconds() -> float:
-    """Processor time of all child processes that have ended."""
+    """The processor time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def rules(folder: Path, content: dict[str, Any], n_workers: int) -> Iterator[tuple[str, Peak]]:
-    """Run the rules of the corpus path, from the tokenizer on, and yield what each needed; their outputs and logs stay in `folder`."""
+    """Run the rules from tokenizer to assign, and yield each rule's name and peak.
+
+    Their outputs and logs stay in `folder`.
+    """
     config = folder / "config.json"
     config.write_text(json.dumps(content))
     tokenizer, shards = folder / "tokenizer/tokenizer.json", folder / "shards/manifest.json"
@@ -86,7 +90,7 @@ def rules(folder: Path, content: dict[str, Any], n_workers: int) -> Iterator[tup
 
 
 def configured(k: int, tokenizer: str | None) -> dict[str, Any]:
-    """config.yaml with k clusters and this tokenizer, else one of 16 384 tokens trained on 20 MB."""
+    """config.yaml with k clusters and this tokenizer; None: one of 16 384 tokens, trained on 20 MB."""
     content = yaml.safe_load((ROOT / "config.yaml").read_text("utf-8"))
     content["cluster"] |= {"k": k}
     content["tokenizer"] |= {
@@ -111,9 +115,8 @@ def main() -> None:
     p.add_argument("--k", type=int, default=16, help="number of clusters")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.workers)
-    print(
-        f"{'text':>9} {'documents':>9} {'rule':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}   peak MB: parent  workers together"
-    )
+    columns = f"{'text':>9} {'documents':>9} {'rule':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>6}"
+    print(f"{columns}   peak MB: parent  workers together")
     for patterns in args.corpus:
         with tempfile.TemporaryDirectory() as temporary:
             content = configured(args.k, args.tokenizer)
@@ -126,8 +129,9 @@ def main() -> None:
                     sum(shard[key] for shard in entries) for key in ("n_bytes", "n_documents")
                 )
                 print(
-                    f"{n_bytes / MB:6.0f} MB {n_documents:9d} {rule:>10} {peak.seconds:8.1f} {n_bytes / MB / peak.seconds:6.1f}"
-                    f" {peak.cpu_seconds:6.1f}            {peak.parent / MB:6.0f} {peak.workers / MB:8.0f} {peak.total / MB:8.0f}",
+                    f"{n_bytes / MB:6.0f} MB {n_documents:9d} {rule:>10} {peak.seconds:8.1f}"
+                    f" {n_bytes / MB / peak.seconds:6.1f} {peak.cpu_seconds:6.1f}           "
+                    f" {peak.parent / MB:6.0f} {peak.workers / MB:8.0f} {peak.total / MB:8.0f}",
                     flush=True,
                 )
 

@@ -25,9 +25,9 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from cbtm_pipeline import tokenizer
 from cbtm_pipeline.corpus import blocks as corpus_blocks
+from cbtm_pipeline.corpus import encoding, token_files
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import rows as corpus_rows
-from cbtm_pipeline.corpus import token_files
 from cbtm_pipeline.embedding import tfidf
 
 N_COMPONENTS = 100
@@ -121,7 +121,7 @@ def nmi(x_ND: np.ndarray, labels_N: np.ndarray, n_runs: int) -> tuple[float, flo
 
 def encoded(texts: list[str], tokenizer_json: Path, separator_id: int) -> token_files.Documents:
     """The texts as stored documents."""
-    encoder = tokenizer.Encoder(tokenizer_json)
+    encoder = encoding.TokenEncoder(tokenizer_json)
     ids = [encoder.encode(text.encode(), not encoder.why_slow) for text in texts]
     return token_files.Documents(
         np.concatenate([np.append(separator_id, x) for x in ids]), np.cumsum([0, *(1 + len(x) for x in ids)])
@@ -174,7 +174,7 @@ def main() -> None:
         path.unlink()
         if args.tokenizer:
             path = args.tokenizer / "tokenizer.json"
-            slow = tokenizer.Encoder(path).slow
+            slow = encoding.TokenEncoder(path).slow
             separator_id = slow.token_to_id(tokenizer.SEPARATOR)
             assert separator_id is not None, f"{path}: expected the token {tokenizer.SEPARATOR}"
             tokenised.append(

@@ -2,14 +2,13 @@ import copy
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -112,9 +111,8 @@ def test_lenient_where_the_meaning_is_clear() -> None:
     )
 
 
-def test_a_wrong_key_stops_a_run_within_three_seconds(tmp_path: Path) -> None:
+def test_a_wrong_key_stops_a_run_before_anything_is_planned(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("cluster: {kk: 3}\n")
-    began = time.monotonic()
     run = subprocess.run(
         [sys.executable, "-m", "snakemake", "-n", "--configfile", str(tmp_path / "c.yaml")],
         cwd=ROOT,
@@ -127,65 +125,4 @@ def test_a_wrong_key_stops_a_run_within_three_seconds(tmp_path: Path) -> None:
         in run.stdout + run.stderr
     )
     assert "Traceback" not in run.stdout + run.stderr
-    assert (
-        time.monotonic() - began < 30
-    )  # 2 s on a quiet machine; the bound only catches a start of the real work
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 12, 64, 200])
-def test_every_phase_two_system_costs_the_same(k: int) -> None:
-    c = config.validate(changed(cluster__k=k))
-    total = c.train.steps * c.train.batch_size
-
-    def sequences(expert: str) -> int:
-        p = plan.train_expert(c, expert)
-        return p["n_steps"] * p["batch_size"]
-
-    for group in (["dense"], ["dense-steps"], plan.cluster_experts(c), plan.random_experts(c)):
-        assert sum(map(sequences, group)) == pytest.approx(total, rel=max(0.01, k / total))
-    assert sequences("dense-steps") == sum(map(sequences, plan.cluster_experts(c)))
-
-
-def test_dense_and_seed_do_not_depend_on_k() -> None:
-    a, b = (config.validate(changed(cluster__k=k)) for k in (4, 7))
-    for expert in ("seed", "dense"):
-        assert plan.train_expert(a, expert) == plan.train_expert(b, expert)
-    assert plan.train_expert(a, "0") != plan.train_expert(b, "0")
-
-
-def test_one_cluster_is_the_dense_model() -> None:
-    c = config.validate(changed(cluster__k=1))
-    differ = {"expert", "data"}
-    dense = {key: value for key, value in plan.train_expert(c, "dense").items() if key not in differ}
-    assert dense == {key: value for key, value in plan.train_expert(c, "0").items() if key not in differ}
-
-
-def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
-    def parameters(**keys: Any) -> list[dict[str, Any]]:
-        c = config.validate(changed(**keys))
-        return [config.parameters(c, rule) for rule in ("embed", "route", "eval_ensemble")]
-
-    linear, encoded = parameters(), parameters(embed__encoder="me/tiny")
-    assert linear == parameters(embed__windows=1, route__window_tokens=8)
-    assert (
-        encoded
-        == parameters(embed__encoder="me/tiny", embed__idf_power=0.5, embed__n_components=3, seed=5)[:2]
-        + encoded[2:]
-    )
-    for key, rule in (("embed__windows", 0), ("route__window_tokens", 1)):
-        other = parameters(embed__encoder="me/tiny", **{key: 8})
-        assert [a == b for a, b in zip(encoded, other, strict=True)] == [i != rule for i in range(3)]
-    assert linear[2] == encoded[2]
-
-
-def test_seed_share() -> None:
-    c = config.validate(changed(train__seed_share=0.75))
-    seed = plan.train_expert(c, "seed")
-    assert seed["n_steps"] * seed["batch_size"] == 3 * c.train.steps * c.train.batch_size
-    assert plan.train_expert(config.validate(changed(model__pretrained="gpt2")), "seed")["n_steps"] == 0
-
-
-def test_experts_are_listed_once_each() -> None:
-    c = config.validate(changed(train__controls=["dense-batch", "dense-steps", "random"], cluster__k=2))
-    assert plan.experts(c) == ["0", "1", "dense", "dense-steps", "random-0", "random-1"]
-    assert plan.experts(config.validate(changed(train__controls=[], cluster__k=1))) == ["0", "dense"]
+    assert not list(tmp_path.rglob("results")) and "Building DAG" not in run.stdout + run.stderr

@@ -13,12 +13,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbtm_pipeline import demo_corpus
-from cbtm_pipeline.demo_corpus import DOMAINS, MAX_CHARS, MIN_CHARS, SOURCES, build, pack
+from cbtm_pipeline.corpus import demo_sources
+from cbtm_pipeline.corpus.demo_sources import DOMAINS, SOURCES
+from cbtm_pipeline.demo_corpus import MAX_CHARS, MIN_CHARS, build, pack
 
 REPOSITORY = Path(__file__).parents[1]
 
-# blake2b of the uncompressed default corpus. Another value means other text: measurements made on either are not comparable.
+# blake2b of the uncompressed default corpus. Another value means another text. Then measurements on the old
+# and the new text cannot be compared.
 DIGEST = "96edc6dff03c8eb8cab2f0bc69de4bb4"
 
 HTML = re.compile(
@@ -27,7 +29,7 @@ HTML = re.compile(
 
 
 def make_corpus(out: Path, python_path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line; with `python_path`, with the packages there and no others."""
+    """Run the command line. With `python_path`, only the packages in that folder can be found."""
     isolated = ["-S"] if python_path else []  # without the environment's own packages
     folders = [str(REPOSITORY / "src"), str(python_path)] if python_path else [str(REPOSITORY / "src")]
     command = [sys.executable, *isolated, "-m", "cbtm_pipeline.demo_corpus", "--out", str(out)]
@@ -168,7 +170,7 @@ def test_sources_are_complete() -> None:
 
 @pytest.fixture
 def packages_without_botocore(tmp_path: Path) -> Path:
-    """All installed packages but one, by links."""
+    """A folder with links to all installed packages except botocore."""
     installed = Path(str(importlib.metadata.distribution("botocore").locate_file("")))
     folder = tmp_path / "packages"
     folder.mkdir()
@@ -182,7 +184,8 @@ def test_missing_package_is_one_line(packages_without_botocore: Path, tmp_path: 
     done = make_corpus(tmp_path / "out" / "corpus.jsonl.zst", packages_without_botocore)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and done.stderr.endswith(
-        "demo corpus: package botocore is not installed. Expected botocore==1.44.5, as every version carries other text. Run make setup.\n"
+        "demo corpus: package botocore is not installed. "
+        "Expected botocore==1.44.5, as every version carries other text. Run make setup.\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +218,7 @@ def test_pack_keeps_the_words_in_order_and_the_bounds(entries: list[str]) -> Non
     assert all(MIN_CHARS <= len(document) <= MAX_CHARS for document in documents)
     assert all(document == document.strip() for document in documents)
     long_once = {entry: None for entry in entries if len(entry) >= 80}
-    if sum(len(entry) >= 80 for entry in entries) == len(long_once):  # nothing was dropped as said before
+    if sum(len(entry) >= 80 for entry in entries) == len(long_once):  # no entry was dropped as a repetition
         words = [word for document in documents for word in document.split()]
         expected = " ".join(entries).split()
         assert words == expected[: len(words)]
@@ -253,7 +256,7 @@ def test_pack_keeps_indentation() -> None:
     assert function.startswith("\n".join(documents))
 
 
-def test_pack_drops_what_was_said_before_and_markup() -> None:
+def test_pack_drops_repetitions_and_markup() -> None:
     first = "The software is provided as is, " + "without warranty of any kind, " * 60
     same = first.upper().replace(",", " ;")
     html = first.replace("software", "<code>software</code>")
@@ -273,7 +276,7 @@ def test_pack_drops_what_was_said_before_and_markup() -> None:
     ],
 )
 def test_untag(raw: str, clean: str) -> None:
-    assert demo_corpus._untag(raw) == clean
+    assert demo_sources._untag(raw) == clean
 
 
 @pytest.mark.parametrize(
@@ -285,4 +288,4 @@ def test_untag(raw: str, clean: str) -> None:
     ],
 )
 def test_tidy(raw: str, clean: str) -> None:
-    assert demo_corpus._tidy(raw) == clean
+    assert demo_sources._tidy(raw) == clean

@@ -7,10 +7,9 @@ from scipy import sparse
 
 import made_corpus
 import made_encoder
-from cbtm_pipeline import embed
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import shard_files
-from cbtm_pipeline.embedding import encoder, encoder_files, tfidf
+from cbtm_pipeline.embedding import encoder, encoder_files, tfidf, vectors
 
 
 @pytest.fixture
@@ -21,15 +20,15 @@ def config(tmp_path: Path) -> Path:
 def test_vectors_are_those_of_the_embedder_shard_by_shard(tmp_path: Path, config: Path) -> None:
     shards = made_corpus.write(tmp_path, [40, 0, 25])
     path = made_corpus.run_embed(tmp_path, config)
-    manifest = embed.read_manifest(path, shards)
-    embedder = embed.read_embedder(path.with_name("embedder.npz"), shards)
+    manifest = vectors.read_manifest(path, shards)
+    embedder = vectors.read_embedder(path.with_name("embedder.npz"), shards)
     assert manifest["made_from"]["embedder"] == artifact.identity(path.with_name("embedder.npz"))
     assert isinstance(embedder, tfidf.Embedder)
     assert embedder.E_VD.dtype == embedder.idf_V.dtype == np.float32
     entries = shard_files.entries(shards, artifact.read_json(shards), "train")
     assert [s["name"] for s in manifest["shards"]] == [entry["name"] for entry in entries]
     for entry, vectors_entry in zip(entries, manifest["shards"], strict=True):
-        x_ND = embed.read_vectors(path.parent, vectors_entry)
+        x_ND = vectors.read(path.parent, vectors_entry)
         assert x_ND.dtype == np.float32 and x_ND.shape == (entry["n_documents"], 8)
         assert np.array_equal(x_ND, tfidf.embed(shard_files.documents(shards.parent, entry), embedder.E_VD))
     made = {path: path.read_bytes() for path in path.parent.iterdir()}
@@ -65,11 +64,11 @@ def test_sample_is_spread_over_all_shards() -> None:
 def test_what_does_not_belong_together_is_refused(tmp_path: Path, config: Path) -> None:
     shards = made_corpus.write(tmp_path, [40])
     path = made_corpus.run_embed(tmp_path, config)
-    entry = embed.read_manifest(path, shards)["shards"][0]
-    vectors = path.with_name("train-00000.npy")
-    embed.write_vectors(vectors, np.load(vectors)[::-1])
+    entry = vectors.read_manifest(path, shards)["shards"][0]
+    file = path.with_name("train-00000.npy")
+    vectors.write(file, np.load(file)[::-1])
     with pytest.raises(ValueError, match=r"train-00000.npy: not the file that its manifest speaks of"):
-        embed.read_vectors(path.parent, entry)
+        vectors.read(path.parent, entry)
 
     tokens_file = shards.with_name("train-00000.arrow")
     content = tokens_file.read_bytes()
@@ -80,9 +79,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, config: Path) 
 
     made_corpus.write(tmp_path, [40], rng_seed=1)
     with pytest.raises(ValueError, match=r"made from another shards"):
-        embed.read_manifest(path, shards)
+        vectors.read_manifest(path, shards)
     with pytest.raises(ValueError, match=r"made from another shards"):
-        embed.read_embedder(path.with_name("embedder.npz"), shards)
+        vectors.read_embedder(path.with_name("embedder.npz"), shards)
 
 
 def test_no_training_documents(tmp_path: Path, config: Path) -> None:
@@ -92,7 +91,7 @@ def test_no_training_documents(tmp_path: Path, config: Path) -> None:
     assert not (tmp_path / "embed/manifest.json").exists()
 
 
-def test_a_reader_is_told_of_a_parquet_file_that_is_not_the_manifests(tmp_path: Path) -> None:
+def test_a_parquet_file_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
     shards = made_corpus.write(tmp_path, [5])
     (entry,) = shard_files.entries(shards, artifact.read_json(shards), "train")
     assert shard_files.attributes(shards.parent, entry, ["doc_id"]).to_pydict() == {
@@ -132,24 +131,30 @@ def encoded(tmp_path: Path) -> Path:
 def test_vectors_are_those_of_the_encoder_row_by_row(
     tmp_path: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "CHUNK_TEXTS", 16)
+    monkeypatch.setattr(vectors, "CHUNK_TEXTS", 16)
     shards = made_corpus.write(tmp_path, [40, 0, 25])
     path = made_corpus.run_embed(tmp_path, encoded)
-    manifest, embedder = embed.read_manifest(path, shards), path.with_name("embedder.npz")
+    manifest, embedder = vectors.read_manifest(path, shards), path.with_name("embedder.npz")
     assert (
         manifest["made_from"]["embedder"] == artifact.identity(embedder)
         and manifest["n_components"] == made_encoder.HIDDEN
     )
     found = encoder_files.load(str(tmp_path / "encoder"), 2)
     arrays, meta = artifact.read_npz(embedder, "embedder")
-    assert not arrays and meta["encoder"] == {"name": found.name, "identity": found.identity, "n_windows": 2}
+    assert not arrays and meta["encoder"] == {
+        "name": found.name,
+        "identity": found.identity,
+        "n_windows": 2,
+        "commit": None,
+        "revision": None,
+    }
     for entry in manifest["shards"]:
-        x_ND = embed.read_vectors(path.parent, entry)
+        x_ND = vectors.read(path.parent, entry)
         texts = pq.read_table(shards.with_name(f"{entry['name']}.parquet"))["text"].to_pylist()
         assert x_ND.dtype == np.float32 and x_ND.shape == (entry["n_documents"], made_encoder.HIDDEN)
         expected = [encoder.embed(found, [text])[0] for text in texts]
         np.testing.assert_allclose(x_ND, np.array(expected).reshape(x_ND.shape), atol=1e-5)
-    reread = embed.read_embedder(embedder, shards)
+    reread = vectors.read_embedder(embedder, shards)
     assert isinstance(reread, encoder.Encoder) and reread.identity == found.identity and reread.n_windows == 2
 
 
@@ -160,7 +165,33 @@ def test_an_encoder_that_has_changed_is_refused(tmp_path: Path, encoded: Path) -
     with pytest.raises(
         ValueError, match=r"encoder: its files have changed .* Expected those that the vectors were made with"
     ):
-        embed.read_embedder(embedder, shards)
+        vectors.read_embedder(embedder, shards)
+
+
+@pytest.mark.parametrize(("revision", "ref"), [(None, "main"), ("main", "main"), ("v1", "v1")])
+def test_commit_and_revision_are_recorded_and_kept(
+    tmp_path: Path, encoded: Path, revision: str | None, ref: str
+) -> None:
+    """The encoder that is read back is the one of the recorded revision. If that has moved, it is refused."""
+    cache, folder, later = tmp_path / "cache", tmp_path / "encoder", "f" * 40
+    made_encoder.add_modules(folder, {"pooling_mode": "mean"})
+    made_encoder.put_in_cache(cache, folder, ref=ref)
+    keys = {"encoder": "me/tiny", "windows": 2, "revision": revision}
+    config = made_corpus.write_config(tmp_path / "hub.yaml", embed=keys)
+    shards = made_corpus.write(tmp_path, [20])
+    with made_encoder.empty_hub(cache) as requests:
+        path = made_corpus.run_embed(tmp_path, config).with_name("embedder.npz")
+        record = artifact.read_npz(path, "embedder")[1]["encoder"]
+        assert record["commit"] == made_encoder.COMMIT and record["revision"] == revision
+        made_encoder.bert(1).save_pretrained(folder)
+        made_encoder.put_in_cache(cache, folder, later, "another")
+        loaded = vectors.read_embedder(path, shards)
+        assert isinstance(loaded, encoder.Encoder) and loaded.commit == made_encoder.COMMIT
+        assert loaded.identity == record["identity"]
+        (cache / "models--me--tiny/refs" / ref).write_text(later)
+        with pytest.raises(ValueError, match=r"me/tiny: its files have changed"):
+            vectors.read_embedder(path, shards)
+    assert requests == []
 
 
 def test_texts_that_are_not_the_manifests(tmp_path: Path, encoded: Path) -> None:
@@ -191,10 +222,10 @@ def test_term_weights(tmp_path: Path, config: Path, encoded: Path) -> None:
         np.array([[0, 1, 1, 1, 5], [0, 0, 2, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 2]], np.float32)
     )
     embedder = made_corpus.run_embed(tmp_path, config).with_name("embedder.npz")
-    linear = embed.read_embedder(embedder, shards)
+    linear = vectors.read_embedder(embedder, shards)
     assert isinstance(linear, tfidf.Embedder)
-    assert np.array_equal(embed.term_weights(embedder, shards, counts_NV), linear.idf_V)
+    assert np.array_equal(vectors.term_weights(embedder, shards, counts_NV), linear.idf_V)
     made_corpus.run_embed(tmp_path, encoded)
     np.testing.assert_allclose(
-        embed.term_weights(embedder, shards, counts_NV), [0, 0, np.log(5 / 3) + 1, 0, 0], rtol=1e-6
+        vectors.term_weights(embedder, shards, counts_NV), [0, 0, np.log(5 / 3) + 1, 0, 0], rtol=1e-6
     )

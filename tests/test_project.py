@@ -1,5 +1,6 @@
 """What the project says of itself: versions that agree, and examples that work."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import yaml
 
-from cbtm_pipeline import config
+import cbtm_pipeline
+from cbtm_pipeline import config, plan
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("status", "doctor")
 
 
 def pins(text: str) -> dict[str, str]:
@@ -50,12 +53,83 @@ def test_config_in_the_readme_is_valid() -> None:
         config.validate(merged(yaml.safe_load((ROOT / "config.yaml").read_text()), yaml.safe_load(example)))
 
 
+README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
 def test_commands_in_the_readme_exist() -> None:
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"^make (\w+)", readme, re.M):
-        assert target in targets
-    for module in re.findall(r"python -m cbtm_pipeline\.(\w+)", readme):
+    for target in re.findall(
+        r"\bmake ([a-z-]+)`?", "\n".join(re.findall(r"^make .*|`make .*?`", README, re.M))
+    ):
+        assert target in make_targets()
+    for module in re.findall(r"python -m cbtm_pipeline\.(\w+)", README):
         assert (ROOT / f"src/cbtm_pipeline/{module}.py").exists()
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
-        assert (ROOT / link).exists(), link
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, *ROOT.glob("*.md")]:
+        for link in links(page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = {(ROOT / link).resolve() for link in links(README)}
+    pages = {*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "CITATION.cff"}
+    assert pages <= linked, f"not linked: {sorted(page.name for page in pages - linked)}"
+
+
+def test_every_command_is_documented() -> None:
+    for command in COMMANDS:
+        assert f"cbtm {command}" in README
+        assert f"cbtm {command}" in (ast.get_docstring(ast.parse(source("__main__"))) or "")
+    makefile = (ROOT / "Makefile").read_text()
+    for target in make_targets():
+        assert re.search(rf"^{target}:.*## ", makefile, re.M), f"make help does not explain {target}"
+    contract = (ROOT / "docs/data-contract.md").read_text()
+    for rule in plan.RULES:
+        assert f"| {rule} |" in contract, f"docs/data-contract.md does not say what {rule} writes"
+
+
+def source(name: str) -> str:
+    return (ROOT / f"src/cbtm_pipeline/{name}.py").read_text()
+
+
+def test_every_option_of_a_rule_is_explained() -> None:
+    for name in [*plan.RULES, *COMMANDS]:
+        calls = [node for node in ast.walk(ast.parse(source(name))) if isinstance(node, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+                help_text = {k.arg for k in call.keywords}
+                assert "help" in help_text, f"{name}: {ast.unparse(call.args[0])} has no help"
+
+
+def test_the_tree_in_the_readme_is_true() -> None:
+    (tree,) = re.findall(r"```text\n(config\.yaml.*?)```", README, re.S)
+    package = ROOT / "src/cbtm_pipeline"
+    names = re.findall(r"^  ([\w/. ]+?)(?:  |$)", tree, re.M)
+    listed = {name for line in names for name in line.split()}
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert listed == modules | folders
+
+
+def test_hosted_ci_runs_the_same_script() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step] == [".ci/run"]
+
+
+def test_versions_agree() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version == cbtm_pipeline.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    released = re.findall(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert released[0][0] == version
+    assert released == sorted(released, key=lambda entry: entry[1], reverse=True)

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made_texts
-from cbtm_pipeline import shard, tokenizer
+from cbtm_pipeline import shard
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import encoding, shard_block, token_files
 from cbtm_pipeline.corpus import rows as corpus_rows
-from cbtm_pipeline.corpus import shard_block, token_files
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,7 @@ class Result:
 def make(tokenizer_json: Path, out: Path, *train: Path, workers: int = 1, **corpus: Any) -> Result:
     """Run the rule on files; eval_fraction defaults to a half, and any share of the rows may be bad."""
     corpus = {"train": [str(path) for path in train], "eval_fraction": 0.5, "max_bad_share": 1.0, **corpus}
-    shard.make(
-        made_texts.parameters("shard", corpus=corpus), tokenizer_json, out / "manifest.json", workers, None
-    )
+    shard.make(made_texts.shard_plan(**corpus), tokenizer_json, out / "manifest.json", workers, None)
     return Result(out, tokenizer_json)
 
 
@@ -104,7 +102,7 @@ def test_documents_arrive_whole_in_order_and_tokenised(tmp_path: Path, tokenizer
     assert len(result.manifest["shards"]) > 6
     assert result.manifest["encoder"] == "gigatoken"
     assert result.manifest["vocab_size"] == 320
-    encoder = tokenizer.Encoder(tokenizer_json)
+    encoder = encoding.TokenEncoder(tokenizer_json)
     for name, text in result.all.items():
         assert result.ids[name] == encoder.encode(text.encode(), fast=False).tolist()
 
@@ -293,8 +291,8 @@ def test_file_on_both_sides_is_refused(tmp_path: Path, tokenizer_json: Path) -> 
 
 def test_demo_file_stands_for_the_built_in_corpus(tmp_path: Path, tokenizer_json: Path) -> None:
     demo = made_texts.write_jsonl(tmp_path / "demo.jsonl", made_texts.rows(100))
-    how = made_texts.parameters("shard")
-    assert how.train == ["builtin:demo"]
+    how = made_texts.shard_plan()
+    assert how.train == ("builtin:demo",)
     shard.make(how, tokenizer_json, tmp_path / "s/manifest.json", 1, demo)
     assert len(Result(tmp_path / "s", tokenizer_json).all) == 100
     with pytest.raises(ValueError, match="--demo"):
@@ -406,7 +404,7 @@ def test_single_long_document(tmp_path: Path, tokenizer_json: Path) -> None:
     ].to_pylist()
     assert stored == text
     documents, row = token_files.read(tmp_path / f"s/{entry['name']}.arrow", 0), ids.index("long")
-    expected = tokenizer.Encoder(tokenizer_json).encode(text.encode(), fast=True)
+    expected = encoding.TokenEncoder(tokenizer_json).encode(text.encode(), fast=True)
     assert np.array_equal(documents.values[documents.offsets[row] + 1 : documents.offsets[row + 1]], expected)
 
 
@@ -556,7 +554,10 @@ def test_tokenizer_that_does_not_match_its_card(tmp_path: Path, tokenizer_json: 
 def started(
     tmp_path: Path, tokenizer_json: Path, n_rows: int, workers: int, awaited: str
 ) -> tuple[subprocess.Popen[str], list[Any], Path]:
-    """A run that has written shards named like `awaited`, its arguments and its corpus."""
+    """Start a run and wait until it has written a shard like `awaited`.
+
+    Returns it, its arguments, its corpus.
+    """
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(n_rows))
     cfg = made_texts.write_config(
         tmp_path / "c.json", corpus={"train": [str(corpus)], "shard_bytes": 4096, "eval_fraction": 0.2}
@@ -579,7 +580,7 @@ def started(
 
 
 def limited() -> None:
-    """Files of at most 200 kB, as on a full disk."""
+    """Limit files to 200 kB, so that writing fails as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
@@ -624,7 +625,7 @@ def test_stale_shards_are_removed_and_strangers_stay(tmp_path: Path, tokenizer_j
 
 
 def test_killed_run_starts_again(tmp_path: Path, tokenizer_json: Path) -> None:
-    run, args, corpus = started(tmp_path, tokenizer_json, 400, 1, "train-00003.arrow")
+    run, args, corpus = started(tmp_path, tokenizer_json, 2000, 1, "train-00003.arrow")
     run.kill()
     run.communicate()
     assert not (tmp_path / "s/manifest.json").exists()
@@ -670,7 +671,7 @@ def test_killed_worker_is_one_line(tmp_path: Path, tokenizer_json: Path) -> None
 class Differs:
     """An encoder whose fast side is wrong for one text."""
 
-    def __init__(self, encoder: tokenizer.Encoder, wrong: bytes):
+    def __init__(self, encoder: encoding.TokenEncoder, wrong: bytes):
         self.encoder, self.wrong, self.why_slow = encoder, wrong, ""
 
     def agrees(self, texts: list[bytes]) -> bool:
@@ -686,7 +687,7 @@ def test_block_whose_sample_differs_is_encoded_by_the_reference(
     rows = made_texts.rows(120)
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", rows)
     right = make(tokenizer_json, tmp_path / "right", corpus, shard_bytes=4096)
-    encoder = Differs(tokenizer.Encoder(tokenizer_json), rows[60]["text"].encode())
+    encoder = Differs(encoding.TokenEncoder(tokenizer_json), rows[60]["text"].encode())
     monkeypatch.setattr(shard_block, "_encoder", lambda *_: encoder)
     result = make(tokenizer_json, tmp_path / "s", corpus, shard_bytes=4096)
     assert result.ids == right.ids

@@ -64,7 +64,7 @@ def last_time(out: Path) -> float:
 def look(
     out: Path,
     name: str,
-    queue: dict[str, commands.Job] | None = None,
+    queue: dict[str, commands.QueuedJob] | None = None,
     now: float | None = None,
     kind: str = "expert",
 ) -> Row:
@@ -273,8 +273,8 @@ def test_an_error_that_was_overcome_is_none(out):
 # --- Slurm ------------------------------------------------------------------------------------------------------------
 
 
-def job(state: str, reason: str = "None", nodes: str = "") -> dict[str, commands.Job]:
-    return {"17": commands.Job("17", "expert-0", state, reason, nodes, 0, "token", "", "")}
+def job(state: str, reason: str = "None", nodes: str = "") -> dict[str, commands.QueuedJob]:
+    return {"17": commands.QueuedJob("17", "expert-0", state, reason, nodes, 0, "token", "", "")}
 
 
 def submit(

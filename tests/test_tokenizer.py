@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import made_texts
 from cbtm_pipeline import tokenizer
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.corpus import rows as corpus_rows
 
 
@@ -25,11 +26,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder(trained: Path) -> tokenizer.Encoder:
-    return tokenizer.Encoder(trained)
+def encoder(trained: Path) -> encoding.TokenEncoder:
+    return encoding.TokenEncoder(trained)
 
 
-def decode(encoder: tokenizer.Encoder, ids: np.ndarray) -> str:
+def decode(encoder: encoding.TokenEncoder, ids: np.ndarray) -> str:
     return encoder.slow.decode(ids.tolist(), skip_special_tokens=False)
 
 
@@ -40,14 +41,14 @@ def test_trained_tokenizer_is_what_transformers_loads(trained: Path) -> None:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(trained.parent)
-    card = tokenizer.read_card(trained)
+    card = encoding.read_card(trained)
     assert loaded.bos_token == loaded.eos_token == loaded.pad_token == "<|endoftext|>"
     assert loaded.bos_token_id == card["separator_id"] == 0
     assert len(loaded) == card["vocab_size"] == 320
     assert card["source"] == "trained on the corpus"
     text = "The  rose, the SHIP\r\n\tété 日本 😀\0 <|endoftext|> !"
     assert loaded.decode(loaded.encode("The rose")) == "The rose"
-    ids = tokenizer.Encoder(trained).encode(text.encode(), fast=True)
+    ids = encoding.TokenEncoder(trained).encode(text.encode(), fast=True)
     assert loaded.decode(ids.tolist()) == text
     assert sorted(path.name for path in trained.parent.iterdir()) == [
         "card.json",
@@ -78,11 +79,11 @@ def test_training_never_sees_held_out_text(tmp_path: Path) -> None:
         f"{word} " * 50 for word in ("".join(random.Random(i).choices("abcdefghij", k=12)) for i in range(60))
     ]
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    how = made_texts.parameters(
-        "tokenizer", corpus={"train": [str(corpus)], "eval_fraction": 0.4}, tokenizer={"vocab_size": 4000}
+    how = made_texts.tokenizer_plan(
+        corpus={"train": [str(corpus)], "eval_fraction": 0.4}, tokenizer={"vocab_size": 4000}
     )
     tokenizer.make(how, tmp_path / "t/tokenizer.json", None)
-    encoder = tokenizer.Encoder(tmp_path / "t/tokenizer.json")
+    encoder = encoding.TokenEncoder(tmp_path / "t/tokenizer.json")
     for text in texts:
         held_out = corpus_rows.uniform(corpus_rows.text_hash(text.encode())) < 0.4
         per_word = len(encoder.encode(text.encode(), fast=True)) / 50
@@ -91,7 +92,7 @@ def test_training_never_sees_held_out_text(tmp_path: Path) -> None:
 
 def test_no_text_to_train_on(tmp_path: Path) -> None:
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", [{"body": "no text"}])
-    how = made_texts.parameters("tokenizer", corpus={"train": [str(corpus)]})
+    how = made_texts.tokenizer_plan(corpus={"train": [str(corpus)]})
     with pytest.raises(ValueError, match="no text to train a tokenizer on"):
         tokenizer.make(how, tmp_path / "t/tokenizer.json", None)
     assert list((tmp_path / "t").iterdir()) == []
@@ -136,13 +137,15 @@ def test_sample_comes_from_everywhere() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=80))
-def test_decoding_gives_the_text_back_and_both_encoders_agree(encoder: tokenizer.Encoder, text: str) -> None:
+def test_decoding_gives_the_text_back_and_both_encoders_agree(
+    encoder: encoding.TokenEncoder, text: str
+) -> None:
     slow, fast = (encoder.encode(text.encode(), fast=fast) for fast in (False, True))
     assert slow.tolist() == fast.tolist()
     assert decode(encoder, slow) == text
 
 
-def test_special_tokens_in_the_text_are_ordinary_characters(encoder: tokenizer.Encoder) -> None:
+def test_special_tokens_in_the_text_are_ordinary_characters(encoder: encoding.TokenEncoder) -> None:
     assert encoder.why_slow == ""
     for fast in (True, False):
         ids = encoder.encode(b"a <|endoftext|><|endoftext|> b", fast)
@@ -151,7 +154,7 @@ def test_special_tokens_in_the_text_are_ordinary_characters(encoder: tokenizer.E
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(
-    tmp_path: Path, trained: Path, encoder: tokenizer.Encoder
+    tmp_path: Path, trained: Path, encoder: encoding.TokenEncoder
 ) -> None:
     other = tokenizers.Tokenizer.from_file(str(trained))
     other.enable_truncation(5)
@@ -160,7 +163,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(
     text = b"The rose and the ship, the sugar and the dough."
     expected = encoder.encode(text, fast=False).tolist()
     assert 5 < len(expected) < 100
-    cut = tokenizer.Encoder(tmp_path / "tokenizer.json")
+    cut = encoding.TokenEncoder(tmp_path / "tokenizer.json")
     assert cut.why_slow == ""
     for fast in (True, False):
         assert cut.encode(text, fast).tolist() == expected
@@ -197,7 +200,7 @@ def other_tokenizer(kind: str) -> tokenizers.Tokenizer:
 def test_where_gigatoken_cannot_follow_the_reference_it_is_not_used(tmp_path: Path, kind: str) -> None:
     made = other_tokenizer(kind)
     made.save(str(tmp_path / "tokenizer.json"))
-    encoder = tokenizer.Encoder(tmp_path / "tokenizer.json")
+    encoder = encoding.TokenEncoder(tmp_path / "tokenizer.json")
     assert encoder.why_slow
     text = "The rose, the roses and the Ship"
     assert (
@@ -206,15 +209,15 @@ def test_where_gigatoken_cannot_follow_the_reference_it_is_not_used(tmp_path: Pa
 
 
 def test_cache_of_gigatoken_is_renewed_without_changing_ids(
-    encoder: tokenizer.Encoder, monkeypatch: pytest.MonkeyPatch
+    encoder: encoding.TokenEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = made_texts.texts(1)[0].encode()
     expected, backend = encoder.encode(text, fast=True), encoder._fast
-    monkeypatch.setattr(tokenizer, "_LOOK_BYTES", 2 * len(text))
+    monkeypatch.setattr(encoding, "_CHECK_BYTES", 2 * len(text))
     for _ in range(4):
         assert np.array_equal(encoder.encode(text, fast=True), expected)
     assert encoder._fast is backend, "memory has not grown"
-    monkeypatch.setattr(tokenizer, "_CACHE_BYTES", -(1 << 40))
+    monkeypatch.setattr(encoding, "_CACHE_BYTES", -(1 << 40))
     for _ in range(4):
         assert np.array_equal(encoder.encode(text, fast=True), expected)
     assert encoder._fast is not backend
@@ -223,27 +226,27 @@ def test_cache_of_gigatoken_is_renewed_without_changing_ids(
 CACHE = """
 import random, sys
 from pathlib import Path
-from cbtm_pipeline import tokenizer
-tokenizer._CACHE_BYTES, tokenizer._LOOK_BYTES = int(sys.argv[2]), 1 << 22
-encoder = tokenizer.Encoder(Path(sys.argv[1]))
+from cbtm_pipeline.corpus import encoding
+encoding._CACHE_BYTES, encoding._CHECK_BYTES = int(sys.argv[2]), 1 << 22
+encoder = encoding.TokenEncoder(Path(sys.argv[1]))
 letters = bytes(b"abcdefghijklmnop"[i % 16] for i in range(256))
-before = largest = tokenizer._memory()
+before = largest = encoding._memory()
 for i in range(24):
     text = random.Random(i).randbytes(1 << 20).translate(letters)
     encoder.encode(b" ".join(text[j : j + 8] for j in range(0, len(text), 8)), fast=True)
-    largest = max(largest, tokenizer._memory())
+    largest = max(largest, encoding._memory())
 print((largest - before) >> 20)
 """
 
 
 def test_memory_where_the_system_tells_only_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = tokenizer._memory()
-    monkeypatch.setattr(tokenizer, "_STATM", tmp_path / "none")
-    assert 0.9 * held < tokenizer._memory() < 100 * held, "in bytes"
+    held = encoding._memory()
+    monkeypatch.setattr(encoding, "_STATM", tmp_path / "none")
+    assert 0.9 * held < encoding._memory() < 100 * held, "in bytes"
 
 
 def test_cache_of_gigatoken_is_bounded(trained: Path) -> None:
-    """Words that never come again, the worst there is, in a process whose memory nothing else has used."""
+    """The worst text for the cache is one in which no word repeats. It is encoded in a process of its own."""
 
     def grows(cache_bytes: int) -> int:
         command = [sys.executable, "-c", CACHE, str(trained), str(cache_bytes)]
@@ -257,7 +260,7 @@ def test_cache_of_gigatoken_is_bounded(trained: Path) -> None:
 def test_damaged_tokenizer_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer"):
-        tokenizer.Encoder(tmp_path / "tokenizer.json")
+        encoding.TokenEncoder(tmp_path / "tokenizer.json")
 
 
 # pieces
@@ -265,8 +268,8 @@ def test_damaged_tokenizer_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "PIECE_BYTES", 4096)
-    monkeypatch.setattr(tokenizer, "_WINDOW", 256)
+    monkeypatch.setattr(encoding, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(encoding, "_WINDOW", 256)
 
 
 def long_text(kind: str, n: int) -> bytes:
@@ -281,41 +284,44 @@ def long_text(kind: str, n: int) -> bytes:
 
 @pytest.mark.parametrize("kind", ["lines", "words", "two bytes", "four bytes"])
 def test_pieces_are_short_and_whole(kind: str, short_pieces: None) -> None:
-    text = long_text(kind, 50 * tokenizer.PIECE_BYTES + 1)
-    pieces = list(tokenizer.pieces(text))
+    text = long_text(kind, 50 * encoding.PIECE_BYTES + 1)
+    pieces = list(encoding.pieces(text))
     assert b"".join(pieces) == text
     assert len(pieces) > 40
-    assert max(map(len, pieces)) <= tokenizer.PIECE_BYTES
-    assert min(map(len, pieces[:-1])) > tokenizer.PIECE_BYTES - 256 - 4
+    assert max(map(len, pieces)) <= encoding.PIECE_BYTES
+    assert min(map(len, pieces[:-1])) > encoding.PIECE_BYTES - 256 - 4
     for piece in pieces:
         piece.decode()
 
 
 @pytest.mark.parametrize("kind", ["lines", "words"])
 def test_pieces_give_the_tokens_of_the_whole(
-    encoder: tokenizer.Encoder, kind: str, short_pieces: None
+    encoder: encoding.TokenEncoder, kind: str, short_pieces: None
 ) -> None:
-    text = long_text(kind, 50 * tokenizer.PIECE_BYTES)
-    assert len(list(tokenizer.pieces(text))) > 40
+    text = long_text(kind, 50 * encoding.PIECE_BYTES)
+    assert len(list(encoding.pieces(text))) > 40
     assert np.array_equal(encoder.encode(text, fast=True), encoder._encode_fast(text))
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 
 @pytest.mark.parametrize("pattern", [GPT2, GPT4])
 @pytest.mark.parametrize("kind", ["lines", "words"])
 def test_pieces_keep_the_words_of_the_whole(kind: str, pattern: str, short_pieces: None) -> None:
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated").pre_tokenize_str
-    text = long_text(kind, 50 * tokenizer.PIECE_BYTES)
-    words = [word for piece in tokenizer.pieces(text) for word, _ in split(piece.decode())]
+    text = long_text(kind, 50 * encoding.PIECE_BYTES)
+    words = [word for piece in encoding.pieces(text) for word, _ in split(piece.decode())]
     assert words == [word for word, _ in split(text.decode())]
 
 
 def test_text_of_up_to_a_piece_is_not_cut() -> None:
-    for n in (0, 1, tokenizer.PIECE_BYTES):
-        assert list(tokenizer.pieces(b"a" * n)) == [b"a" * n]
+    for n in (0, 1, encoding.PIECE_BYTES):
+        assert list(encoding.pieces(b"a" * n)) == [b"a" * n]
 
 
 # pretrained
@@ -323,7 +329,7 @@ def test_text_of_up_to_a_piece_is_not_cut() -> None:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as other people publish them: other names of the special tokens, a post-processor that adds one, added tokens."""
+    """A published tokenizer: other special tokens, one of which a post-processor adds, and added tokens."""
     from transformers import PreTrainedTokenizerFast
 
     made = other_tokenizer("byte level")
@@ -337,24 +343,25 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_pretrained(source: object, out: Path) -> Path:
-    tokenizer.make(made_texts.parameters("tokenizer", tokenizer={"pretrained": str(source)}), out, None)
+    tokenizer.make(made_texts.tokenizer_plan(tokenizer={"pretrained": str(source)}), out, None)
     return out
 
 
 def test_pretrained_folder(tmp_path: Path, pretrained: Path) -> None:
     out = make_pretrained(pretrained, tmp_path / "t/tokenizer.json")
-    card = tokenizer.read_card(out)
+    card = encoding.read_card(out)
     assert (card["separator_id"], card["vocab_size"], card["source"]) == (0, 401, str(pretrained))
-    encoder = tokenizer.Encoder(out)
+    assert "commit" not in card, "a folder is no repository"
+    encoder = encoding.TokenEncoder(out)
     ids = encoder.encode(b"The <s> rose</s>", fast=not encoder.why_slow)
     assert not {0, 400} & set(ids.tolist())
     assert decode(encoder, ids) == "The <s> rose</s>"
 
 
 def test_seed_models_tokenizer_is_used_unless_another_is_named(tmp_path: Path, pretrained: Path) -> None:
-    how = made_texts.parameters("tokenizer", model={"pretrained": str(pretrained)})
+    how = made_texts.tokenizer_plan(model={"pretrained": str(pretrained)})
     tokenizer.make(how, tmp_path / "t/tokenizer.json", None)
-    assert tokenizer.read_card(tmp_path / "t/tokenizer.json")["source"] == str(pretrained)
+    assert encoding.read_card(tmp_path / "t/tokenizer.json")["source"] == str(pretrained)
 
 
 @pytest.mark.parametrize(("bos", "eos", "separator_id"), [(None, "</s>", 400), (None, None, None)])
@@ -369,7 +376,7 @@ def test_separator_is_bos_else_eos_else_an_error(
             make_pretrained(tmp_path / "source", tmp_path / "t/tokenizer.json")
     else:
         out = make_pretrained(tmp_path / "source", tmp_path / "t/tokenizer.json")
-        assert tokenizer.read_card(out)["separator_id"] == separator_id
+        assert encoding.read_card(out)["separator_id"] == separator_id
 
 
 def test_name_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
@@ -377,10 +384,60 @@ def test_name_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     done = made_texts.run("tokenizer", "--config", cfg, "--out", tmp_path / "t/tokenizer.json", env=env)
     assert done.returncode == 1
-    loading, line = done.stderr.splitlines()
+    loading, _, line = done.stderr.splitlines()
     assert loading.endswith("loading nobody/no-such-tokenizer")
-    assert "nobody/no-such-tokenizer cannot be loaded" in line
-    assert "hf download" in line
+    assert "tokenizer.pretrained: nobody/no-such-tokenizer: not found" in line
+    assert "hf download nobody/no-such-tokenizer" in line
+    assert not (tmp_path / "t/tokenizer.json").exists()
+
+
+MAIN_COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, pretrained: Path, trained: Path) -> dict[str, str]:
+    """The environment of a machine without network, whose cache of the hub has me/tiny at two commits.
+
+    The main branch is the tokenizer `pretrained`; the tag v1 is the tokenizer `trained`.
+    """
+    repository = tmp_path / "hub/models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for ref, commit, folder in (("main", MAIN_COMMIT, pretrained), ("v1", OLD_COMMIT, trained.parent)):
+        (repository / "refs" / ref).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("card.json"))
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+
+
+def run_with_hub(tmp_path: Path, env: dict[str, str], **sections: Any) -> subprocess.CompletedProcess[str]:
+    cfg = made_texts.write_config(tmp_path / "c.json", **sections)
+    return made_texts.run("tokenizer", "--config", cfg, "--out", tmp_path / "t/tokenizer.json", env=env)
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit", "vocab_size"),
+    [(None, MAIN_COMMIT, 401), ("v1", OLD_COMMIT, 320), (OLD_COMMIT, OLD_COMMIT, 320)],
+)
+@pytest.mark.parametrize("section", ["tokenizer", "model"])
+def test_revision_on_the_hub_is_used_and_its_commit_recorded(
+    tmp_path: Path,
+    hub_cache: dict[str, str],
+    section: str,
+    revision: str | None,
+    commit: str,
+    vocab_size: int,
+) -> None:
+    done = run_with_hub(tmp_path, hub_cache, **{section: {"pretrained": "me/tiny", "revision": revision}})
+    assert done.returncode == 0, done.stderr
+    card = encoding.read_card(tmp_path / "t/tokenizer.json")
+    assert (card["source"], card["commit"], card["vocab_size"]) == ("me/tiny", commit, vocab_size)
+
+
+def test_revision_that_is_not_in_the_cache_is_named(tmp_path: Path, hub_cache: dict[str, str]) -> None:
+    done = run_with_hub(tmp_path, hub_cache, tokenizer={"pretrained": "me/tiny", "revision": "v2"})
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert "tokenizer.pretrained: me/tiny: not found" in line
+    assert "hf download me/tiny --revision v2" in line
     assert not (tmp_path / "t/tokenizer.json").exists()
 
 
@@ -396,7 +453,7 @@ def test_new_tokenizer_leaves_nothing_of_an_old_one(tmp_path: Path, trained: Pat
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert tokenizer.read_card(out)["vocab_size"] == 401
+    assert encoding.read_card(out)["vocab_size"] == 401
 
 
 def test_failure_leaves_the_old_tokenizer(tmp_path: Path, trained: Path) -> None:
@@ -404,7 +461,7 @@ def test_failure_leaves_the_old_tokenizer(tmp_path: Path, trained: Path) -> None
     shutil.copytree(trained.parent, folder)
     with pytest.raises(ValueError):
         make_pretrained(tmp_path / "nothing", folder / "tokenizer.json")
-    assert tokenizer.read_card(folder / "tokenizer.json")["vocab_size"] == 320
+    assert encoding.read_card(folder / "tokenizer.json")["vocab_size"] == 320
 
 
 def test_card_of_another_tokenizer_is_refused(tmp_path: Path, trained: Path) -> None:
@@ -412,5 +469,5 @@ def test_card_of_another_tokenizer_is_refused(tmp_path: Path, trained: Path) -> 
     path = tmp_path / "t/tokenizer.json"
     path.write_text(path.read_text() + " ")
     assert artifact.identity(path) != artifact.identity(trained)
-    with pytest.raises(ValueError, match=r"card\.json: speaks of another tokenizer"):
-        tokenizer.read_card(path)
+    with pytest.raises(ValueError, match=r"card\.json: belongs to another tokenizer"):
+        encoding.read_card(path)

@@ -4,14 +4,14 @@
         --vectors results/embed/manifest.json --clusterer results/cluster/clusterer.npz \\
         --out results/assignments/manifest.json
 
-A document goes to the cluster with the least squared distance plus price. The prices balance the documents that they
-were fitted on. If the corpus holds more documents, passes over its vectors first correct the prices for all of them
-(`prices.refine`). The clusterer keeps its own prices.
+A document goes to the cluster with the least squared distance plus price. The prices balance the documents
+that they were fitted on. If the corpus holds more documents, passes over its vectors first correct the prices
+for all of them (`prices.refine`). The clusterer keeps its own prices.
 
 Shapes: N documents of a shard, R documents of a chunk, D dimensions, K clusters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans, prices, regroup
-from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard
+from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
 from cbtm_pipeline.corpus import heldout, shard_files, token_files
 from cbtm_pipeline.embedding import encoder, tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
@@ -30,38 +30,42 @@ CHUNK_ROWS = 1 << 14
 
 
 def by_clusterer(shards: Path, train: list[shard_files.Entry], vectors: Path, clusterer: Path) -> Grouping:
-    """The grouping that `fit_kmeans` found, its prices corrected for the whole corpus."""
+    """The grouping by the clusters of `fit_kmeans`, with prices corrected for the whole corpus.
+
+    Raises ValueError if vectors or clusterer were made from other files.
+    """
     manifest = vector_files.read_manifest(vectors, shards)
     arrays, meta = artifact.read_npz(clusterer, "clusterer")
     artifact.check_made_from(clusterer, meta, "vectors", artifact.identity(vectors))
     centres_KD, prices_K, certificate = arrays["centres_KD"], arrays["prices_K"], meta["certificate"]
+    balance, made_with = certificate["balance"], "clusterer"
     by_name = {entry["name"]: entry for entry in manifest["shards"]}
-    made_with = "clusterer"
 
-    def read_chunks() -> Iterable[prices.Chunk]:
+    def read_vectors(entry: shard_files.Entry) -> np.ndarray:
+        return vector_files.read(vectors.parent, by_name[entry["name"]])
+
+    def read_chunks() -> Iterator[prices.Chunk]:
         for entry in train:
-            x_ND = vector_files.read(vectors.parent, by_name[entry["name"]])
+            x_ND = read_vectors(entry)
             n_tokens_N = shard_files.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
-            weights_N = regroup.weights(n_tokens_N, certificate["balance"])
+            weights_N = regroup.weights(n_tokens_N, balance)
             for start in range(0, len(x_ND), CHUNK_ROWS):
                 rows = slice(start, start + CHUNK_ROWS)
                 yield x_ND[rows], weights_N[rows]
 
     n_documents = sum(entry["n_documents"] for entry in train)
-    if certificate["balance"] != "none" and n_documents > certificate["n_documents"]:
-        prices_K, balance = prices.refine(read_chunks, centres_KD, prices_K)
+    if balance != "none" and n_documents > certificate["n_documents"]:
+        prices_K, largest = prices.refine(read_chunks, centres_KD, prices_K)
         made_with = "clusterer" if np.array_equal(prices_K, arrays["prices_K"]) else "corpus"
-        cli.log.info(
-            "prices of the %s balance the whole corpus: largest load over mean %.3f", made_with, balance
-        )
+        message = "prices of the %s balance the whole corpus: largest load over mean %.3f"
+        cli.log.info(message, made_with, largest)
 
     def label(shard: Shard) -> Labels:
-        h_ND = vector_files.read(vectors.parent, by_name[shard.entry["name"]])
-        return Labels(*kmeans.assign(h_ND, centres_KD, prices_K))
+        return Labels(*kmeans.assign(read_vectors(shard.entry), centres_KD, prices_K))
 
     made_from = {"clusterer": artifact.identity(clusterer), "shards": artifact.identity(shards)}
-    about = {"balance": certificate["balance"], "prices": made_with, "prices_K": prices_K.tolist()}
-    return Grouping(label, len(centres_KD), made_from, about)
+    settings = {"balance": balance, "prices": made_with, "prices_K": prices_K.tolist()}
+    return Grouping(label, len(centres_KD), made_from, settings)
 
 
 def label_validation(
@@ -80,12 +84,8 @@ def label_validation(
         if isinstance(embedder, tfidf.Embedder):
             h_ND = tfidf.embed(of_shard, embedder.E_VD)
         else:
-            texts = (
-                shard_files.attributes(shards.parent, entry, ["text"])["text"]
-                .take(pa.array(rows))
-                .to_pylist()
-            )
-            h_ND = encoder.embed(embedder, texts)
+            column = shard_files.attributes(shards.parent, entry, ["text"])["text"]
+            h_ND = encoder.embed(embedder, column.take(pa.array(rows)).to_pylist())
         labels.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
     return labels
 
@@ -108,9 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     selection = heldout.select_validation(args.shards, manifest, plan.validation_share, plan.rng_seed)
     documents = heldout.read_validation(args.shards, selection)
     grouping = by_clusterer(args.shards, train, args.vectors, args.clusterer)
-    prices_K = grouping.about["prices_K"]
+    prices_K = grouping.settings["prices_K"]
     labels = label_validation(args.shards, args.vectors, args.clusterer, prices_K, selection, documents)
-    regroup.write(args.shards, train, args.out, grouping, (documents, labels), args.threads)
+    regroup.write(args.shards, train, args.out, grouping, Validation(documents, labels), args.threads)
 
 
 if __name__ == "__main__":

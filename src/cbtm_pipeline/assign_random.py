@@ -1,9 +1,9 @@
-"""Deal the training documents to random clusters of equal weight: the control that shows what clusters are worth.
+"""Deal the training documents to random clusters of equal weight, a control for the real clusters.
 
     python -m cbtm_pipeline.assign_random --config config.yaml --shards results/shards/manifest.json \\
         --out results/random/manifest.json
 
-Documents are dealt without a look at their text. The output is laid out like that of `assign`.
+The text of a document plays no part. The output is laid out like that of `assign`.
 
 Shapes: N documents of a shard, K clusters.
 """
@@ -18,7 +18,7 @@ from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import regroup
-from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard
+from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
 from cbtm_pipeline.corpus import heldout, shard_files
 
 
@@ -31,9 +31,10 @@ def deal(
 ) -> np.ndarray:
     """Random clusters (int32, (N,)) of a shard's documents.
 
-    Clusters differ by at most one document, and by about one document's tokens. Documents are dealt like cards, in the
-    order of a keyed hash of their ids. Of each hand of k, the longest document goes to the cluster with the fewest
-    tokens so far. `n_documents_K` and `n_tokens_K` hold what earlier shards gave to each cluster; they are updated.
+    Clusters differ by at most one document, and by about one document's tokens. Documents are dealt like
+    cards, in the order of a keyed hash of their ids. Of each hand of k, the longest document goes to the
+    cluster with the fewest tokens so far. `n_documents_K` and `n_tokens_K` are the sums over earlier shards;
+    this adds the new documents.
     """
     k = len(n_tokens_K)
     key = str(rng_seed).encode()
@@ -59,7 +60,8 @@ def at_random(shards: Path, train: list[shard_files.Entry], k: int, rng_seed: in
     n = sum(entry["n_documents"] for entry in train)
     if k > n:
         raise ValueError(
-            f"cluster.k: {k}. Expected at most {n}, the number of documents. Lower cluster.k or add documents."
+            f"cluster.k: {k}. Expected at most {n}, the number of documents. "
+            "Lower cluster.k or add documents."
         )
     n_documents_K, n_tokens_K = np.zeros(k, np.int64), np.zeros(k, np.int64)
 
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     documents = heldout.read_validation(args.shards, selection)
     labels = deal_validation(args.shards, plan.k, plan.rng_seed, selection)
     grouping = at_random(args.shards, train, plan.k, plan.rng_seed)
-    regroup.write(args.shards, train, args.out, grouping, (documents, labels), args.threads)
+    regroup.write(args.shards, train, args.out, grouping, Validation(documents, labels), args.threads)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,9 @@ from cbtm_pipeline.mixture.routers import ROUTERS
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 2e-4 as text; what looks like a number is one."""
-    return (
-        float(value)
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
-        else value
-    )
+    """Take `2e-4` as a number, which YAML 1.1 reads as text."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _list(value: Any) -> Any:
@@ -37,14 +34,18 @@ Positive = Annotated[Float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
+
+
 def _router(name: str) -> str:
+    """Refuse a name that is not in the table of routers."""
     if name not in ROUTERS:
-        raise PydanticCustomError("router", "Input should be " + " or ".join(map(repr, ROUTERS)))  # pyright: ignore
+        names = " or ".join(map(repr, ROUTERS))
+        raise PydanticCustomError("router", "Input should be {names}", {"names": names})
     return name
 
 
 RouterName = Annotated[str, AfterValidator(_router)]
-Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
 
 
 class _Section(BaseModel):

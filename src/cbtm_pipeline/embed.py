@@ -1,9 +1,11 @@
 """Embed the training documents: write the vectors of every training shard.
 
-    python -m cbtm_pipeline.embed --config config.yaml --shards results/shards/manifest.json --out results/embed/manifest.json
+    python -m cbtm_pipeline.embed --config config.yaml --shards results/shards/manifest.json \\
+        --out results/embed/manifest.json
 
-The embedder is the linear tf-idf of `tfidf`, fitted on a sample, or the encoder that embed.encoder names. Writes embedder.npz, one .npy per
-training shard, and the manifest last. Memory holds a few shards and the sample, whatever the corpus.
+The embedder is the linear tf-idf of `tfidf`, fitted on a sample, or the encoder that embed.encoder names.
+Writes embedder.npz, one .npy per training shard, and the manifest last. Memory holds a few shards and the
+sample, whatever the size of the corpus.
 """
 
 import time
@@ -32,12 +34,9 @@ def fit(
         entry, rows = drawn
         return tfidf.count(shard_files.documents(folder, entry).take(rows), manifest["vocab_size"])
 
+    sample = shard_files.sample(train, plan.fit_documents, plan.rng_seed)
     with ThreadPoolExecutor(n_threads) as pool:
-        counts = list(
-            parallel.in_order(
-                pool, count, shard_files.sample(train, plan.fit_documents, plan.rng_seed), n_threads
-            )
-        )
+        counts = list(parallel.in_order(pool, count, sample, n_threads))
     counts_NV = sparse.csr_array(sparse.vstack(counts, "csr"))
     del counts
     embedder = tfidf.fit(
@@ -52,6 +51,40 @@ def fit(
     return embedder, len(counts_NV.indptr) - 1
 
 
+def write_tfidf(
+    path: Path,
+    shards: Path,
+    manifest: dict[str, Any],
+    train: list[shard_files.Entry],
+    plan: TfidfPlan,
+    n_threads: int,
+) -> tuple[tfidf.Embedder, int]:
+    """Fit the linear tf-idf and write it to `path`. Returns it, and its number of dimensions."""
+    began = time.monotonic()
+    embedder, n_fitted = fit(shards.parent, manifest, train, plan, n_threads)
+    made_from = {"shards": artifact.identity(shards)}
+    artifact.write_npz(
+        path, artifact.make_meta("embedder", made_from, n_fitted=n_fitted), **embedder._asdict()
+    )
+    seconds, n_components = time.monotonic() - began, embedder.E_VD.shape[1]
+    found = f"{np.count_nonzero(embedder.idf_V)} terms, {n_components} components"
+    cli.log.info("fitted on %d documents in %.1f s: %s", n_fitted, seconds, found)
+    return embedder, n_components
+
+
+def write_encoder(path: Path, shards: Path, plan: EncoderPlan) -> tuple[encoder.Encoder, int]:
+    """Load the encoder and write its name, commit and identity to `path`.
+
+    Returns it, and its number of dimensions.
+    """
+    loaded = encoder_files.load(plan.encoder, plan.windows, plan.revision)
+    record = {key: getattr(loaded, key) for key in ("name", "identity", "n_windows", "commit")}
+    made_from = {"shards": artifact.identity(shards)}
+    meta = artifact.make_meta("embedder", made_from, encoder=record | {"revision": plan.revision})
+    artifact.write_npz(path, meta)
+    return loaded, loaded.n_components
+
+
 def write_all(
     folder: Path,
     train: list[shard_files.Entry],
@@ -60,26 +93,25 @@ def write_all(
     n_components: int,
     n_threads: int,
 ) -> list[dict[str, Any]]:
-    """Write the vectors of every shard; return what the manifest says of them. An encoder takes one shard after the other."""
+    """Write the vectors of every shard, and return their entries for the manifest.
+
+    An encoder takes one shard after the other.
+    """
     progress = cli.Progress("embedded", sum(entry["n_documents"] for entry in train), "documents")
 
     def write(entry: shard_files.Entry) -> dict[str, Any]:
-        path, h = out.with_name(f"{entry['name']}.npy"), [np.empty((0, n_components), np.float32)]
+        path, chunks = out.with_name(f"{entry['name']}.npy"), [np.empty((0, n_components), np.float32)]
         for h_ND in vectors.embed(folder, entry, embedder):
-            h.append(h_ND)
+            chunks.append(h_ND)
             progress.add(len(h_ND))
-        vectors.write(path, np.concatenate(h))
-        return {
-            "name": entry["name"],
-            "n_documents": entry["n_documents"],
-            "identity": artifact.identity(path),
-        }
+        vectors.write(path, np.concatenate(chunks))
+        n_documents = entry["n_documents"]
+        return {"name": entry["name"], "n_documents": n_documents, "identity": artifact.identity(path)}
 
     if isinstance(embedder, encoder.Encoder):
         return [write(entry) for entry in train]
-    with ThreadPoolExecutor(
-        n_threads, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:  # the shards are the parallelism
+    # many shards at once, so each uses one thread of torch
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(parallel.in_order(pool, write, train, n_threads))
 
 
@@ -97,39 +129,18 @@ def main() -> None:
     cli.start_logging("embed", args.log)
 
     plan = plans.embed(config.read(args.config))
-    manifest, folder = artifact.read_json(args.shards, "shards"), args.shards.parent
+    manifest = artifact.read_json(args.shards, "shards")
     train = shard_files.entries(args.shards, manifest, "train")
-    made_from = {"shards": artifact.identity(args.shards)}
-    embedder_path = args.out.with_name("embedder.npz")
+    path = args.out.with_name("embedder.npz")
     if isinstance(plan, EncoderPlan):
-        embedder = encoder_files.load(plan.encoder, plan.windows, plan.revision)
-        n_components, about = (
-            embedder.n_components,
-            {key: getattr(embedder, key) for key in ("name", "identity", "n_windows", "commit")}
-            | {"revision": plan.revision},
-        )
-        artifact.write_npz(embedder_path, artifact.make_meta("embedder", made_from, encoder=about))
+        embedder, n_components = write_encoder(path, args.shards, plan)
     else:
-        began = time.monotonic()
-        embedder, n_fitted = fit(folder, manifest, train, plan, args.threads)
-        n_terms, n_components = int(np.count_nonzero(embedder.idf_V)), embedder.E_VD.shape[1]
-        artifact.write_npz(
-            embedder_path, artifact.make_meta("embedder", made_from, n_fitted=n_fitted), **embedder._asdict()
-        )
-        seconds = time.monotonic() - began
-        cli.log.info(
-            "fitted on %d documents in %.1f s: %d terms, %d components",
-            n_fitted,
-            seconds,
-            n_terms,
-            n_components,
-        )
+        embedder, n_components = write_tfidf(path, args.shards, manifest, train, plan, args.threads)
 
-    made_from["embedder"] = artifact.identity(embedder_path)
-    written = write_all(folder, train, args.out, embedder, n_components, args.threads)
-    artifact.write_json(
-        args.out, artifact.make_meta("vectors", made_from, shards=written, n_components=n_components)
-    )
+    made_from = {"shards": artifact.identity(args.shards), "embedder": artifact.identity(path)}
+    written = write_all(args.shards.parent, train, args.out, embedder, n_components, args.threads)
+    meta = artifact.make_meta("vectors", made_from, shards=written, n_components=n_components)
+    artifact.write_json(args.out, meta)
     cli.log.info("wrote the vectors of %d shards", len(written))
 
 

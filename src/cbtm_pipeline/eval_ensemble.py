@@ -1,10 +1,14 @@
-"""Mix the experts on held-out text and say how the ensemble compares: metrics.json, and table.txt beside it.
+"""Rule `eval_ensemble`: mix the experts on held-out text, and compare the systems.
 
-The router's settings are chosen on a part of the held-out documents that is not reported on. Every other number is of the reported part.
+    python -m cbtm_pipeline.eval_ensemble --config config.yaml --distances route/distances.npz \\
+        --scores scores/seed.npz scores/0.npz ... --experts experts/seed/card.json experts/0/card.json ... \\
+        --out eval/metrics.json
+
+It writes metrics.json, and table.txt beside it. One part of the held-out documents serves to choose the
+routers' settings. The numbers are of the other part.
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,197 +18,146 @@ from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, ensemble, scored, sweep, verdict
-from cbtm_pipeline.mixture.routers import HeldOut, Setting
+from cbtm_pipeline.mixture import bootstrap, scored, sweep, systems, verdict
+from cbtm_pipeline.mixture.scored import Scored
+from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
 
-# What every row of `systems` says; null where it does not apply.
-ROW = {
-    **dict.fromkeys(
-        (
-            "system",
-            "router",
-            "k",
-            "top_k",
-            "n_active",
-            "temperature",
-            "epsilon",
-            "beta",
-            "calibration_nll",
-            "train_flops",
-        )
-    ),
-    "calibrated": False,
-    "headline": False,
-}
+Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert
 
 
-def evaluate(cfg: config.Config, held_out: scored.Scored, cards: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All that metrics.json says, its meta record excepted. Raises ValueError when there are too few documents to calibrate on."""
-    plan = plans.eval_ensemble(cfg)
-    on_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
-    reported = held_out.take(np.flatnonzero(~on_calibration_D))
-    calibration = held_out.take(np.flatnonzero(on_calibration_D))
+def evaluate(cfg: config.Config, held_out: Scored, cards: Cards) -> dict[str, Any]:
+    """Return the content of metrics.json without its meta record.
 
-    rows, nlls = zip(*_systems(cfg, plan, calibration, reported, cards), strict=True)
+    Raises ValueError when there are too few documents to calibrate on.
+    """
+    plan, dense = plans.eval_ensemble(cfg), plans.dense_experts(cfg)
+    is_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
+    calibration = held_out.take(np.flatnonzero(is_calibration_D))
+    reported = held_out.take(np.flatnonzero(~is_calibration_D))
+    inputs = systems.Inputs(
+        calibration=calibration,
+        reported=reported,
+        clusters=plans.cluster_experts(cfg),
+        dense=dense,
+        randoms=plans.random_experts(cfg),
+        train_flops={name: card["train_flops"] for name, card in cards.items()},
+        grid=sweep.Grid(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
+    )
+    partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)
-    n_tokens, n_bytes = int(reported.n_tokens_D.sum()), int(reported.n_bytes_D.sum())
-
-    def ratios(reference_D: np.ndarray, nll_DS: np.ndarray = nll_DS) -> list[dict[str, Any]]:
-        ratio_S = bootstrap.perplexity_ratio(nll_DS, reference_D, reported.n_tokens_D)
-        ci95_S2 = bootstrap.ratio_intervals(
-            nll_DS, reference_D, reported.n_tokens_D, plan.bootstrap, plan.rng_seed
-        )
-        return [
-            {"ratio": float(ratio), "ci95": ci95.tolist()}
-            for ratio, ci95 in zip(ratio_S, ci95_S2, strict=True)
-        ]
-
-    to_dense = {name: ratios(_nll(reported, name)) for name in plans.dense_experts(cfg)}
-    systems = [
-        {
-            **ROW,
-            **row,
-            "nll": nll / n_tokens,
-            "perplexity": math.exp(nll / n_tokens),
-            "bits_per_byte": nll / n_bytes / math.log(2),
-            "ratio_to_dense": to_dense["dense"][s]["ratio"],
-            "ci95": to_dense["dense"][s]["ci95"],
-            "ratios": {name: ratios_S[s] for name, ratios_S in to_dense.items()},
-        }
-        for s, (row, nll) in enumerate(zip(rows, nll_DS.sum(axis=0).tolist(), strict=True))
-    ]
+    rows = _complete_rows(plan, reported, dense, list(partial_rows), nll_DS)
     metrics = {
         "n_documents": len(reported.doc_id_D),
-        "n_tokens": n_tokens,
-        "n_bytes": n_bytes,
+        "n_tokens": int(reported.n_tokens_D.sum()),
+        "n_bytes": int(reported.n_bytes_D.sum()),
         "calibration": {
             "n_documents": len(calibration.doc_id_D),
             "n_tokens": int(calibration.n_tokens_D.sum()),
         },
         "k": cfg.cluster.k,
         "dense": cfg.train.dense,
-        "systems": systems,
-        "comparisons": [
-            {
-                "system": verdict.label(systems[s]),
-                "against": verdict.label(systems[r]),
-                **ratios(nll_DS[:, r], nll_DS[:, s, None])[0],
-            }
-            for s, r in _pairs(systems)
-        ],
-        "matrix": _matrix(cfg, reported),
+        "systems": rows,
+        "comparisons": _comparisons(plan, reported, rows, nll_DS),
+        "matrix": _matrix(plans.cluster_experts(cfg), reported),
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
     return {**metrics, "verdict": verdict.sentences(metrics)}
 
 
-def _systems(
-    cfg: config.Config,
-    plan: EvalPlan,
-    calibration: scored.Scored,
-    reported: scored.Scored,
-    cards: dict[str, dict[str, Any]],
-) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
-    """Every system as (what its row says, nll of each reported document)."""
-
-    def flops(names: Iterable[str]) -> float:
-        return sum(cards[name]["train_flops"] for name in dict.fromkeys(["seed", *names]))
-
-    def nll_D(logprob_N: np.ndarray) -> np.ndarray:
-        return -ensemble.document_sums(logprob_N, reported.offsets)
-
-    k, clusters, randoms = cfg.cluster.k, plans.cluster_experts(cfg), plans.random_experts(cfg)
-    for name in ["seed", *plans.dense_experts(cfg)]:
-        yield {"system": name, "n_active": 1, "train_flops": flops([name])}, _nll(reported, name)
-
-    uniform_NK = ensemble.uniform_log_weights(len(reported.d2_NK), k)
-    all_k = {"k": k, "top_k": k, "n_active": k}
-    if randoms:
-        logprob_NK = reported.experts(randoms)
-        mixture = {"system": "random", **all_k, "train_flops": flops(randoms)}
-        yield mixture, nll_D(ensemble.mix(logprob_NK, uniform_NK))
-        # the filter that knows no cluster and forgets nothing is the Bayes posterior over the experts
-        posterior = Setting("filter", k, math.inf, epsilon=0.0, beta=1.0)
-        part = HeldOut(logprob_NK, np.zeros_like(reported.d2_NK), reported.offsets)
-        yield (
-            {**mixture, "router": "posterior", "epsilon": 0.0, "beta": 1.0},
-            sweep.document_nll(part, posterior),
-        )
-
-    logprob_NK = reported.experts(clusters)
-    trained = {"k": k, "train_flops": flops(clusters)}
-    yield {"system": "uniform", **all_k, **trained}, nll_D(ensemble.mix(logprob_NK, uniform_NK))
-    results = sweep.sweep(
-        HeldOut(calibration.experts(clusters), calibration.d2_NK, calibration.offsets),
-        HeldOut(logprob_NK, reported.d2_NK, reported.offsets),
-        sweep.Grid(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
-    )
-    calibrated = sweep.best(results, lambda setting: (setting.router, setting.top_k))
-    headlines = sweep.best(results, lambda setting: setting.router)
-    for setting, calibration_nll, nll in results:
-        chosen = {
-            "calibration_nll": calibration_nll,
-            "calibrated": setting in calibrated,
-            "headline": setting in headlines,
+def _complete_rows(
+    plan: EvalPlan, reported: Scored, dense: list[str], partial_rows: list[Row], nll_DS: np.ndarray
+) -> list[Row]:
+    """Add to the row of each system its perplexity and its ratios to the dense models."""
+    n_tokens, n_bytes = int(reported.n_tokens_D.sum()), int(reported.n_bytes_D.sum())
+    ratios = {name: _ratios(plan, reported, nll_DS, expert_nll(reported, name)) for name in dense}
+    return [
+        {
+            **systems.NO_VALUES,
+            **row,
+            "nll": nll / n_tokens,
+            "perplexity": math.exp(nll / n_tokens),
+            "bits_per_byte": nll / n_bytes / math.log(2),
+            "ratio_to_dense": ratios["dense"][s]["ratio"],
+            "ci95": ratios["dense"][s]["ci95"],
+            "ratios": {name: ratios_S[s] for name, ratios_S in ratios.items()},
         }
-        yield {"system": "ensemble", **trained, "n_active": setting.top_k, **setting._asdict(), **chosen}, nll
-    yield {"system": "oracle", **trained}, nll_D(ensemble.oracle(logprob_NK, reported.offsets))
-    for name in clusters:
-        yield (
-            {"system": f"expert-{name}", "k": k, "n_active": 1, "train_flops": flops([name])},
-            _nll(reported, name),
-        )
+        for s, (row, nll) in enumerate(zip(partial_rows, nll_DS.sum(axis=0).tolist(), strict=True))
+    ]
 
 
-def _nll(held_out: scored.Scored, name: str) -> np.ndarray:
-    """Nll of each document under one expert, (D,)."""
-    return -ensemble.document_sums(held_out.logprob[name], held_out.offsets)
+def _ratios(
+    plan: EvalPlan, reported: Scored, nll_DS: np.ndarray, reference_D: np.ndarray
+) -> list[dict[str, Any]]:
+    """Perplexity of each system relative to the reference, with its 95 % interval."""
+    n_tokens_D = reported.n_tokens_D
+    ratio_S = bootstrap.perplexity_ratio(nll_DS, reference_D, n_tokens_D)
+    ci95_S2 = bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, plan.bootstrap, plan.rng_seed)
+    return [
+        {"ratio": float(ratio), "ci95": ci95.tolist()} for ratio, ci95 in zip(ratio_S, ci95_S2, strict=True)
+    ]
 
 
-def _pairs(systems: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Which systems are compared directly (indices): each router's headline with the headlines before it and with the controls."""
-    controls = [i for i, row in enumerate(systems) if row["system"] in ("uniform", "random", "oracle")]
-    headlines = [i for i, row in enumerate(systems) if row["headline"]]
-    return [(i, j) for n, i in enumerate(headlines) for j in [*headlines[:n], *controls]]
+def _comparisons(
+    plan: EvalPlan, reported: Scored, rows: list[Row], nll_DS: np.ndarray
+) -> list[dict[str, Any]]:
+    """Compare each router's headline with the headlines before it, and with the mixtures without a router."""
+    references = [s for s, row in enumerate(rows) if row["system"] in ("uniform", "random", "oracle")]
+    headlines = [s for s, row in enumerate(rows) if row["headline"]]
+    return [
+        {
+            "system": verdict.label(rows[s]),
+            "against": verdict.label(rows[r]),
+            **_ratios(plan, reported, nll_DS[:, s, None], nll_DS[:, r])[0],
+        }
+        for n_before, s in enumerate(headlines)
+        for r in [*headlines[:n_before], *references]
+    ]
 
 
-def _matrix(cfg: config.Config, reported: scored.Scored) -> dict[str, Any]:
-    """Perplexity of each expert, and of dense, on the reported documents of each cluster; null where a cluster has none."""
-    k, cluster_D = cfg.cluster.k, reported.cluster_D
-    n_tokens_K = np.bincount(cluster_D, weights=reported.n_tokens_D, minlength=k)
+def _matrix(experts: list[str], reported: Scored) -> dict[str, Any]:
+    """Perplexity of each cluster expert and of dense on the reported documents of each cluster.
+
+    It is null for a cluster without reported documents.
+    """
+    k = len(experts)
+    n_tokens_K = np.bincount(reported.cluster_D, weights=reported.n_tokens_D, minlength=k)
 
     def per_cluster(name: str) -> list[float | None]:
-        nll_K = np.bincount(cluster_D, weights=_nll(reported, name), minlength=k)
+        nll_K = np.bincount(reported.cluster_D, weights=expert_nll(reported, name), minlength=k)
         return [
             math.exp(nll / n) if n else None
             for nll, n in zip(nll_K.tolist(), n_tokens_K.tolist(), strict=True)
         ]
 
     return {
-        "experts": plans.cluster_experts(cfg),
-        "perplexity": [per_cluster(name) for name in plans.cluster_experts(cfg)],
+        "experts": experts,
+        "perplexity": [per_cluster(name) for name in experts],
         "dense": per_cluster("dense"),
-        "n_documents": np.bincount(cluster_D, minlength=k).tolist(),
+        "n_documents": np.bincount(reported.cluster_D, minlength=k).tolist(),
         "n_tokens": n_tokens_K.astype(int).tolist(),
     }
 
 
-def _flops(cfg: config.Config, cards: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Training FLOPs, apart for whoever they were spent on, and those of one model's forward pass over one token: a third of training's."""
+def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
+    """Training FLOPs of the seed, of the experts and of each control, and the FLOPs of inference.
+
+    `forward_per_token` is the forward pass of one model over one token: a third of its training FLOPs.
+    """
     groups = {
         "seed": ["seed"],
         "experts": plans.cluster_experts(cfg),
         **{name: [name] for name in plans.dense_experts(cfg)},
     }
-    if randoms := plans.random_experts(cfg):
-        groups["random"] = randoms
+    if random_experts := plans.random_experts(cfg):
+        groups["random"] = random_experts
     flops = {group: sum(cards[name]["train_flops"] for name in names) for group, names in groups.items()}
     return {**flops, "forward_per_token": cards["seed"]["flops_per_token"] / 3}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Run the rule from the command line."""
     p = cli.parser(__doc__)
     p.add_argument("--distances", required=True, type=Path, help="distances.npz")
     p.add_argument(
@@ -222,7 +175,7 @@ def main() -> None:
         help="card.json of the seed and of every expert, in any order",
     )
     p.add_argument("--out", required=True, type=Path, help="metrics.json; table.txt is written beside it")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
 

@@ -1,9 +1,11 @@
-"""Find k balanced clusters of the training documents: centres, prices, a certificate of the balance, and the terms that set them apart.
+"""Find k balanced clusters of the training documents: centres, prices, certificate of the balance, terms.
 
-    python -m cbtm_pipeline.fit_kmeans --config config.yaml --vectors results/embed/manifest.json --shards results/shards/manifest.json \\
-        --tokenizer results/tokenizer/tokenizer.json --out results/cluster/clusterer.npz
+    python -m cbtm_pipeline.fit_kmeans --config config.yaml --vectors results/embed/manifest.json \\
+        --shards results/shards/manifest.json --tokenizer results/tokenizer/tokenizer.json \\
+        --out results/cluster/clusterer.npz
 
-Fitted on a sample of cluster.fit_documents documents over all shards. Writes top_terms.json beside the clusterer.
+The clusters are fitted on a sample of cluster.fit_documents documents from all shards. Writes top_terms.json
+beside the clusterer: the terms that set each cluster apart.
 
 Shapes: N documents of the sample, D dimensions, K clusters, V terms.
 """
@@ -24,23 +26,22 @@ from cbtm_pipeline.embedding import vectors as vector_files
 from cbtm_pipeline.plan import ClusterPlan
 
 N_TERMS = 12
-TERM_DOCUMENTS = 20_000  # of the sample that the terms are counted in
+TERM_DOCUMENTS = 20_000  # documents of the sample in which the terms are counted
 
 
 def top_terms(
     counts_NV: sparse.csr_array, idf_V: np.ndarray, labels_N: np.ndarray, k: int, strings: list[str]
 ) -> list[list[str]]:
-    """For each cluster the N_TERMS strings with the largest excess of the cluster's mean tf-idf row over that of all documents.
+    """For each cluster, the N_TERMS strings whose mean tf-idf most exceeds their mean in all documents.
 
-    Strings of three letters and more come first, then what else can be read; the same word in another case, or with a space before it,
-    counts once.
+    Words of three letters or more come first, then other readable strings. A word counts once, whatever its
+    case and the space around it.
     """
     rows_NV = tfidf.rows(counts_NV, idf_V)
     n, n_documents_K = len(labels_N), np.bincount(labels_N, minlength=k)
     members_KN = sparse.csr_array((np.ones(n), (labels_N, np.arange(n))), shape=(k, n))
-    excess_KV = sparse.csr_array(members_KN @ rows_NV).toarray() / np.maximum(n_documents_K, 1)[
-        :, None
-    ] - rows_NV.mean(axis=0)
+    means_KV = sparse.csr_array(members_KN @ rows_NV).toarray() / np.maximum(n_documents_K, 1)[:, None]
+    excess_KV = means_KV - rows_NV.mean(axis=0)
 
     readable_V = np.array([len(_word(s)) > 1 and "\ufffd" not in s for s in strings])
     words_V = np.array([len(_word(s)) > 2 and _word(s).isalpha() for s in strings])
@@ -54,11 +55,15 @@ def top_terms(
 
 
 def _word(string: str) -> str:
+    """The string without case and surrounding space."""
     return string.strip().casefold()
 
 
 class Sample(NamedTuple):
-    """Documents over all shards: vectors, numbers of tokens, and the term counts of the documents `counted` (row numbers) among them."""
+    """Documents from all shards: vectors and numbers of tokens.
+
+    `counts` holds the term counts of the documents whose row numbers are `counted`.
+    """
 
     x_ND: np.ndarray
     n_tokens_N: np.ndarray
@@ -67,25 +72,22 @@ class Sample(NamedTuple):
 
 
 def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
-    """Draw n training documents from the corpus of shards/manifest.json with their vectors from embed/manifest.json."""
-    shards_manifest, vectors_manifest = (
-        artifact.read_json(shards, "shards"),
-        vector_files.read_manifest(vectors, shards),
-    )
+    """Draw n training documents of shards/manifest.json, with their vectors of embed/manifest.json."""
+    shards_manifest = artifact.read_json(shards, "shards")
+    vectors_manifest = vector_files.read_manifest(vectors, shards)
     train = shard_files.entries(shards, shards_manifest, "train")
     step = -(-min(n, sum(entry["n_documents"] for entry in train)) // TERM_DOCUMENTS)
+    drawn = zip(shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True)
     x, n_tokens, counts, counted, start = [], [], [], [], 0
-    for (entry, rows), vectors_entry in zip(
-        shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True
-    ):
+    for (entry, rows), vectors_entry in drawn:
         documents = shard_files.documents(shards.parent, entry)
         x.append(vector_files.read(vectors.parent, vectors_entry)[rows])
         n_tokens.append(documents.n_tokens[rows])
         counts.append(tfidf.count(documents.take(rows[::step]), shards_manifest["vocab_size"]))
         counted.append(np.arange(start, start + len(rows), step))
         start += len(rows)
-    counts = sparse.csr_array(sparse.vstack(counts, "csr"))
-    return Sample(np.concatenate(x), np.concatenate(n_tokens), counts, np.concatenate(counted))
+    counts_NV = sparse.csr_array(sparse.vstack(counts, "csr"))
+    return Sample(np.concatenate(x), np.concatenate(n_tokens), counts_NV, np.concatenate(counted))
 
 
 def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
@@ -96,20 +98,49 @@ def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
             f"cluster.fit_documents: {n}. Expected at least cluster.k, {k}. Raise cluster.fit_documents."
         )
     progress = cli.Progress("k-means", None, "iterations")
+
+    def report(run: int, iteration: int, inertia: float, balance: float) -> None:
+        loads = f"largest load over mean {balance:.3f}"
+        progress.add(1, f"run {run}, iteration {iteration}: inertia {inertia:.4f}, {loads}")
+
     return kmeans.fit(
         sample.x_ND,
         k,
-        # a document without tokens still has to lie somewhere
+        # a document without tokens needs a weight, too, because it belongs to a cluster
         weights_N=np.maximum(sample.n_tokens_N, 1) if plan.balance == "tokens" else None,
         balanced=plan.balance != "none",
         rng_seed=plan.rng_seed,
         n_init=plan.n_init,
         max_iterations=plan.max_iterations,
         device=device.best().type,
-        progress=lambda run, iteration, inertia, balance: progress.add(
-            1,
-            f"run {run}, iteration {iteration}: inertia {inertia:.4f}, largest load over mean {balance:.3f}",
-        ),
+        progress=report,
+    )
+
+
+def write_clusterer(
+    out: Path, clustering: kmeans.Clustering, plan: ClusterPlan, made_from: dict[str, str]
+) -> None:
+    """Write clusterer.npz, and log its certificate."""
+    certificate = {
+        "n_documents": len(clustering.labels_N),
+        "balance": plan.balance,
+        "max_load": clustering.balance,
+        "min_load": clustering.min_balance,
+        "inertia": clustering.inertia,
+        "duality_gap": clustering.duality_gap,
+        "n_iterations": clustering.n_iterations,
+    }
+    values = (
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in certificate.items()
+    )
+    cli.log.info("%s", "  ".join(values))
+    artifact.write_npz(
+        out,
+        artifact.make_meta("clusterer", made_from, certificate=certificate),
+        centres_KD=clustering.centres_KD,
+        prices_K=clustering.prices_K,
+        loads_K=clustering.loads_K,
     )
 
 
@@ -125,43 +156,17 @@ def main() -> None:
     cli.start_logging("fit_kmeans", args.log)
 
     plan = plans.fit_kmeans(config.read(args.config))
+    embedder = args.vectors.with_name("embedder.npz")
     sample = read_sample(args.vectors, args.shards, plan.fit_documents, plan.rng_seed)
-    idf_V = vector_files.term_weights(args.vectors.with_name("embedder.npz"), args.shards, sample.counts)
+    idf_V = vector_files.term_weights(embedder, args.shards, sample.counts)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
     strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
     clustering = fit(sample, plan)
-    certificate = {
-        "n_documents": len(sample.x_ND),
-        "balance": plan.balance,
-        "max_load": clustering.balance,
-        "min_load": clustering.min_balance,
-        "inertia": clustering.inertia,
-        "duality_gap": clustering.duality_gap,
-        "n_iterations": clustering.n_iterations,
-    }
-    cli.log.info(
-        "%s",
-        "  ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in certificate.items()
-        ),
-    )
-
-    made_from = {
-        "vectors": artifact.identity(args.vectors),
-        "embedder": artifact.identity(args.vectors.with_name("embedder.npz")),
-    }
-    arrays = {
-        "centres_KD": clustering.centres_KD,
-        "prices_K": clustering.prices_K,
-        "loads_K": clustering.loads_K,
-    }
     terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], plan.k, strings)
+    made_from = {"vectors": artifact.identity(args.vectors), "embedder": artifact.identity(embedder)}
+    write_clusterer(args.out, clustering, plan, made_from)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
-    artifact.write_npz(
-        args.out, artifact.make_meta("clusterer", made_from, certificate=certificate), **arrays
-    )
     made_from = {"clusterer": artifact.identity(args.out)}
     artifact.write_json(
         args.out.with_name("top_terms.json"), artifact.make_meta("top_terms", made_from, top_terms=terms)

@@ -1,11 +1,13 @@
 """Squared distance of every held-out token's prefix to every centre: all that the routers need from the text.
 
-    python -m cbtm_pipeline.route --config config.yaml --shards results/shards/manifest.json --embedder results/embed/embedder.npz \\
-        --clusterer results/cluster/clusterer.npz --tokenizer results/tokenizer/tokenizer.json --out results/route/distances.npz
+    python -m cbtm_pipeline.route --config config.yaml --shards results/shards/manifest.json \\
+        --embedder results/embed/embedder.npz --clusterer results/cluster/clusterer.npz \\
+        --tokenizer results/tokenizer/tokenizer.json --out results/route/distances.npz
 
-Row t of a document is about predicting x_t, and depends on x_0 ... x_(t-1) alone: on all of them with the linear tf-idf, with an encoder on
-the text of those before the last multiple of route.window_tokens. Prices play no part: they make clusters equal, which says
-nothing about one text. Only `cluster`, the cluster of the whole document, is found as `assign` finds it.
+Row t of a document serves the prediction of x_t and depends on x_0 ... x_(t-1) alone. With the linear tf-idf,
+it depends on all of them. With an encoder, it depends on the text of those before the last multiple of
+route.window_tokens. The distances do not include the prices: these make the clusters equally heavy, which
+says nothing about one text. Only `cluster`, the cluster of the whole document, includes them, as in `assign`.
 
 Shapes: T tokens of one document, N held-out tokens, R rows of one chunk, D dimensions, K clusters.
 """
@@ -25,19 +27,21 @@ from cbtm_pipeline.corpus import heldout, shard_files
 from cbtm_pipeline.embedding import encoder, tfidf, vectors
 from cbtm_pipeline.plan import RoutePlan
 
-# A prefix without a usable term is the zero vector, whose distances to the centres would tell only how long these are: it counts as
-# equally far from all. Any constant gives equal weights; this one is the squared length of every other embedding.
+# A prefix without a usable term is the zero vector. Its distances to the centres would depend only on their
+# lengths, so it counts as equally far from all. Any constant gives equal weights; this is the squared length
+# of other embeddings.
 NO_EVIDENCE = 1.0
 CHUNK_TEXTS = 512  # prefixes that an encoder sorts by length at once
 TOKEN_RATIO = (
-    4  # decoded for an encoder are so many of our tokens per token that it reads: ours may be shorter
+    4  # tokens of the run that are decoded for each token that an encoder reads: they may be shorter
 )
 
 
 def prefix_distances(document: np.ndarray, E_VD: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
-    """d2_TK (float32) of `[sep, x_0, ..., x_(T-1)]`: row t holds the squared distances of the prefix x_0 ... x_(t-1), empty at t = 0.
+    """d2_TK (float32) of `[sep, x_0, ..., x_(T-1)]`.
 
-    A prefix without usable terms is no evidence: NO_EVIDENCE for every cluster.
+    Row t holds the squared distances of the prefix x_0 ... x_(t-1), which is empty at t = 0. They are
+    NO_EVIDENCE for a prefix without usable terms.
     """
     chunks = [np.empty((0, len(centres_KD)), np.float32)]
     for h_RD in tfidf.embed_prefixes(document[:-1], E_VD):
@@ -54,31 +58,28 @@ def text_distances(
     n_last: int,
     embed_tokens: Callable[[list[np.ndarray]], np.ndarray],
 ) -> Iterator[np.ndarray]:
-    """d2_TK (float32) of each document `[sep, x_0, ..., x_(T-1)]`: row t holds the squared distances of the prefix x_0 ... x_(b-1), of
-    which the last `n_last` tokens count, where b is the last multiple of `window_tokens` up to t.
+    """d2_TK (float32) of each document `[sep, x_0, ..., x_(T-1)]`.
 
-    `embed_tokens` gives the vectors (float32, rows of length one or zero) of a list of runs of tokens. NO_EVIDENCE where b is 0 or the
-    vector is zero.
+    Row t holds the squared distances of the prefix x_0 ... x_(b-1), where b is the last multiple of
+    `window_tokens` up to t. Only the last `n_last` tokens of the prefix count. `embed_tokens` turns a list of
+    runs of tokens into vectors (float32, rows of length one or zero). The distances are NO_EVIDENCE where b
+    is 0 or the vector is zero.
     """
     for group in _groups(documents, window_tokens):
         ends = [range(1 + window_tokens, len(document), window_tokens) for document in group]
-        runs = [
-            document[max(1, end - n_last) : end]
-            for document, of_one in zip(group, ends, strict=True)
-            for end in of_one
-        ]
+        pairs = zip(group, ends, strict=True)
+        runs = [document[max(1, end - n_last) : end] for document, of_one in pairs for end in of_one]
         h_WD = embed_tokens(runs)
         d2_WK = kmeans.squared_distances(h_WD, centres_KD)
         d2_WK[~h_WD.any(axis=1)] = NO_EVIDENCE
         first = np.full((1, len(centres_KD)), NO_EVIDENCE, np.float32)
-        for document, d2 in zip(
-            group, np.split(d2_WK, np.cumsum([len(of_one) for of_one in ends])[:-1]), strict=True
-        ):
+        by_document = np.split(d2_WK, np.cumsum([len(of_one) for of_one in ends])[:-1])
+        for document, d2 in zip(group, by_document, strict=True):
             yield np.repeat(np.concatenate([first, d2]), window_tokens, axis=0)[: len(document) - 1]
 
 
 def _groups(documents: Iterable[np.ndarray], window_tokens: int) -> Iterator[list[np.ndarray]]:
-    """The same documents in runs of about CHUNK_TEXTS prefixes."""
+    """The documents in groups with about CHUNK_TEXTS prefixes each."""
     group, n = [], 0
     for document in documents:
         group.append(document)
@@ -91,7 +92,7 @@ def _groups(documents: Iterable[np.ndarray], window_tokens: int) -> Iterator[lis
 
 
 def read_clusterer(path: Path, embedder: Path) -> dict[str, np.ndarray]:
-    """The clusterer's arrays. Raises ValueError unless it was fitted on vectors of this embedder."""
+    """The clusterer's arrays. Raises ValueError if it was fitted on vectors of another embedder."""
     arrays, meta = artifact.read_npz(path, "clusterer")
     artifact.check_made_from(path, meta, "embedder", artifact.identity(embedder))
     return arrays
@@ -105,7 +106,10 @@ def distances(
     tokenizer: Tokenizer,
     plan: RoutePlan,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d2_NK of all tokens of the documents, and the documents' offsets (int64). `plan`: the parameters of rule route."""
+    """d2_NK of all tokens of the documents, and the documents' offsets (int64).
+
+    `n_tokens` serves progress lines.
+    """
     if isinstance(embedder, tfidf.Embedder):
         found = (prefix_distances(document, embedder.E_VD, centres_KD) for document in documents)
     else:
@@ -115,9 +119,8 @@ def distances(
             return encoder.embed_ends(embedder, texts)
 
         assert plan.window_tokens is not None
-        found = text_distances(
-            documents, centres_KD, plan.window_tokens, TOKEN_RATIO * embedder.size, embed_tokens
-        )
+        n_last = TOKEN_RATIO * embedder.size
+        found = text_distances(documents, centres_KD, plan.window_tokens, n_last, embed_tokens)
     progress = cli.Progress("routed", n_tokens, "tokens")
     d2, lengths = [], [0]
     for d2_TK in found:
@@ -135,9 +138,9 @@ def documents(
     clusterer: dict[str, np.ndarray],
     tokenizer: Tokenizer,
 ) -> dict[str, np.ndarray]:
-    """Of every held-out document: `doc_id`, `n_bytes` of what is scored of it, and `cluster` of all of it.
+    """Of all held-out documents: `doc_id`, `n_bytes` of the scored part, and `cluster` of the whole.
 
-    Where a document is cut, its bytes are those of the decoded tokens.
+    The scored part of a cut document has the bytes of its decoded tokens.
     """
     doc_id, n_bytes, cluster = [], [], []
     for entry in shard_files.entries(shards, manifest, "eval"):
@@ -148,10 +151,8 @@ def documents(
         cut = group.n_tokens > (np.inf if max_document_tokens is None else max_document_tokens)
         for i in np.flatnonzero(cut):
             first = group.offsets[i] + 1
-            text = tokenizer.decode(
-                group.values[first : first + max_document_tokens].tolist(), skip_special_tokens=False
-            )
-            columns["n_bytes"][i] = len(text.encode())
+            ids = group.values[first : first + max_document_tokens].tolist()
+            columns["n_bytes"][i] = len(tokenizer.decode(ids, skip_special_tokens=False).encode())
         doc_id += columns["doc_id"]
         n_bytes += columns["n_bytes"]
         cluster.append(labels_N)
@@ -177,20 +178,14 @@ def main() -> None:
     embedder = vectors.read_embedder(args.embedder, args.shards)
     clusterer = read_clusterer(args.clusterer, args.embedder)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
-    about = documents(args.shards, manifest, plan.max_document_tokens, embedder, clusterer, tokenizer)
-    held_out = (
-        document for _, document in heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
-    )
+    columns = documents(args.shards, manifest, plan.max_document_tokens, embedder, clusterer, tokenizer)
+    named = heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
+    held_out = (document for _, document in named)
     n_tokens = sum(entry["n_tokens"] for entry in manifest["shards"] if entry["split"] == "eval")
     d2_NK, offsets = distances(held_out, n_tokens, embedder, clusterer["centres_KD"], tokenizer, plan)
     made_from = {name: artifact.identity(getattr(args, name)) for name in ("shards", "embedder", "clusterer")}
-    artifact.write_npz(
-        args.out,
-        artifact.make_meta("distances", made_from, **plan.content()),
-        d2_NK=d2_NK,
-        offsets=offsets,
-        **about,
-    )
+    meta = artifact.make_meta("distances", made_from, **plan.content())
+    artifact.write_npz(args.out, meta, d2_NK=d2_NK, offsets=offsets, **columns)
     cli.log.info("routed %d documents, %d tokens", len(offsets) - 1, len(d2_NK))
 
 

@@ -1,7 +1,10 @@
-"""Rule `tokenizer`: the tokenizer of a run, loaded from a folder or the hub, or a byte-level BPE trained on the corpus; and how to encode.
+"""Rule `tokenizer`: load a tokenizer from a folder or the hub, or train a byte-level BPE on the corpus.
 
-What the rule writes is what `AutoTokenizer.from_pretrained` loads, and card.json, which names the token that separates documents: the
-tokenizer's bos token, else its eos token; a trained tokenizer has `<|endoftext|>`, id 0, for both.
+    python -m cbtm_pipeline.tokenizer --config config.yaml --out tokenizer/tokenizer.json
+
+The rule writes the files that `AutoTokenizer.from_pretrained` loads, and card.json. The card names the token
+that separates documents: the tokenizer's bos token, else its eos token. A trained tokenizer has
+`<|endoftext|>`, id 0, for both.
 """
 
 import heapq
@@ -9,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -25,7 +28,7 @@ from cbtm_pipeline.plan import TokenizerPlan
 
 SEPARATOR = "<|endoftext|>"
 _BLOCK_BYTES = 1 << 23
-# what an earlier run of the rule may have left beside tokenizer.json, and what would change the meaning of the new one
+# Files that an earlier run may have left beside tokenizer.json. They would change the meaning of the new one.
 _SIDE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
@@ -38,10 +41,11 @@ _SIDE_FILES = (
 
 
 def sample(documents: Iterable[bytes], n_bytes: int, eval_fraction: float) -> list[bytes]:
-    """Draw training documents evenly from the whole corpus, up to `n_bytes` of text, in one pass and memory of about n_bytes.
+    """Draw training documents evenly from the whole corpus, up to `n_bytes` of text.
 
-    Taken are the documents with the lowest numbers `corpus_rows.uniform` that are not held out, in the order of these numbers, so the
-    sample depends neither on the order of the corpus nor on chance. The last document is cut.
+    Takes the documents that are not held out and have the lowest numbers `corpus_rows.uniform`, in the order
+    of these numbers. So the sample depends neither on the order of the corpus nor on chance. The last
+    document is cut. One pass over the corpus, and memory of about `n_bytes`.
     """
     taken: list[tuple[float, bytes]] = []  # a heap with the highest number on top
     total = 0
@@ -60,7 +64,10 @@ def sample(documents: Iterable[bytes], n_bytes: int, eval_fraction: float) -> li
 
 
 def train(texts: Iterable[bytes], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of up to `vocab_size` tokens, cut into words as GPT-2 does. The same texts give the same tokenizer."""
+    """Train a byte-level BPE of up to `vocab_size` tokens on the texts, cut into words as GPT-2 does.
+
+    Equal texts give equal tokenizers.
+    """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -78,15 +85,18 @@ def train(texts: Iterable[bytes], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 class Saved(NamedTuple):
-    """The separator's id, the size of the vocabulary, and the tokenizer's commit if it is from the hub."""
+    """What the card says about a tokenizer."""
 
     separator_id: int
     vocab_size: int
-    commit: str | None
+    commit: str | None  # of the repository, if the tokenizer is from the hub
 
 
 def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path) -> Saved:
-    """Train on the corpus and save to `folder`."""
+    """Train a tokenizer on the corpus and save it to `folder`.
+
+    Raises ValueError if no text is left to train on.
+    """
     files = corpus_files.name(corpus_files.input_files(plan.train, demo))
     progress = cli.Progress("read", corpus_files.n_bytes(files) / 1e6, "MB")
 
@@ -101,7 +111,8 @@ def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path) -> Saved:
     texts = sample(documents(), plan.train_bytes, 0 if plan.eval else plan.eval_fraction)
     if not texts:
         raise ValueError(
-            "corpus.train: no text to train a tokenizer on. Expected documents that are not held out. Check corpus.text_field."
+            "corpus.train: no text to train a tokenizer on. Expected documents that are not held out. "
+            "Check corpus.text_field."
         )
     cli.log.info("training on %d documents, %.1f MB", len(texts), sum(map(len, texts)) / 1e6)
     tokenizer = train(texts, plan.vocab_size)
@@ -119,8 +130,13 @@ def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path) -> Saved:
 
 
 def save_pretrained(key: str, source: str, revision: str | None, folder: Path) -> Saved:
-    """Load a tokenizer from a folder or the hub and save it to `folder`. `key` is the config key that names it."""
-    from transformers import AutoTokenizer  # takes seconds, and workers that encode do without
+    """Load a tokenizer from a folder or the hub and save it to `folder`.
+
+    `key` is the config key that gives the name `source`. `revision` is a commit, tag or branch of the
+    repository on the hub; None is its main branch. Raises ValueError for a tokenizer that cannot be had, is
+    not fast, or has neither a bos nor an eos token.
+    """
+    from transformers import AutoTokenizer  # takes seconds, which a trained tokenizer does not need
 
     cli.log.info("loading %s", source)
     found = hub.fetch(key, source, revision, hub.lacks_tokenizer, hub.TOKENIZER, "a tokenizer.json")
@@ -128,12 +144,13 @@ def save_pretrained(key: str, source: str, revision: str | None, folder: Path) -
         tokenizer = hub.load(AutoTokenizer, found)
     except Exception as error:  # format errors have many types
         raise ValueError(
-            f"{key}: {source} cannot be loaded ({first_sentence(error)}). Expected a folder or a repository with "
-            "tokenizer.json. Choose another one."
+            f"{key}: {source} cannot be loaded ({first_sentence(error)}). "
+            "Expected a folder or a repository with tokenizer.json. Choose another one."
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{key}: {source} has no tokenizer.json. Expected a fast tokenizer. Convert it, or choose another."
+            f"{key}: {source} has no tokenizer.json. Expected a fast tokenizer. "
+            "Convert it, or choose another."
         )
     ids = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     if not ids:
@@ -147,7 +164,13 @@ def save_pretrained(key: str, source: str, revision: str | None, folder: Path) -
 
 
 def make(plan: TokenizerPlan, out: Path, demo: Path | None) -> None:
-    """Write the tokenizer's files beside `out`, and `out` (tokenizer.json) last."""
+    """Write the tokenizer's files beside `out`, and `out` (tokenizer.json) last.
+
+    The tokenizer is `plan.source` at `plan.revision` (a commit, tag or branch on the hub; None: the main
+    branch). The card records the `commit` that was found. Without a source, a tokenizer is trained on the
+    corpus, for which `demo` is the file that `builtin:demo` stands for. A failure leaves an earlier tokenizer
+    as it was.
+    """
     source = plan.source
     made = out.parent / ".made"
     shutil.rmtree(made, ignore_errors=True)
@@ -155,20 +178,20 @@ def make(plan: TokenizerPlan, out: Path, demo: Path | None) -> None:
     try:
         if source:
             key = "tokenizer.pretrained" if plan.pretrained else "model.pretrained"
-            separator_id, vocab_size, commit = save_pretrained(key, source, plan.revision, made)
+            saved = save_pretrained(key, source, plan.revision, made)
         else:
-            separator_id, vocab_size, commit = save_trained(plan, demo, made)
+            saved = save_trained(plan, demo, made)
         for name in ("tokenizer.json", "card.json", *_SIDE_FILES):
             (out.parent / name).unlink(missing_ok=True)
         for path in made.iterdir():
             if path.is_file() and path.name != "tokenizer.json":
                 _publish(path, out.parent / path.name)
-        about = {
-            "separator_id": separator_id,
-            "vocab_size": vocab_size,
+        about: dict[str, Any] = {
+            "separator_id": saved.separator_id,
+            "vocab_size": saved.vocab_size,
             "source": source or "trained on the corpus",
         }
-        about |= {"commit": commit} if commit else {}
+        about |= {"commit": saved.commit} if saved.commit else {}
         about["identity"] = artifact.identity(made / "tokenizer.json")
         artifact.write_json(out.with_name("card.json"), artifact.make_meta("tokenizer", {}, **about))
         _publish(made / "tokenizer.json", out)
@@ -176,8 +199,8 @@ def make(plan: TokenizerPlan, out: Path, demo: Path | None) -> None:
         shutil.rmtree(made, ignore_errors=True)
     cli.log.info(
         "%d tokens, documents are separated by token %d, source: %s",
-        vocab_size,
-        separator_id,
+        saved.vocab_size,
+        saved.separator_id,
         about["source"],
     )
 
@@ -188,6 +211,7 @@ def _publish(made: Path, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the rule from the command line."""
     p = cli.parser(__doc__)
     p.add_argument(
         "--out", required=True, type=Path, help="tokenizer/tokenizer.json; its other files go beside it"

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import records as corpus_records
+from cbtm_pipeline.corpus import rows as corpus_rows
+from cbtm_pipeline.corpus import stream
 
 PLAIN = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 
@@ -38,9 +41,9 @@ def records(path: Path, **options: Any) -> list[bytes]:
 
 @pytest.fixture(params=[5, 64, 1 << 20])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small reads, so that every record lies on the edge of one."""
-    monkeypatch.setattr(corpus_blocks, "_CHUNK", request.param)
-    monkeypatch.setattr(corpus_blocks, "_READ", min(request.param, 4096))
+    """Read few bytes at a time, so that every record lies on the edge of a read."""
+    monkeypatch.setattr(corpus_blocks, "_CHUNK_BYTES", request.param)
+    monkeypatch.setattr(stream, "READ_BYTES", min(request.param, 4096))
 
 
 @pytest.mark.parametrize("compression", PLAIN)
@@ -87,9 +90,9 @@ def test_array_is_cut_where_json_would_cut_it(
     values: list[Any], indent: int | None, ascii_: bool, size: int
 ) -> None:
     text = ("\n " + json.dumps(values, indent=indent, ensure_ascii=ascii_) + " \n").encode()
-    stream = corpus_blocks._Stream(Path("a.json"), None, "", size)  # pyright: ignore[reportArgumentType]
+    source = stream.Stream(Path("a.json"), None, None, size)  # pyright: ignore[reportArgumentType]
     chunks = iter([text[i : i + size] for i in range(0, len(text), size)])
-    found = [element for elements in corpus_blocks._json(chunks, stream) for element in elements]
+    found = [element for elements in corpus_records.lines_or_elements(chunks, source) for element in elements]
     assert [json.loads(element) for element in found if element.strip()] == values
 
 
@@ -180,7 +183,7 @@ def test_truncated_file_gives_what_came_before_and_says_so(
         *found, end = parts(path, txt_documents="block")
         read = [record for part in found for record in part.records]
         assert read == rows[: len(read)]
-        assert (end.kind, end.first) == ("break", len(read) + 1)
+        assert (end.parse, end.first) == (corpus_rows.parse_damage, len(read) + 1)
         assert b"breaks off" in end.records[0]
         assert sum(part.n_read for part in (*found, end)) == size
         longest = len(read)
@@ -213,7 +216,7 @@ def test_file_that_is_not_compressed_is_refused(tmp_path: Path, compression: str
 def test_truncated_text_file_is_no_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text that ends too early")[:-6])
     (part,) = parts(tmp_path / "a.txt.gz")
-    assert (part.kind, part.first) == ("break", 1)
+    assert (part.parse, part.first) == (corpus_rows.parse_damage, 1)
 
 
 def rows_of(found: list[Any]) -> list[dict[str, Any]]:

@@ -8,15 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cbtm_pipeline.corpus import parquet
 from cbtm_pipeline.corpus import rows as corpus_rows
-from cbtm_pipeline.corpus.blocks import Part
+from cbtm_pipeline.corpus.records import Parse, Part
 from cbtm_pipeline.corpus.rows import BadRow, Document
 
 
 def read(
-    *records: bytes, kind: Any = "json", first: int = 1, text_field: str = "text", id_field: str = "id"
+    *records: bytes,
+    parse: Parse = corpus_rows.parse_json,
+    first: int = 1,
+    text_field: str = "text",
+    id_field: str = "id",
 ) -> list[Document | BadRow]:
-    return list(corpus_rows.read(Part(7, "a.jsonl", first, kind, list(records), 0, 0), text_field, id_field))
+    return list(corpus_rows.read(Part(7, "a.jsonl", first, parse, list(records), 0, 0), text_field, id_field))
 
 
 def one(record: bytes, **options: Any) -> Any:
@@ -117,18 +122,23 @@ def test_fields_may_lie_within_objects_or_have_dots_in_their_name() -> None:
 
 
 def test_text_files_get_their_line_ends_normalised() -> None:
-    assert one(b"a\r\nb\rc\n", kind="text") == Document(7, 1, "a.jsonl:1", b"a\nb\nc\n")
-    assert one(b"caf\xe9", kind="text").reason == "invalid UTF-8: byte 0xe9 at 3 of the text"
-    assert [one(text, kind="text").reason for text in (b"", b" \r\n")] == ["empty text", "empty text"]
-    assert one(b"nul \0 nul", kind="text").text == b"nul \0 nul"
+    assert one(b"a\r\nb\rc\n", parse=corpus_rows.parse_text) == Document(7, 1, "a.jsonl:1", b"a\nb\nc\n")
+    assert one(b"caf\xe9", parse=corpus_rows.parse_text).reason == "invalid UTF-8: byte 0xe9 at 3 of the text"
+    assert [one(text, parse=corpus_rows.parse_text).reason for text in (b"", b" \r\n")] == [
+        "empty text",
+        "empty text",
+    ]
+    assert one(b"nul \0 nul", parse=corpus_rows.parse_text).text == b"nul \0 nul"
 
 
 def test_break_is_one_bad_row() -> None:
-    assert one(b"damaged file: x", kind="break", first=12) == BadRow(7, 12, "damaged file: x")
+    assert one(b"damaged file: x", parse=corpus_rows.parse_damage, first=12) == BadRow(
+        7, 12, "damaged file: x"
+    )
 
 
 def table(**columns: Any) -> list[Any]:
-    part = Part(7, "a.parquet", 5, "table", pa.record_batch(columns), 0, 0)
+    part = Part(7, "a.parquet", 5, parquet.parse, pa.record_batch(columns), 0, 0)
     return list(corpus_rows.read(part, "ignored", "ignored"))
 
 

@@ -1,8 +1,10 @@
+"""Encoders: pooling against its formulas, windows, batches, refusals, and the way to the hub and its cache."""
+
 import json
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from transformers import (
 )
 
 import made_encoder
+from cbtm_pipeline.base import hub
 from cbtm_pipeline.embedding import encoder, encoder_files
 from made_encoder import HIDDEN
 
@@ -57,8 +60,8 @@ def folder(plain: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(plain, tmp_path / "encoder"))
 
 
-def by_hand(found: encoder.Encoder, window: list[int], how: str) -> np.ndarray:
-    """What pooling gives for a window that is alone and so has no padding."""
+def by_hand(found: encoder.Encoder, window: list[int], mode: str) -> np.ndarray:
+    """The vector of one window by the formula of a pooling mode. The window is alone, so it has no padding."""
     ids_1T = torch.tensor([[1, *window, 2]])  # [CLS] ... [SEP]
     with torch.inference_mode():
         hidden_TH = found.net(input_ids=ids_1T).last_hidden_state[0].numpy()
@@ -70,7 +73,7 @@ def by_hand(found: encoder.Encoder, window: list[int], how: str) -> np.ndarray:
         "mean_sqrt_len_tokens": lambda: sum(hidden_TH) / n**0.5,
         "weightedmean": lambda: sum((t + 1) * hidden_TH[t] for t in range(n)) / (n * (n + 1) / 2),
         "lasttoken": lambda: hidden_TH[-1],
-    }[how]()
+    }[mode]()
 
 
 def unit(h: np.ndarray) -> np.ndarray:
@@ -81,15 +84,17 @@ def ids(found: encoder.Encoder, text: str) -> list[int]:
     return found.tokenizer.encode(text, add_special_tokens=False)
 
 
-@pytest.mark.parametrize("how", encoder.POOLING)
-def test_texts_are_pooled_as_by_hand_whatever_stands_beside_them(folder: Path, how: str) -> None:
-    found = encoder_files.load(str(made_encoder.add_modules(folder, {"pooling_mode": how})), 1)
-    assert found.pooling == (how,) and found.n_components == HIDDEN and found.size == 46
-    expected = np.stack([unit(by_hand(found, ids(found, text)[:46], how)) for text in TEXTS])
+@pytest.mark.parametrize("mode", encoder.POOLING)
+def test_texts_are_pooled_by_the_formula_whatever_the_batch(folder: Path, mode: str) -> None:
+    found = encoder_files.load(str(made_encoder.add_modules(folder, {"pooling_mode": mode})), 1)
+    assert found.pooling == (mode,) and found.n_components == HIDDEN and found.size == 46
+    expected = np.stack([unit(by_hand(found, ids(found, text)[:46], mode)) for text in TEXTS])
     h_ND = encoder.embed(found, TEXTS)
     assert h_ND.dtype == np.float32
     np.testing.assert_allclose(h_ND, expected, atol=1e-5)
-    assert np.abs(h_ND[0] - h_ND[1]).max() > 0.05, "a model for which all texts are alike proves nothing"
+    assert np.abs(h_ND[0] - h_ND[1]).max() > 0.05, (
+        "the vectors of all texts are nearly equal, so the comparison proves nothing"
+    )
 
 
 OLD = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
@@ -105,7 +110,7 @@ def test_several_poolings_and_a_dense_module(folder: Path, activation: str, act:
     assert found.pooling == ("cls", "mean") and found.n_components == 8
     weights = load_file(folder / "2_Dense/model.safetensors")
     pooled = [
-        np.concatenate([by_hand(found, ids(found, text)[:46], how) for how in ("cls", "mean")])
+        np.concatenate([by_hand(found, ids(found, text)[:46], mode) for mode in ("cls", "mean")])
         for text in TEXTS
     ]
     expected = unit(
@@ -256,7 +261,7 @@ def test_a_decoder_needs_its_sentence_transformers_files(tmp_path: Path) -> None
     folder = made_encoder.write(tmp_path, net)
     with pytest.raises(
         ValueError,
-        match=r"looks at one side of a token only, and no modules.json says how it is pooled\). Expected an enc",
+        match=r"its tokens see one side only, and no modules.json defines the pooling\). Expected an encoder",
     ):
         encoder_files.load(str(folder), 1)
     found = encoder_files.load(str(made_encoder.add_modules(folder, {"pooling_mode": "lasttoken"})), 1)
@@ -326,6 +331,16 @@ def with_another_module(folder: Path) -> None:
     )
 
 
+def with_a_module_elsewhere(path: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        made_encoder.add_modules(folder, {})
+        text = (folder / "modules.json").read_text()
+        (folder / "modules.json").write_text(text.replace("1_Pooling", path))
+        shutil.copytree(folder / "1_Pooling", folder.parent / "other", dirs_exist_ok=True)
+
+    return spoil
+
+
 def for_images(folder: Path) -> None:
     ViTModel(ViTConfig(**SIZES)).save_pretrained(folder)
 
@@ -339,6 +354,8 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
         r"modules.json: custom_st.Normalize. Expected Transformer and Pooling, then Dense and Normalize at most",
     ),
     (with_another_module, r"modules.json: LSTM. Expected Transformer and Pooling"),
+    (with_a_module_elsewhere("../other"), r"modules.json: path ../other. Expected a subfolder"),
+    (with_a_module_elsewhere("/tmp/other"), r"modules.json: path /tmp/other. Expected a subfolder"),
     (for_images, r"does not run \("),
     (lambda f: (f / "tokenizer.json").unlink(), r"lacks tokenizer.json"),
     (lambda f: (f / "config.json").write_text("{"), r"cannot be loaded \("),
@@ -386,51 +403,78 @@ def test_vectors_that_are_no_numbers_are_refused(folder: Path) -> None:
     net = made_encoder.bert()
     torch.nn.init.constant_(net.get_parameter("encoder.layer.1.output.dense.bias"), torch.nan)
     net.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"does not run .*vectors without finite length"):
+    with pytest.raises(ValueError, match=r"does not run .*vectors that are not finite"):
         encoder.embed(encoder_files.load(str(folder), 1), TEXTS)
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, which cannot be reached."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_hub_that_keeps_silent_is_not_waited_for(
-    hub_cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def requests(cache: Path) -> Iterator[list[str]]:
+    """Requests to a hub that has no repository."""
+    with made_encoder.empty_hub(cache) as requests:
+        yield requests
+
+
+def test_a_hub_that_never_answers_costs_a_time_limit(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder_files, "HUB_S", 0.2)
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(
-            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}"
-        )
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
         with pytest.raises(ValueError, match=r"embed.encoder: me/tiny: not found \(.*timed out"):
             encoder_files.fetch("me/tiny")
-        snapshot = put(hub_cache, folder)
+        snapshot = made_encoder.put_in_cache(cache, folder)
         assert encoder_files.fetch("me/tiny") == snapshot
 
 
-def put(cache: Path, folder: Path) -> Path:
-    snapshot = cache / "models--me--tiny/snapshots/1234"
-    (cache / "models--me--tiny/refs").mkdir(parents=True)
-    (cache / "models--me--tiny/refs/main").write_text("1234")
-    return Path(shutil.copytree(folder, snapshot))
-
-
-def test_a_downloaded_encoder_needs_no_hub(hub_cache: Path, folder: Path) -> None:
-    snapshot = put(hub_cache, made_encoder.add_modules(folder, {"pooling_mode": "cls"}))
+def test_a_complete_download_is_never_asked_for_again(cache: Path, folder: Path, requests: list[str]) -> None:
+    made_encoder.add_modules(folder, {"pooling_mode": "cls"})
+    snapshot = made_encoder.put_in_cache(cache, folder)
+    for revision in (None, "main", made_encoder.COMMIT):
+        assert encoder_files.fetch("me/tiny", revision) == snapshot
+        found = encoder_files.load("me/tiny", 1, revision)
+        assert found.name == "me/tiny" and found.pooling == ("cls",) and found.commit == made_encoder.COMMIT
+        assert found.identity == encoder_files.load(str(folder), 1).identity
+    assert requests == []
+    (snapshot / "modules.json").unlink()
     assert encoder_files.fetch("me/tiny") == snapshot
-    found = encoder_files.load("me/tiny", 1)
-    assert found.name == "me/tiny" and found.pooling == ("cls",)
-    assert found.identity == encoder_files.load(str(folder), 1).identity
+    assert requests and "me/tiny" in requests[0], (
+        "the hub does not count requests, so this test proves nothing"
+    )
 
 
-def test_a_download_without_modules_is_used_as_it_is_where_the_hub_is_silent(
-    hub_cache: Path, folder: Path
-) -> None:
-    snapshot = put(hub_cache, folder)
+def test_a_revision_chooses_the_commit(cache: Path, folder: Path, requests: list[str]) -> None:
+    made_encoder.add_modules(folder, {"pooling_mode": "cls"})
+    made_encoder.put_in_cache(cache, folder)
+    made_encoder.bert(1).save_pretrained(folder)
+    other = "f" * 40
+    snapshot = made_encoder.put_in_cache(cache, folder, other, "v1")
+    at_main = encoder_files.load("me/tiny", 1)
+    for revision in ("v1", other):
+        assert encoder_files.fetch("me/tiny", revision) == snapshot
+        found = encoder_files.load("me/tiny", 1, revision)
+        assert found.commit == other and found.identity != at_main.identity
+    assert requests == []
+    with pytest.raises(
+        ValueError, match=r"me/tiny: not found .* run hf download me/tiny --revision v2 where"
+    ):
+        encoder_files.fetch("me/tiny", "v2")
+    assert any(path.endswith("/me/tiny/revision/v2") for path in requests)
+
+
+def test_a_folder_has_no_commit(folder: Path) -> None:
+    assert encoder_files.load(str(folder), 1).commit is None
+
+
+@pytest.mark.usefixtures("requests")
+def test_a_download_without_modules_is_used_if_the_hub_does_not_have_it(cache: Path, folder: Path) -> None:
+    snapshot = made_encoder.put_in_cache(cache, folder)
     assert encoder_files.fetch("me/tiny") == snapshot
     (snapshot / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"embed.encoder: me/tiny: .* lacks tokenizer.json"):
@@ -438,11 +482,11 @@ def test_a_download_without_modules_is_used_as_it_is_where_the_hub_is_silent(
 
 
 @pytest.mark.parametrize("name", ["me/other", "no such/name at all", "/no/such/folder"])
-@pytest.mark.usefixtures("hub_cache")
+@pytest.mark.usefixtures("requests")
 def test_unknown_names(name: str) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"embed.encoder: {re.escape(name)}: not found \(.+\). Expected a folder, or an encoder of",
+        match=rf"embed.encoder: {re.escape(name)}: not found \(.+\). Expected a folder or a name on the hub",
     ) as error:
         encoder_files.load(name, 1)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A made corpus of token shards for tests: topics with words of their own, words that all topics share, and a tokenizer to match."""
+"""A made corpus of token shards for tests: topics with own words, words that all topics share, and a tokenizer."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cbtm_pipeline import assign, embed, fit_kmeans, route
+from cbtm_pipeline import assign, assign_random, embed, fit_kmeans, route
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import token_files
 
@@ -27,7 +27,7 @@ SEPARATOR = 0
 def documents(
     n: int, n_topics: int, rng: np.random.Generator, n_words: tuple[int, int] = (5, 60)
 ) -> tuple[token_files.Documents, np.ndarray]:
-    """n documents and their topics: half of a document's words are common ones, half its topic's own."""
+    """n documents and their topics. In the mean, half of a document's words are common, and half are its topic's own."""
     topics = rng.integers(n_topics, size=n)
     texts = []
     for topic in topics:
@@ -64,7 +64,7 @@ def write_tokenizer(folder: Path, n_topics: int) -> Path:
 def write_shards(
     folder: Path, shards: dict[str, token_files.Documents], vocabulary: list[str], tokenizer: Path
 ) -> Path:
-    """Write shards (`train-00000` ..., `eval-00000` ...) with their token and Parquet files; return the manifest's path."""
+    """Write shards (`train-00000` ..., `eval-00000` ...) with their files; return the manifest's path."""
     made_from = {"tokenizer": artifact.identity(tokenizer)}
     entries = []
     for name, docs in shards.items():
@@ -109,7 +109,10 @@ def write_shards(
 def write(
     outdir: Path, n_train: list[int], n_eval: list[int] | None = None, *, n_topics: int = 4, rng_seed: int = 0
 ) -> Path:
-    """Write tokenizer/ and shards/ under `outdir`, with shards of so many documents each; return shards/manifest.json."""
+    """Write tokenizer/ and shards/ under `outdir`, and return shards/manifest.json.
+
+    `n_train` and `n_eval` give the number of documents of each shard.
+    """
     rng = np.random.default_rng(rng_seed)
     shards = {}
     for split, sizes in (("train", n_train), ("eval", [3] if n_eval is None else n_eval)):
@@ -129,7 +132,7 @@ def write_config(path: Path, **sections: dict[str, Any]) -> Path:
 
 
 def run(module: ModuleType, config: Path, *flags: str, **paths: Path) -> None:
-    """Call a rule's main as its command line would, without touching the logging of later tests."""
+    """Call a rule's main like its command line, and restore the logging for later tests."""
     options = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     try:
         with mock.patch.object(sys, "argv", [module.__name__, "--config", str(config), *flags, *options]):
@@ -167,9 +170,16 @@ def run_assign(outdir: Path, config: Path, *options: str) -> Path:
     return out
 
 
+def run_assign_all(outdir: Path, config: Path) -> Path:
+    """Run `embed`, `fit_kmeans` and `assign`."""
+    run_embed(outdir, config)
+    run_fit_kmeans(outdir, config)
+    return run_assign(outdir, config)
+
+
 def run_assign_random(outdir: Path, config: Path, *options: str) -> Path:
     out = outdir / "random/manifest.json"
-    run(assign, config, "--random", *options, shards=outdir / "shards/manifest.json", out=out)
+    run(assign_random, config, *options, shards=outdir / "shards/manifest.json", out=out)
     return out
 
 
@@ -185,10 +195,48 @@ def run_route(outdir: Path, config: Path) -> Path:
     return out
 
 
-def peak_bytes(act: Callable[[], object]) -> int:
-    """Most memory that Python and NumPy hold while `act` runs, beyond what they hold before.
+def check_grouping(outdir: Path, folder: str) -> dict[str, Any]:
+    """Check that each document is in its cluster's group once, in the shard's order. Returns the manifest.
 
-    The lower of two runs: now and then a cache or another thread of the test process takes some megabytes of its own.
+    `folder` holds the output of `assign` or `assign_random`.
+    """
+    manifest = artifact.read_json(outdir / folder / "manifest.json", "assignments")
+    k, n_documents, n_tokens = manifest["k"], np.zeros(manifest["k"], int), np.zeros(manifest["k"], int)
+    for entry in manifest["shards"]:
+        name = entry["name"]
+        shard = token_files.read(outdir / f"shards/{name}.arrow", 0)
+        rows = pq.read_table(outdir / f"{folder}/{name}.parquet").to_pydict()
+        assert rows["doc_id"] == pq.read_table(outdir / f"shards/{name}.parquet")["doc_id"].to_pylist()
+        assert rows["n_tokens"] == shard.n_tokens.tolist()
+        path = outdir / f"{folder}/{name}.arrow"
+        assert entry["identity_tokens"] == artifact.identity(path)
+        assert token_files.read_meta(path)["n_groups"] == k
+        for j in range(k):
+            expected = shard.take(np.flatnonzero(np.array(rows["cluster"]) == j))
+            group = token_files.read(path, j)
+            assert np.array_equal(group.values, expected.values)
+            assert np.array_equal(group.offsets, expected.offsets)
+            n_documents[j] += len(group)
+            n_tokens[j] += group.n_tokens.sum()
+    assert manifest["n_documents"] == n_documents.tolist() and manifest["n_tokens"] == n_tokens.tolist()
+    largest = n_tokens.max() / n_tokens.mean()
+    assert abs(manifest["load_over_mean"]["tokens"]["max"] - largest) < 1e-6 * largest
+    return manifest
+
+
+def check_shards_are_single_groups(outdir: Path, folder: str) -> None:
+    """Check that with one cluster, each shard's only group holds the shard's tokens."""
+    for entry in artifact.read_json(outdir / folder / "manifest.json", "assignments")["shards"]:
+        shard, group = (
+            token_files.read(outdir / f"{f}/{entry['name']}.arrow", 0) for f in ("shards", folder)
+        )
+        assert np.array_equal(shard.values, group.values) and np.array_equal(shard.offsets, group.offsets)
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    """The most bytes that Python and NumPy allocate at once while `act` runs.
+
+    It is the lower of two runs: a cache or another thread of the test process may take some megabytes in one of them.
     """
     peaks = []
     for _ in range(2):

@@ -1,9 +1,16 @@
-"""Encoders for tests: tiny models with random weights, the files that sentence-transformers would have written, and their tokenizer."""
+"""Encoders for tests: tiny models with random weights, their tokenizer, files as of sentence-transformers, a hub."""
 
 import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import huggingface_hub
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -14,6 +21,7 @@ from made_project import TOPICS
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]
 HIDDEN = 32
+COMMIT = "0123456789abcdef" * 2 + "01234567"  # of me/tiny
 
 
 def tokenizer(**more: Any) -> PreTrainedTokenizerFast:
@@ -45,7 +53,7 @@ def bert(rng_seed: int = 0) -> PreTrainedModel:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    # as large as trained ones, or every text would look alike
+    # with smaller weights, the vectors of all texts would be nearly equal
     return BertModel(
         BertConfig(vocab_size=400, max_position_embeddings=48, initializer_range=0.3, **sizes)
     ).eval()
@@ -61,7 +69,7 @@ def write(folder: Path, net: PreTrainedModel | None = None, **more: Any) -> Path
 def add_modules(
     folder: Path, pooling: dict[str, Any], dense: dict[str, Any] | None = None, normalize: bool = True
 ) -> Path:
-    """Say how it is pooled: the content of 1_Pooling/config.json, then a Dense module to 8 dimensions if `dense` has its config."""
+    """Add modules.json: Pooling with the config `pooling`, Dense to 8 dimensions with the config `dense`, Normalize."""
     kinds = [
         "Transformer",
         "Pooling",
@@ -89,3 +97,44 @@ def add_modules(
         )
         save_file(weights, folder / "2_Dense/model.safetensors")
     return folder
+
+
+def put_in_cache(cache: Path, folder: Path, commit: str = COMMIT, ref: str = "main") -> Path:
+    """Copy an encoder into a cache as the hub's client lays it out: me/tiny, where `ref` is at `commit`."""
+    repository = cache / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(commit)
+    return Path(shutil.copytree(folder, repository / "snapshots" / commit))
+
+
+@contextmanager
+def empty_hub(cache: Path) -> Iterator[list[str]]:
+    """A hub on this machine that has no repository. Yields the paths of all requests so far; `cache` is the cache."""
+    requests: list[str] = []
+
+    class NotFound(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    constants = huggingface_hub.constants
+    with ThreadingHTTPServer(("127.0.0.1", 0), NotFound) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            with (
+                mock.patch.object(constants, "ENDPOINT", url),
+                mock.patch.object(constants, "HF_HUB_CACHE", str(cache)),
+            ):
+                yield requests
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,4 +1,4 @@
-"""Made corpora as files, and what the tests of `tokenizer` and `shard` need to run on them."""
+"""Artificial corpora as files, and helpers to run `tokenizer` and `shard` on them."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cbtm_pipeline import config, tokenizer
+from cbtm_pipeline import config, plan, tokenizer
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -56,7 +56,7 @@ def write_jsonl(path: Path, content: Iterable[Any]) -> Path:
 
 
 def write_config(path: Path, **sections: dict[str, Any]) -> Path:
-    """The default config with some keys changed."""
+    """Write the default config with some keys changed."""
     content = yaml.safe_load((ROOT / "config.yaml").read_text())
     for name, changes in sections.items():
         content[name] |= changes
@@ -65,18 +65,28 @@ def write_config(path: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
-def parameters(rule: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """What a rule gets of the default config with some keys changed."""
+def changed_config(**sections: dict[str, Any]) -> config.Config:
+    """The default config with some keys changed."""
     content = yaml.safe_load((ROOT / "config.yaml").read_text())
     for name, changes in sections.items():
         content[name] |= changes
-    return config.parameters(config.validate(content), rule)
+    return config.validate(content)
+
+
+def tokenizer_plan(**sections: dict[str, Any]) -> plan.TokenizerPlan:
+    """The plan of rule `tokenizer` for the default config with some keys changed."""
+    return plan.tokenizer(changed_config(**sections))
+
+
+def shard_plan(**corpus: Any) -> plan.ShardPlan:
+    """The plan of rule `shard` for the default config with some keys of its section corpus changed."""
+    return plan.shard(changed_config(corpus=corpus))
 
 
 def make_tokenizer(folder: Path) -> Path:
     """A small tokenizer trained on made documents; returns its tokenizer.json."""
     corpus = write_jsonl(folder / "for-tokenizer.jsonl", rows(300, 99))
-    how = parameters("tokenizer", corpus={"train": [str(corpus)]}, tokenizer={"vocab_size": 320})
+    how = tokenizer_plan(corpus={"train": [str(corpus)]}, tokenizer={"vocab_size": 320})
     tokenizer.make(how, folder / "tokenizer/tokenizer.json", None)
     return folder / "tokenizer/tokenizer.json"
 
@@ -92,6 +102,6 @@ def run(module: str, *args: object, **options: Any) -> subprocess.CompletedProce
 
 
 def start(module: str, *args: object) -> subprocess.Popen[str]:
-    """Start a module and do not wait for it."""
+    """Start a module without waiting for its end."""
     command = [sys.executable, "-m", f"cbtm_pipeline.{module}", *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

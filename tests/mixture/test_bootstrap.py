@@ -14,7 +14,7 @@ def test_ratio_weighs_tokens_not_documents():
 
 
 def test_two_documents_have_a_known_distribution():
-    """Resamples hold document a twice, both, or b twice, with probabilities 1/4, 1/2, 1/4: the interval goes from a to b."""
+    """Resamples hold a twice, both, or b twice, with probabilities 1/4, 1/2, 1/4: the interval is [a, b]."""
     nll_DS, reference_D = np.array([[12.0], [30.0]]), np.array([10.0, 20.0])
     interval = bootstrap.ratio_intervals(nll_DS, reference_D, np.array([10, 20]), 500, 0)
     np.testing.assert_allclose(interval, [[np.exp(0.2), np.exp(0.5)]])
@@ -79,12 +79,9 @@ def test_systems_and_calls_share_their_resamples(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(together, alone, rtol=1e-12)
     assert (bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, 101, 8) != together).all()
 
-    monkeypatch.setattr(
-        bootstrap, "CHUNK", 30 * 7
-    )  # memory is bounded by chunks, the numbers do not depend on them
-    np.testing.assert_array_equal(
-        bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, 101, 7), together
-    )
+    monkeypatch.setattr(bootstrap, "CHUNK", 30 * 7)  # chunks bound the memory and must not change the numbers
+    in_chunks = bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, 101, 7)
+    np.testing.assert_array_equal(in_chunks, together)
 
 
 def test_one_document_has_nothing_to_resample():

@@ -1,4 +1,4 @@
-"""The mixture against slow literal versions of its formulas, and what must hold whatever the numbers."""
+"""The mixture against slow literal versions of its formulas, and its properties on random numbers."""
 
 import math
 
@@ -48,7 +48,7 @@ def literal_prior(d2_K, temperature):
 
 
 def literal_top(w_K, top_k):
-    """Indices of the top_k largest, the lowest index first among equals, and the weights renormalised over them."""
+    """Indices of the top_k largest, of equals the lowest index, and the weights renormalised over them."""
     active = sorted(range(len(w_K)), key=lambda j: (-w_K[j], j))[:top_k]
     total = sum(w_K[j] for j in active)
     return active, [w_K[j] / total if j in active else 0.0 for j in range(len(w_K))]
@@ -179,9 +179,8 @@ def test_identical_experts_mix_to_the_single_expert(case, temperature, epsilon, 
 @EXAMPLES
 @given(cases, temperatures, st.sampled_from(TOP_KS))
 def test_epsilon_one_is_the_paper(case, temperature, top_k):
-    case.d2_NK = np.random.default_rng(2).uniform(
-        0, 1, case.d2_NK.shape
-    )  # no ties: the filter breaks them by weight
+    # Without ties: the filter breaks them by weight, the paper's router by distance.
+    case.d2_NK = np.random.default_rng(2).uniform(0, 1, case.d2_NK.shape)
     if math.isinf(temperature) and top_k < case.d2_NK.shape[1]:
         temperature = 3.0
     expected = ensemble.paper_log_weights(case.d2_NK, temperature, top_k)
@@ -191,7 +190,8 @@ def test_epsilon_one_is_the_paper(case, temperature, top_k):
 @EXAMPLES
 @given(cases)
 def test_epsilon_zero_without_distances_is_the_bayes_posterior(case):
-    logw_NK = case.filter(math.inf, 0.0, 1.0)
+    logw_NK = ensemble.posterior_log_weights(case.logprob_NK, case.offsets)
+    np.testing.assert_array_equal(logw_NK, case.filter(math.inf, 0.0, 1.0))
     for begin, end in zip(case.offsets, case.offsets[1:], strict=False):
         seen = np.cumsum(case.logprob_NK[begin:end].astype(np.float64), axis=0)
         seen = np.concatenate([np.zeros((1, seen.shape[1])), seen[:-1]])
@@ -231,10 +231,8 @@ def test_paper_from_cold_to_hot(case):
     np.testing.assert_allclose(
         ensemble.paper_log_weights(case.d2_NK, 1e12, k), ensemble.uniform_log_weights(n, k), atol=1e-9
     )
-    assert (
-        ensemble.paper_log_weights(case.d2_NK, math.inf, k)
-        == ensemble.paper_log_weights(0 * case.d2_NK, 1.0, k)
-    ).all()
+    infinite = ensemble.paper_log_weights(case.d2_NK, math.inf, k)
+    assert (infinite == ensemble.paper_log_weights(0 * case.d2_NK, 1.0, k)).all()
 
 
 @EXAMPLES
@@ -246,11 +244,8 @@ def test_the_order_of_the_experts_means_nothing(case, random, top_k):
     permuted = case.filter(top_k=top_k, logprob_NK=case.logprob_NK[:, order], d2_NK=case.d2_NK[:, order])
     np.testing.assert_allclose(np.exp(permuted), np.exp(case.filter(top_k=top_k))[:, order], atol=1e-12)
     paper = ensemble.paper_log_weights(case.d2_NK, 0.2, top_k)
-    np.testing.assert_allclose(
-        np.exp(ensemble.paper_log_weights(case.d2_NK[:, order], 0.2, top_k)),
-        np.exp(paper)[:, order],
-        atol=1e-12,
-    )
+    permuted = ensemble.paper_log_weights(case.d2_NK[:, order], 0.2, top_k)
+    np.testing.assert_allclose(np.exp(permuted), np.exp(paper)[:, order], atol=1e-12)
 
 
 @EXAMPLES
@@ -282,7 +277,7 @@ def test_a_document_without_tokens_has_no_weights_and_sums_to_zero():
 
 
 def test_the_belief_survives_where_probabilities_underflow():
-    """2 000 tokens on which one expert is 10 nats better, then 2 000 on which the other is: exp(-20 000) is 0, its logarithm is not."""
+    """One expert is 10 nats better on each of 2 000 tokens, then the other; exp(-20 000) rounds to 0."""
     logprob_NK = np.full((4000, 2), -11.0, np.float32)
     logprob_NK[:2000, 0] = logprob_NK[2000:, 1] = -1
     logw_NK = ensemble.filter_log_weights(

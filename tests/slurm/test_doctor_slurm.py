@@ -56,8 +56,8 @@ def bad_box(on_box: Box) -> Iterator[Box]:
     on_box.conf.write_text(before)
 
 
-def training(threads: int = 2, **resources: Any) -> planned.Job:
-    return planned.Job(
+def training(threads: int = 2, **resources: Any) -> planned.PlannedJob:
+    return planned.PlannedJob(
         "train_expert",
         {"slurm_partition": "gpu", "runtime": 60, "mem_mb": 2000, "gpus": 1, **resources},
         threads,

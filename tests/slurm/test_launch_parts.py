@@ -130,7 +130,7 @@ def test_the_shipped_profile_asks_only_for_what_exists() -> None:
     ],
 )
 def test_what_passes_by_itself_is_waited_for(said: str) -> None:
-    assert commands.passes(said)
+    assert commands.is_temporary(said)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_what_passes_by_itself_is_waited_for(said: str) -> None:
     ],
 )
 def test_what_people_have_to_mend_is_not(said: str) -> None:
-    assert not commands.passes(said)
+    assert not commands.is_temporary(said)
 
 
 def test_a_command_that_hangs_is_unreachable_and_one_that_is_missing_is_not() -> None:

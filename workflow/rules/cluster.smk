@@ -1,4 +1,4 @@
-# Before the long trainings: what is wrong with the clusters should show early.
+# Rules with priority: 1 run before the long trainings, so that problems with the clusters show early.
 rule embed:
     input:
         shards=f"{OUT}/shards/manifest.json",

@@ -1,4 +1,4 @@
-# What all steps share: the validated config, the experts, the environment of the jobs.
+# What all rules share: the validated config, the experts, the environment of the jobs.
 import os
 import sys
 from pathlib import Path
@@ -13,8 +13,8 @@ from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.slurm import request
 
 
-# Jobs run `python -m cbtm_pipeline.<rule>` with the Python that runs Snakemake (in a conda environment, --sdm conda, with the environment's)
-# and with the sources beside this file.
+# Jobs run `python -m cbtm_pipeline.<rule>` with the sources of this checkout. Their Python is the one that runs Snakemake;
+# with --sdm conda it is the Python of the conda environment.
 def before(first, name):
     return os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
 
@@ -42,12 +42,12 @@ MANIFESTS = {
 
 
 def parameters(rule, expert=None):
-    """A rule's plan as JSON text. Snakemake compares it with that of the last run."""
+    """A rule's plan as JSON text. Snakemake compares it with the plan of the last run."""
     return plan.depends_on(CONFIG, rule, expert)
 
 
 def expert_inputs(wildcards):
-    """The data and the seed model of an expert; the seed itself starts from nothing."""
+    """The data, the tokenizer and the seed model of an expert. The seed itself has no seed model."""
     inputs = {
         "data": MANIFESTS[plan.data_of(wildcards.expert)[0]],
         "tokenizer": f"{OUT}/tokenizer/tokenizer.json",
@@ -58,19 +58,19 @@ def expert_inputs(wildcards):
 
 
 def state_folder(wildcards):
-    """Where a training keeps its resumable state."""
+    """The folder in which a training keeps its resumable state."""
     return f"{OUT}/work/{wildcards.expert}"
 
 
 def beside(paths, name):
-    """The files of this name in the folders of `paths`."""
+    """For each path, the file called `name` in the same folder."""
     return [str(Path(path).with_name(name)) for path in paths]
 
 
 def launch(rule, name=None, state_folder=None):
-    """What a rule's command begins with: nothing here, a launcher where the profile names a Slurm partition for the rule.
+    """What a rule's command begins with: a launcher if the profile names a Slurm partition for the rule, else nothing.
 
-    As it depends on threads and resources, Snakemake leaves it out when it compares parameters: a profile never reruns anything.
+    Because it depends on threads and resources, Snakemake does not compare it with the last run. So a profile never reruns anything.
     """
 
     def prefix(wildcards, input, output, threads, resources):

@@ -1,4 +1,4 @@
-# The resumable state in work/ is no output: Snakemake deletes outputs before a job starts and after it fails.
+# The resumable state in work/ is not an output, because Snakemake deletes outputs before a job starts and after it fails.
 rule train_expert:
     input:
         unpack(expert_inputs),

@@ -19,7 +19,7 @@ rule route:
         " --clusterer {input.clusterer:q} --tokenizer {input.tokenizer:q} --out {output:q} --log {log:q}"
 
 
-# The table that this prints is shown when the run is over.
+# The command's own output goes to /dev/null: the Snakefile prints the table at the end of the run.
 rule eval_ensemble:
     input:
         distances=f"{OUT}/route/distances.npz",

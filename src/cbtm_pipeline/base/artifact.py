@@ -1,8 +1,9 @@
-"""Files at the edge: an artifact is whole or absent, says what it is and what it was made from.
+"""Artifacts, the files between rules: each is whole or absent, and says what it is and what it was made from.
 
-Every artifact carries a *meta* record `{"format", "kind", "made_from", ...}`: in JSON files at the top level, in npz files as the array
-`meta`, in Arrow and Parquet files in the schema's metadata. `made_from` maps names to identities of the inputs (see `identity`), so that a
-reader can refuse what does not belong together.
+Every artifact carries a *meta* record `{"format", "kind", "made_from", ...}`: in JSON files at the top level,
+in npz files as the array `meta`, in Arrow and Parquet files in the schema's metadata. `made_from` maps the
+names of the inputs to their identities (see `identity`). With it, a reader refuses files that do not belong
+together.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ def fingerprint(value: Any) -> str:
 
 
 def make_meta(kind: str, made_from: Mapping[str, str], **more: Any) -> dict[str, Any]:
-    """The record that goes into an artifact."""
+    """The meta record of an artifact, with the entries `more`."""
     return {"format": FORMAT, "kind": kind, "made_from": dict(made_from), **more}
 
 
@@ -57,7 +58,7 @@ def check_made_from(path: str | Path, meta: Mapping[str, Any], name: str, expect
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with sorted keys; NaN and infinity are refused, as JSON has none."""
+    """Write JSON with sorted keys. Raises ValueError for NaN and infinity, which JSON does not have."""
     with publish(path) as tmp:
         tmp.write_text(
             json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8"
@@ -65,7 +66,7 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """Read a JSON artifact; with `kind`, check that it is one of this kind."""
+    """Read a JSON file. Raises ValueError if it is no JSON or, with `kind`, no artifact of this kind."""
     try:
         content = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
@@ -83,7 +84,10 @@ def write_npz(path: str | Path, meta: Mapping[str, Any], **arrays: np.ndarray) -
 
 
 def read_npz(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read arrays and meta of an npz artifact of this kind. Raises ValueError for a foreign or damaged file."""
+    """The arrays and the meta record of an npz artifact.
+
+    Raises ValueError if it is damaged or of another kind.
+    """
     try:
         with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as npz:
             arrays = {name: npz[name] for name in npz.files}
@@ -92,6 +96,6 @@ def read_npz(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], dict[s
         raise ValueError(f"{path}: unreadable ({error}). Expected {kind}. {make_again(path)}") from error
     except OSError:
         raise
-    except Exception as error:  # zipfile.BadZipFile, zlib.error: a damaged archive has many faces
+    except Exception as error:  # zipfile.BadZipFile, zlib.error and more: damage has many types
         raise ValueError(f"{path}: damaged ({error}). Expected {kind}. {make_again(path)}") from error
     return arrays, check_meta(path, meta, kind)

@@ -1,4 +1,4 @@
-"""What every module's command line shares: one-line errors, and progress as plain lines on stderr and in a log file."""
+"""What all command lines share: errors of one line, log lines on stderr and in a file, progress lines."""
 
 import argparse
 import logging
@@ -11,15 +11,14 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 
-EXIT_SAVED = (
-    85  # exit status of a training that a signal stopped: its state is saved, start it again to go on
-)
+# Exit status of a training that a signal stopped. Its state is saved; started again, it goes on from there.
+EXIT_SAVED = 85
 
 log = logging.getLogger("cbtm")
 
 
 def parser(description: str | None, config: bool = True) -> argparse.ArgumentParser:
-    """An argument parser with the options that modules share: `--config` and `--log`."""
+    """An argument parser with the options that modules share: `--log`, and `--config` if `config` is true."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if config:
         p.add_argument(
@@ -33,7 +32,7 @@ def parser(description: str | None, config: bool = True) -> argparse.ArgumentPar
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):
-    """A log file that comes back when it is deleted: Snakemake does that when it takes up a job that already runs."""
+    """A log file that is made again when it was deleted. Snakemake may delete the log of a running job."""
 
     def _open(self) -> TextIOWrapper:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +40,7 @@ class _LogFile(logging.handlers.WatchedFileHandler):
 
 
 def start_logging(label: str, log_file: Path | None) -> None:
-    """Send the project's log lines, each with its time and the label (rule or expert), to stderr and the file."""
+    """Send log lines to stderr and the file, each with its time and `label`, a name of a rule or expert."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file:
         handlers.append(_LogFile(log_file, encoding="utf-8"))
@@ -55,7 +54,11 @@ def start_logging(label: str, log_file: Path | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run `main`; what people can cause (ValueError, OSError) becomes one line and exit status 1. CBTM_DEBUG=1 shows the stack."""
+    """Run `main`. ValueError, OSError and MemoryError, which users can cause, become one line and exit status
+    1.
+
+    With CBTM_DEBUG=1 in the environment, the error comes with its stack.
+    """
     try:
         main()
     except (ValueError, OSError, MemoryError) as error:
@@ -73,7 +76,8 @@ def run(main: Callable[[], None]) -> None:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. Expected to read or write it. Check the path, its rights and the free space."
+        advice = "Check the path, its rights and the free space."
+        return f"{error.filename}: {error.strerror}. Expected to read or write it. {advice}"
     return str(error) or type(error).__name__
 
 
@@ -83,23 +87,20 @@ class Progress:
     def __init__(self, what: str, total: float | None, unit: str, every_s: float = 5.0):
         self.what, self.total, self.unit, self.every_s = what, total, unit, every_s
         self.done, self.began = 0.0, time.monotonic()
-        self.said = self.began
+        self.logged = self.began  # when the last line was written
         self.lock = threading.Lock()
 
     def add(self, n: float, more: str = "") -> None:
-        """Count `n` more units; say so if the last line is old enough."""
+        """Count `n` more units, and log a line that ends with `more` if the last line is old enough."""
         with self.lock:
             self.done += n
             now = time.monotonic()
-            if now - self.said < self.every_s:
+            if now - self.logged < self.every_s:
                 return
-            self.said = now
+            self.logged = now
         rate = self.done / (now - self.began)
-        share = (
-            f"{100 * self.done / self.total:.0f}%  ETA {(self.total - self.done) / rate:.0f} s  "
-            if self.total and rate
-            else ""
-        )
-        log.info(
-            "%s  %.4g %s  %s%.4g %s/s  %s", self.what, self.done, self.unit, share, rate, self.unit, more
-        )
+        share = ""
+        if self.total and rate:
+            share = f"{100 * self.done / self.total:.0f}%  ETA {(self.total - self.done) / rate:.0f} s  "
+        line = "%s  %.4g %s  %s%.4g %s/s  %s"
+        log.info(line, self.what, self.done, self.unit, share, rate, self.unit, more)

@@ -1,8 +1,8 @@
-"""Durations for people. Standard library only."""
+"""Durations as text for people. Uses the standard library only."""
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: 3.2s, 45s, 1m30s, 3h05m, 2d04h."""
+    """A duration in at most two units: 3.2s, 45s, 1m30s, 3h05m, 2d04h."""
     if seconds < 10:
         return f"{seconds:.2g}s"
     minutes, s = divmod(round(seconds), 60)

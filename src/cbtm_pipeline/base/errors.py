@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def first_sentence(error: BaseException) -> str:
-    """What a library's error says, on one line: its first sentence, at most 200 characters."""
+    """The first sentence of a library's error, at most 200 characters; the error's type if it has no text."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200] or type(error).__name__
 
 

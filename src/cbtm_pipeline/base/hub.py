@@ -1,9 +1,9 @@
-"""The one way to the Hugging Face hub: every model, tokenizer and encoder that has a name on it comes through here.
+"""The only way to the Hugging Face hub: this module finds, downloads and loads pretrained models.
 
-A name is either a local folder or a repository on the hub, at `revision` (a commit, tag or branch; None: its main
-branch). What is complete in the local cache is never asked for again: `local_folder` and the functions `lacks_...`
-decide that, for the pipeline and for `cbtm doctor` alike. Only safetensors weights are read, and no code that comes with
-a model is ever run.
+A name is either a local folder or a repository on the hub, at `revision` (a commit, tag or branch; None: its
+main branch). A model that is complete in the local cache is not asked for again. `local_folder` and the
+functions `lacks_...` decide that, for the pipeline and for `cbtm doctor` alike. Only safetensors weights are
+read. Code that comes with a model is never run.
 """
 
 import json
@@ -17,28 +17,22 @@ from typing import Any
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.base.errors import first_sentence
 
-TIMEOUT_S = 4.0  # of one question to the hub; a download may take as long as it likes
+TIMEOUT_S = 4.0  # of one request to the hub; a download has no limit
 WEIGHTS = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 WEIGHTS += ("model-*-of-*.safetensors",)
-TOKENIZER = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-TOKENIZER += ("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja")
+TOKENIZER = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER += ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja")
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a model on this machine: `name` itself, or where the cache has it; None if it has nothing of it."""
-    import huggingface_hub  # takes half a second, and most commands do without
+    """The folder of a model on this machine: `name` itself, or its folder in the cache; else None."""
+    import huggingface_hub  # takes half a second, and most commands do not need it
 
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # not there, or no possible name
+    except (OSError, ValueError):  # it is not in the cache, or the name is not possible
         return None
 
 
@@ -57,20 +51,23 @@ def fetch(
     expected: str,
     optional: Sequence[str] = (),
 ) -> Path:
-    """The folder of a model, downloaded if the local one lacks anything. `key` is the config key that gives the name.
+    """The folder of a model. Downloads the model first if the local folder lacks a file.
 
-    `lacks` says what a folder lacks; `files` are the patterns to download; `expected` names in words what is needed.
-    The hub is also asked for `optional` files that are not here: the repository may have them. Raises ValueError when
-    the model cannot be had.
+    `key` is the config key that holds the name, `expected` describes the needed files; both appear in errors.
+    `lacks` lists the files that a folder lacks, `files` are the patterns to download. The hub is also asked
+    if a file of `optional` is not here, because the repository may have it. Raises ValueError if the model
+    cannot be had.
     """
     folder = local_folder(name, revision)
     unsure = folder is None or any(not (folder / file).exists() for file in optional)
     if not Path(name).is_dir() and (lacks(folder) or unsure):
         folder = _download(key, name, revision, files, folder, expected)
     if missing := lacks(folder):
-        raise ValueError(
-            f"{key}: {name}: {folder} lacks {', '.join(missing[:3])}. Expected {expected}. Complete it, or choose another one."
+        found = f"{key}: {name}: {folder} lacks {', '.join(missing[:3])}"
+        todo = (
+            "Complete it" if Path(name).is_dir() else f"Run {advice(name, revision)} where there is a network"
         )
+        raise ValueError(f"{found}. Expected {expected}. {todo}, or choose another one.")
     assert folder is not None
     return folder
 
@@ -78,49 +75,59 @@ def fetch(
 def _download(
     key: str, name: str, revision: str | None, files: Sequence[str], folder: Path | None, expected: str
 ) -> Path:
-    """Download the files. If the hub does not answer, what `folder` has must do; raises ValueError where it is None."""
+    """Download the files.
+
+    If the hub does not answer, return the local `folder`; raise ValueError without one.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     log.info("%s is not all downloaded, asking the hub", name)
     patterns = [pattern for file in files for pattern in (file, f"*/{file}")]
-    at = f" --revision {revision}" if revision else ""
     try:
-        # snapshot_download alone would wait for ever for a hub that does not answer
+        # first a request with a time limit: snapshot_download alone may wait for ever for a hub that hangs
         HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_S)
         )
-    except Exception as error:  # errors of the name, the network and the hub have no common type
+    except Exception as error:  # a wrong name, the network and the hub raise unrelated types
         if folder is None:
+            todo = f"Check the name; if it is right, run {advice(name, revision)} where there is a network."
             raise ValueError(
-                f"{key}: {name}: not found ({first_sentence(error)}). Expected a folder or a name on the hub, with "
-                f"{expected}. Check the name; if it is right, run hf download {name}{at} where there is a network."
+                f"{key}: {name}: not found ({first_sentence(error)}). "
+                f"Expected a folder or a name on the hub, with {expected}. {todo}"
             ) from error
-        log.warning("%s: the hub does not answer (%s); using what is downloaded", name, first_sentence(error))
+        log.warning("%s: the hub does not answer (%s); using the local files", name, first_sentence(error))
         return folder
 
 
+def advice(name: str, revision: str | None) -> str:
+    """The command that downloads a model by hand."""
+    return f"hf download {name}{f' --revision {revision}' if revision else ''}"
+
+
 def load(auto_class: Any, folder: Path, **options: Any) -> Any:
-    """`auto_class.from_pretrained(folder)`: from local files only, and without running code that comes with the model."""
+    """`auto_class.from_pretrained(folder)` from local files only. Never runs code that comes with the model.
+
+    Raises what transformers raises, also for a model that needs its own code.
+    """
     return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 
 
 def lacks_weights(folder: Path | None) -> list[str]:
-    """Files that a model needs and its folder does not have."""
+    """The files that a model needs and its folder does not have; empty if it is complete."""
     if folder is None:
         return ["the model"]
-    index, single = folder / "model.safetensors.index.json", "model.safetensors"
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     try:
-        names = (
-            set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.exists() else {single}
-        )
+        if index.exists():
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError):
         return [f"a whole {index.name}"]
     return [name for name in ["config.json", *sorted(names)] if not (folder / name).exists()]
 
 
 def lacks_tokenizer(folder: Path | None) -> list[str]:
-    """Files that a tokenizer needs and its folder does not have. It may be stored in several ways."""
+    """The files that a tokenizer needs and its folder does not have; any one of several formats is enough."""
     if folder is None:
         return ["the tokenizer"]
     names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -128,14 +135,14 @@ def lacks_tokenizer(folder: Path | None) -> list[str]:
 
 
 def cache() -> Path:
-    """The folder in which downloads are kept."""
+    """The folder of the local cache of downloads."""
     import huggingface_hub
 
     return Path(huggingface_hub.constants.HF_HUB_CACHE)
 
 
 def problem(name: str, revision: str | None = None) -> str | None:
-    """Why a model cannot be had from the hub now; None if it can."""
+    """The reason why a model cannot be had from the hub now; None if it can."""
     import huggingface_hub
 
     at = f"/revision/{revision}" if revision else ""

@@ -1,4 +1,4 @@
-"""Import transformers fast and quietly. Two functions: one changes how it is imported, one changes what it computes."""
+"""Two patches for transformers: one makes its import fast and quiet, one saves a wait in each step."""
 
 import gc
 import sys
@@ -12,40 +12,43 @@ HIDDEN = ("scipy", "sklearn", "pandas")
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Hide SciPy, scikit-learn and pandas from what is imported inside, and collect no garbage meanwhile.
+    """Hide SciPy, scikit-learn and pandas from the imports inside, and pause the garbage collector meanwhile.
 
-    transformers loads these packages where it finds them, for the losses of object detection, for assisted generation
-    and for table questions. That is a quarter of the start of every job, for nothing. What was imported before stays
-    visible, and everything can be imported again afterwards.
+    transformers loads these packages if it finds them, for object detection, assisted generation and table
+    questions. No job here needs them, and they take a quarter of every job's start. Packages that were
+    imported before stay visible. After this context, all packages can be imported again.
     """
     hidden = {name for name in HIDDEN if name not in sys.modules}
     modules: dict[str, Any] = sys.modules
     collecting = gc.isenabled()
     gc.disable()
-    modules.update(dict.fromkeys(hidden))  # find_spec finds nothing where None stands
+    modules.update(dict.fromkeys(hidden))  # find_spec does not find a module whose entry is None
     try:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        getLogger("huggingface_hub").setLevel("ERROR")  # one message at the end says what five retries would
+        getLogger("huggingface_hub").setLevel(
+            "ERROR"
+        )  # one final error is enough; it logs each of five retries
         yield
     finally:
         for name in hidden:
             del modules[name]
-        gc.freeze()  # modules live as long as the process
+        gc.freeze()  # modules live as long as the process: later collections skip them
         if collecting:
             gc.enable()
 
 
 def never_packed(position_ids: Any) -> None:
-    """Says that no sequence holds several packed texts: in place of transformers' `find_packed_sequence_indices`."""
+    """For transformers' `find_packed_sequence_indices`: None means that no sequence holds several texts."""
 
 
 def assume_unpacked_sequences() -> None:
-    """Patch transformers: do not look whether several texts are packed into one sequence, because here none ever are.
+    """Patch transformers: do not check whether a sequence holds several packed texts. Here, none does.
 
-    transformers asks this in each forward pass, and the host waits for the device to answer. Logits stay the same.
+    transformers checks this in each forward pass, and the host waits for the device meanwhile. Logits stay
+    the same.
     """
     from transformers import masking_utils
 

@@ -1,4 +1,4 @@
-"""Work on one item after the other, a few at a time, with the results in order: memory holds as many items as there are workers."""
+"""Parallel work on a stream of items, with the results in order. Memory holds only a few items at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,9 +10,10 @@ B = TypeVar("B")
 
 
 def in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], n_ahead: int) -> Iterator[B]:
-    """Yield `function(item)` of every item, in order; at most `n_ahead` further items are taken before a result is handed out.
+    """Yield `function(item)` of every item, in order.
 
-    Raises what `function` raises.
+    Before a result is yielded, at most `n_ahead` items after its own have been taken. Raises what `function`
+    raises.
     """
     running: deque[Future[B]] = deque()
     for item in items:

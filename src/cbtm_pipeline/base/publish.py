@@ -1,4 +1,4 @@
-"""A file that is whole or absent. Standard library only, as each launcher of a Slurm job loads it."""
+"""Publish a file: it is whole or absent. Standard library only, as each Slurm job's launcher uses it."""
 
 import os
 import socket
@@ -11,7 +11,12 @@ _HOST = socket.gethostname()
 
 @contextmanager
 def publish(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit make it durable and rename it to `path`, else remove it."""
+    """Yield a temporary path. On a clean exit, sync that file to disk and rename it to `path`; else remove
+    it.
+
+    Also removes temporary files of `path` that dead processes of this host left. Raises OSError with `path`
+    as its file name where the file cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.{_HOST}-*.tmp"):
@@ -25,8 +30,8 @@ def publish(path: str | Path) -> Iterator[Path]:
         _fsync(path.parent)
     except OSError as error:
         if error.filename is not None and str(error.filename) != str(tmp):
-            raise  # about another file, used while this one was being written
-        # pyarrow and numpy report a full disk without saying which file it was
+            raise  # the error is of another file, used while this one was written
+        # pyarrow and numpy report a full disk without the name of the file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         tmp.unlink(missing_ok=True)

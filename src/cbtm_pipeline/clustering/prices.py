@@ -1,8 +1,9 @@
-"""Prices for a corpus that is larger than the sample that was clustered: one number per cluster, found in a few passes over the vectors.
+"""Prices for a corpus that is larger than the clustered sample, from a few passes over its vectors.
 
-The dual of the transport problem,  sum_i w_i min_j (d2_ij + p_j) - mean load * sum_j p_j,  is concave in the prices and highest where all
-loads are equal. Its gradient is the loads less their mean, and its Hessian the weight at the borders between clusters (as in `transport`,
-which is exact, but holds all distances at once). Prices from a sample are nearly right, so that a few Newton steps mend them.
+The dual of the transport problem,  sum_i w_i min_j (d2_ij + p_j) - mean load * sum_j p_j,  is concave in the
+prices and highest where all loads are equal. Its gradient is the loads less their mean. Its Hessian is the
+weight at the borders between clusters, as in `transport`, which is exact but holds all distances at once.
+Prices from a sample are nearly right, so a few Newton steps correct them.
 
 Shapes: R documents of a chunk, D dimensions, K clusters.
 """
@@ -15,17 +16,19 @@ import torch
 
 from cbtm_pipeline.clustering import distances, transport
 
-GOAL = 1.01  # largest load over mean that needs no more steps
+GOAL = 1.01  # largest load over the mean that needs no more steps
 MAX_PASSES = 16
-REACH = 4.0  # border widths that a price may move in the first step: what lies beyond the border has not been looked at
-NEAR = 0.05  # least share of the documents, those nearest to a border, that say how fast loads follow prices
+REACH = (
+    4.0  # border widths that a price may move in the first step: no pass has seen what lies beyond the border
+)
+NEAR = 0.05  # least share of the documents, nearest to a border, that estimates the derivative of the loads
 SETTLED_DISTANCES = 1 << 23  # held at once where Newton steps get stuck
 
 Chunk = tuple[np.ndarray | torch.Tensor, np.ndarray]  # vectors (float32) and weights
 
 
 class Survey(NamedTuple):
-    """What one pass over the corpus says about prices: the clusters' loads, how fast they follow the prices, and the dual."""
+    """Result of one pass over the corpus at given prices: loads, their derivative, and the dual."""
 
     loads_K: np.ndarray
     border_KK: np.ndarray  # weight that crosses the border between two clusters per unit of price
@@ -34,16 +37,18 @@ class Survey(NamedTuple):
 
     @property
     def max_load(self) -> float:
+        """Largest load over the mean."""
         return float(self.loads_K.max() / self.loads_K.mean())
 
 
 def refine(
     read_chunks: Callable[[], Iterable[Chunk]], centres_KD: np.ndarray, prices_K: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Prices that balance the whole corpus, and its largest load over the mean: damped Newton steps up the dual, one pass each.
+    """Prices that balance the whole corpus, and its largest load over the mean.
 
-    `read_chunks()` yields (x_RD, weights_R), the whole corpus chunk by chunk. Returns the best balanced prices seen, never worse than
-    those given.
+    Damped Newton steps climb the dual, one pass each. `read_chunks()` yields (x_RD, weights_R), the whole
+    corpus chunk by chunk. Returns the best balanced prices of all passes, which are never worse than
+    `prices_K`.
     """
     at_K, at = prices_K, survey(read_chunks(), centres_KD, prices_K, NEAR)
     best_K, best, reach = at_K, at.max_load, REACH
@@ -70,17 +75,23 @@ def refine(
 def _settled_on_sample(
     read_chunks: Callable[[], Iterable[Chunk]], centres_KD: np.ndarray, prices_K: np.ndarray
 ) -> np.ndarray:
-    """Prices that balance every n-th document exactly: where documents lie in clumps, loads jump, and no derivative says by how much."""
+    """Prices that balance every n-th document exactly.
+
+    Where documents lie in clumps, loads jump, and no derivative says by how much.
+    """
     n_documents = sum(len(weights_R) for _, weights_R in read_chunks())
-    every = -(-n_documents * len(prices_K) // SETTLED_DISTANCES)
-    some = [(_tensor(x_RD[::every]).cpu().numpy(), weights_R[::every]) for x_RD, weights_R in read_chunks()]
-    x_RD, weights_R = (np.concatenate(part) for part in zip(*some, strict=True))
-    return transport.balance(
-        distances.squared_distances(x_RD, centres_KD), weights_R.astype(np.float64), prices_K
-    )[1]
+    step = -(-n_documents * len(prices_K) // SETTLED_DISTANCES)
+    parts = [(_tensor(x_RD[::step]).cpu().numpy(), weights_R[::step]) for x_RD, weights_R in read_chunks()]
+    x_RD, weights_R = (np.concatenate(part) for part in zip(*parts, strict=True))
+    d2_RK = distances.squared_distances(x_RD, centres_KD)
+    return transport.balance(d2_RK, weights_R.astype(np.float64), prices_K)[1]
 
 
 def _newton_step(at: Survey, longest: float) -> np.ndarray:
+    """A step of the prices, (K,), with mean zero.
+
+    Before the mean is taken off, no price moves by more than `longest`.
+    """
     k = len(at.loads_K)
     laplacian_KK = np.diag(at.border_KK.sum(axis=1)) - at.border_KK
     # a cluster that borders on no other would make the system singular
@@ -91,7 +102,11 @@ def _newton_step(at: Survey, longest: float) -> np.ndarray:
 
 
 def survey(chunks: Iterable[Chunk], centres_KD: np.ndarray, prices_K: np.ndarray, near: float) -> Survey:
-    """One pass. `near`: the share of the first chunk's documents, nearest to a border, that say how fast loads follow prices."""
+    """One pass over the corpus.
+
+    `near` sets the width of the border: this share of the first chunk's documents lies within it. They
+    estimate the derivative of the loads.
+    """
     k = len(prices_K)
     loads_K, border_KK, dual, width = np.zeros(k), np.zeros((k, k)), 0.0, None
     for x_RD, weights_R in chunks:
@@ -107,5 +122,5 @@ def survey(chunks: Iterable[Chunk], centres_KD: np.ndarray, prices_K: np.ndarray
 
 
 def _tensor(x_RD: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Vectors where they are; those of a mapped file, which may not be written, are copied."""
+    """The vectors as a tensor on their device. Copies those of a memory-mapped file, which are read-only."""
     return x_RD if isinstance(x_RD, torch.Tensor) else torch.from_numpy(x_RD.copy())

@@ -1,4 +1,4 @@
-"""Write every shard's tokens again, grouped by cluster: what `assign` and `assign_random` share.
+"""Write every shard's tokens again, grouped by cluster: the code that `assign` and `assign_random` share.
 
 Memory holds a few shards, whatever the size of the corpus.
 
@@ -21,7 +21,7 @@ from cbtm_pipeline.corpus import heldout, shard_files, token_files
 
 
 class Shard(NamedTuple):
-    """A shard's entry in the manifest, its documents and their names."""
+    """A shard's entry in the manifest, its documents and their ids."""
 
     entry: shard_files.Entry
     documents: token_files.Documents
@@ -29,26 +29,34 @@ class Shard(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The cluster of each document (int32), and its squared distance to the centre (None for random clusters)."""
+    """The cluster of each document (int32), and d2 to its centre (None for random clusters)."""
 
     labels_N: np.ndarray
     d2_N: np.ndarray | None
 
 
 class Grouping(NamedTuple):
-    """How documents find their cluster. `label` is called once for each shard, in the order of the shards.
+    """The rule that gives documents to clusters.
 
-    `made_from` and `about` (balance, prices) go into the manifest.
+    `label` is called once for each shard, in the order of the shards.
+    `made_from` and `settings` (balance, prices) go into the manifest.
     """
 
     label: Callable[[Shard], Labels]
     k: int
     made_from: dict[str, str]
-    about: dict[str, Any]
+    settings: dict[str, Any]
+
+
+class Validation(NamedTuple):
+    """The validation documents and their clusters, shard by shard."""
+
+    documents: list[token_files.Documents]
+    labels: list[np.ndarray]
 
 
 def weights(n_tokens_N: np.ndarray, balance: str) -> np.ndarray:
-    """What each document weighs in the balance: its tokens (at least one) or 1."""
+    """The weight of each document in the balance: its tokens (at least one) or 1."""
     return np.maximum(n_tokens_N, 1) if balance == "tokens" else np.ones(len(n_tokens_N))
 
 
@@ -75,24 +83,30 @@ class Totals:
         if not self.n_tokens_K.all():
             empty = np.flatnonzero(self.n_tokens_K == 0)
             raise ValueError(
-                f"cluster.k: {len(self.n_tokens_K)}, of which cluster {empty[0]} and {len(empty) - 1} more are empty. "
-                "Expected documents in each. Lower cluster.k, or raise cluster.fit_documents."
+                f"cluster.k: {len(self.n_tokens_K)}, of which cluster {empty[0]} and {len(empty) - 1} more "
+                "are empty. Expected documents in each. Lower cluster.k, or raise cluster.fit_documents."
             )
 
     def content(self) -> dict[str, Any]:
-        """What the manifest says of the clusters' sizes."""
+        """The sizes of the clusters, as the manifest gives them. Logs them."""
         sizes = {"documents": self.n_documents_K, "tokens": self.n_tokens_K}
         over_mean = {
-            what: {"max": float(n_K.max() / n_K.mean()), "min": float(n_K.min() / n_K.mean())}
-            for what, n_K in sizes.items()
+            unit: {"max": float(n_K.max() / n_K.mean()), "min": float(n_K.min() / n_K.mean())}
+            for unit, n_K in sizes.items()
         }
-        cli.log.info(
-            "documents per cluster %s, tokens %s", self.n_documents_K.tolist(), self.n_tokens_K.tolist()
-        )
+        documents, tokens = self.n_documents_K.tolist(), self.n_tokens_K.tolist()
+        cli.log.info("documents per cluster %s, tokens %s", documents, tokens)
         largest = over_mean["documents"]["max"], over_mean["tokens"]["max"]
         cli.log.info("largest cluster over mean: %.3f in documents, %.3f in tokens", *largest)
-        n = {"n_documents": self.n_documents_K.tolist(), "n_tokens": self.n_tokens_K.tolist()}
-        return {**n, "load_over_mean": over_mean}
+        return {"n_documents": documents, "n_tokens": tokens, "load_over_mean": over_mean}
+
+    def duality_gap(self, prices_K: np.ndarray) -> float:
+        """The duality gap of the assignment by these prices. Logs it."""
+        gap = kmeans.duality_gap(self.loads_K, prices_K, float(self.inertia_K.sum()))
+        cli.log.info(
+            "duality gap %.2g: no assignment with loads like these lowers the inertia by a larger share", gap
+        )
+        return gap
 
 
 def write(
@@ -100,16 +114,39 @@ def write(
     train: list[shard_files.Entry],
     out: Path,
     grouping: Grouping,
-    validation: tuple[list[token_files.Documents], list[np.ndarray]],
+    validation: Validation,
     n_threads: int,
 ) -> None:
-    """Group and write all training shards and the validation documents beside `out`, and `out` (manifest.json) last.
+    """Group and write all training shards and the validation documents, and `out` (manifest.json) last.
 
-    `validation` holds documents and their labels, shard by shard. Raises ValueError if a cluster ends up empty.
-    Labels are made in the order of the shards. The threads do what costs time: reading, regrouping, hashing, writing.
+    Raises ValueError if a cluster ends up empty.
     """
-    k, made_from, about = grouping.k, grouping.made_from, grouping.about
-    totals = Totals(k, about["balance"])
+    totals = Totals(grouping.k, grouping.settings["balance"])
+    written = _write_shards(shards, train, out, grouping, totals, n_threads)
+    totals.check()
+    content = {"shards": written, "k": grouping.k, **totals.content(), **grouping.settings}
+    if "prices_K" in grouping.settings:
+        content["duality_gap"] = totals.duality_gap(np.array(grouping.settings["prices_K"]))
+    content["identity_validation"] = None
+    if validation.documents:
+        heldout.write_validation(out, *validation, grouping.k, grouping.made_from)
+        content["identity_validation"] = artifact.identity(out.with_name(heldout.VALIDATION_FILE))
+    artifact.write_json(out, artifact.make_meta("assignments", grouping.made_from, **content))
+
+
+def _write_shards(
+    shards: Path,
+    train: list[shard_files.Entry],
+    out: Path,
+    grouping: Grouping,
+    totals: Totals,
+    n_threads: int,
+) -> list[dict[str, str]]:
+    """Label and write all shards, add them to `totals`, and return their entries for the manifest.
+
+    This thread makes the labels in the order of the shards. The other threads read, regroup, hash and write,
+    which takes most of the time.
+    """
     progress = cli.Progress("assigned", sum(entry["n_documents"] for entry in train), "documents")
 
     def read(entry: shard_files.Entry) -> Shard:
@@ -125,35 +162,23 @@ def write(
     def write_one(work: tuple[Shard, Labels]) -> dict[str, str]:
         shard, labels = work
         name = shard.entry["name"]
-        write_shard(out.parent, shard, labels, k, made_from)
+        write_shard(out.parent, shard, labels, grouping.k, grouping.made_from)
         return {"name": name, "identity_tokens": artifact.identity(out.with_name(f"{name}.arrow"))}
 
+    written = []
     with ThreadPoolExecutor(n_threads) as pool:
         work = label_in_order(parallel.in_order(pool, read, train, n_threads))
-        written = []
         for entry, done in zip(train, parallel.in_order(pool, write_one, work, n_threads), strict=True):
             written.append(done)
             progress.add(entry["n_documents"])
-    totals.check()
-    content = {"shards": written, "k": k, **totals.content(), **about}
-    if "prices_K" in about:
-        gap = kmeans.duality_gap(totals.loads_K, np.array(about["prices_K"]), float(totals.inertia_K.sum()))
-        cli.log.info(
-            "duality gap %.2g: no assignment with loads like these lowers the inertia by a larger share", gap
-        )
-        content["duality_gap"] = gap
-    documents, labels = validation
-    content["identity_validation"] = None
-    if documents:
-        heldout.write_validation(out, documents, labels, k, made_from)
-        content["identity_validation"] = artifact.identity(out.with_name(heldout.VALIDATION_FILE))
-    artifact.write_json(out, artifact.make_meta("assignments", made_from, **content))
+    return written
 
 
 def write_shard(folder: Path, shard: Shard, labels: Labels, k: int, made_from: dict[str, str]) -> None:
     """Write a shard's Parquet file and its token file.
 
-    Rows of the Parquet file are those of the shard. The token file has k groups, each in the order of the shard.
+    Rows of the Parquet file are those of the shard. The token file has k groups, each in the order of the
+    shard.
     """
     labels_N, d2_N = labels
     columns = {

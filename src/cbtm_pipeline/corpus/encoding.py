@@ -1,4 +1,4 @@
-"""Text to token ids: the encoder of the corpus, and the card of a run's tokenizer."""
+"""Text to token ids: the token encoder of the corpus, and the card of a run's tokenizer."""
 
 import re
 import resource
@@ -18,25 +18,25 @@ PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces
 _WINDOW = 1 << 16
 _LINE_START = re.compile(rb"(?<=\S\n)(?=\S)")
 _SPACE = re.compile(rb"(?<=\S)(?= \S)")
-_CACHE_BYTES = (
-    1 << 28
-)  # gigatoken's cache of words grows without bound, so it is begun anew when memory has grown by so much
-_LOOK_BYTES = (
-    1 << 24
-)  # text between two looks at the memory; words that never come again make a cache of ten times their size
-_STATM = Path("/proc/self/statm")  # of Linux
+# gigatoken's cache of words grows without bound. When memory has grown by so much, the cache is emptied.
+_CACHE_BYTES = 1 << 28
+# Text between two checks of the memory. If no word repeats, the cache takes ten times the size of the text.
+_CHECK_BYTES = 1 << 24
+_STATM = Path("/proc/self/statm")  # exists on Linux
 _PROBES = (
     "It's  the fox's\tdog\r\n\r\nwe'll\n \n  x=1234567.89; // #$%^&*() __init__ HTTPServer I'M",
-    "naïve café e\u0301 Ünïcödé \u00a0\u2003\u3000 日本語 한국어 العربية हिन्दी 😀👩‍👩‍👧 ﬁ ½ \u200b\ufeff \x00\x01\x7f \U0010ffff",
+    "naïve café e\u0301 Ünïcödé \u00a0\u2003\u3000 日本語 한국어 العربية हिन्दी 😀👩‍👩‍👧 ﬁ ½ "
+    "\u200b\ufeff \x00\x01\x7f \U0010ffff",
     "a" * 300 + " " * 300 + "\n" * 30 + "=" * 100 + "9" * 50,
 )
 
 
 def pieces(text: bytes) -> Iterator[bytes]:
-    """Cut UTF-8 text longer than PIECE_BYTES, so that encoding takes bounded memory; shorter text stays whole, so its tokens are exact.
+    """Cut UTF-8 text into pieces of at most PIECE_BYTES, so that encoding takes bounded memory.
 
-    A cut lies at the start of a line, else in front of a space, in either case between two words; only where the last 64 kB of a piece have
-    neither does it fall between two arbitrary characters. GPT-like tokenizers give the same tokens with and without the first two kinds.
+    Shorter text stays whole, so its tokens are exact. A cut lies between two words: at the start of a line,
+    else in front of a space. If the last 64 kB of a piece have neither, the cut lies between two arbitrary
+    characters. GPT-like tokenizers give the same tokens with and without cuts of the first two kinds.
     """
     start = 0
     while len(text) - start > PIECE_BYTES:
@@ -45,24 +45,28 @@ def pieces(text: bytes) -> Iterator[bytes]:
             if found := [m.end() for m in cut.finditer(text, end - _WINDOW, end)]:
                 end = found[-1]
                 break
-        while text[end] & 0xC0 == 0x80:  # within a character
+        while text[end] & 0xC0 == 0x80:  # the cut lies within a character
             end -= 1
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-class Encoder:
-    """Text to token ids, special tokens in the text read as ordinary characters. `tokenizers` is the reference; gigatoken is many times
-    faster, and `why_slow` says why it cannot be used for this tokenizer at all ("" if it can)."""
+class TokenEncoder:
+    """Turns text into token ids, and reads special tokens in the text as ordinary characters.
+
+    `tokenizers` is the reference; gigatoken is many times faster. `why_slow` says why gigatoken cannot be
+    used for this tokenizer at all; "" if it can. Raises ValueError for a file that is no tokenizer.
+    """
 
     def __init__(self, tokenizer_json: Path):
         text = tokenizer_json.read_text("utf-8")
         try:
             self.slow = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no narrower type
             raise ValueError(
-                f"{tokenizer_json}: not a tokenizer ({error}). Expected tokenizer.json. Run the rule tokenizer again."
+                f"{tokenizer_json}: not a tokenizer ({error}). Expected tokenizer.json. "
+                "Run the rule tokenizer again."
             ) from error
         self.slow.no_truncation()
         self.slow.no_padding()
@@ -83,19 +87,19 @@ class Encoder:
             self.why_slow = str(error).partition("\n")[0] or type(error).__name__
 
     def encode(self, text: bytes, fast: bool) -> np.ndarray:
-        """Token ids of one document (uint32), by gigatoken (`fast`) or the reference."""
+        """The token ids of one document (uint32), by gigatoken if `fast`, else by the reference."""
         encode = self._encode_fast if fast else self._encode_slow
         if len(text) <= PIECE_BYTES:
             return encode(text)
         return np.concatenate([encode(piece) for piece in pieces(text)])
 
     def agrees(self, texts: Iterable[bytes]) -> bool:
-        """Whether gigatoken gives the reference's ids."""
+        """Whether gigatoken gives the ids of the reference for all texts."""
         return all(np.array_equal(self._encode_fast(text), self._encode_slow(text)) for text in texts)
 
     def _encode_fast(self, text: bytes) -> np.ndarray:
         self._n_bytes += len(text)
-        if self._n_bytes > _LOOK_BYTES:
+        if self._n_bytes > _CHECK_BYTES:
             self._n_bytes = 0
             if _memory() - self._memory > _CACHE_BYTES:
                 del self._fast
@@ -109,18 +113,26 @@ class Encoder:
 
 
 def _memory() -> int:
-    """Bytes of memory that this process holds, or where the system does not say that, the most that it has held."""
+    """Bytes of memory that this process holds.
+
+    Where the system does not say it, the most that it has held so far.
+    """
     if _STATM.exists():
         return int(_STATM.read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_card(tokenizer_json: Path) -> dict[str, Any]:
-    """card.json beside a tokenizer: `separator_id`, `vocab_size`, `source`. Raises ValueError if it belongs to another tokenizer.json."""
+    """Read card.json beside a tokenizer: `separator_id`, `vocab_size`, `source`, and `commit` if it is from
+    the hub.
+
+    Raises ValueError if the card belongs to another tokenizer.json.
+    """
     path = tokenizer_json.with_name("card.json")
     card = artifact.read_json(path, "tokenizer")
     if card["identity"] != artifact.identity(tokenizer_json):
         raise ValueError(
-            f"{path}: speaks of another tokenizer.json. Expected the one beside it. Run the rule tokenizer again."
+            f"{path}: belongs to another tokenizer.json. Expected the one beside it. "
+            "Run the rule tokenizer again."
         )
     return card

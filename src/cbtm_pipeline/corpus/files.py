@@ -1,4 +1,7 @@
-"""Which files a corpus consists of, from the patterns in corpus.train and corpus.eval. Imports nothing heavy: the workflow asks it too."""
+"""The files of a corpus, found from the patterns in corpus.train and corpus.eval.
+
+Imports nothing heavy, because the workflow uses it too.
+"""
 
 import errno
 import glob
@@ -8,24 +11,37 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-DEMO = "builtin:demo"  # stands in corpus.train for the built-in corpus
-SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
-_EXPECTED = (
-    f"Expected files that end in {' '.join(SUFFIXES)}, the first three also with {' or '.join(COMPRESSIONS)}."
-)
+from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS
+
+DEMO = "builtin:demo"  # stands for the built-in corpus in corpus.train
 
 
 def format_of(path: str | Path) -> tuple[str, str] | None:
-    """(suffix, compression) of a file by its name, such as (".jsonl", ".zst") or (".txt", ""); None when it is no corpus file."""
+    """The suffix and compression in a file's name, such as (".jsonl", ".zst") or (".txt", "").
+
+    None if the file is no corpus file.
+    """
     name = str(path).lower()
     compression = next((c for c in COMPRESSIONS if name.endswith(c)), "")
-    suffix = next((s for s in SUFFIXES if name.removesuffix(compression).endswith(s)), None)
-    return None if suffix is None or (suffix == ".parquet" and compression) else (suffix, compression)
+    name = name.removesuffix(compression)
+    suffix = max((s for s in FORMATS if name.endswith(s)), key=len, default=None)
+    if suffix is None or (compression and not FORMATS[suffix].compressible):
+        return None
+    return suffix, compression
+
+
+def unpacked(path: str | Path) -> float:
+    """Bytes of text per byte of a corpus file, roughly, by its name."""
+    suffix, compression = format_of(path) or ("", "")
+    of_format = FORMATS[suffix].unpacked if suffix else 1
+    return of_format * (COMPRESSIONS[compression].unpacked if compression else 1)
 
 
 class File(NamedTuple):
-    """A file of the corpus. `number` counts the files from 0; `name` is short and does not depend on where the corpus lies."""
+    """A file of the corpus.
+
+    `number` counts the files from 0. `name` is short and does not depend on the corpus folder.
+    """
 
     number: int
     path: Path
@@ -33,25 +49,39 @@ class File(NamedTuple):
 
 
 def find(train: Iterable[str], held_out: Iterable[str] | None) -> list[str]:
-    """Every file of the corpus, as the workflow names its inputs. `builtin:demo` stays as it is: the workflow builds that file."""
+    """Every file of the corpus, as the inputs of the workflow.
+
+    `builtin:demo` stays: the workflow makes that file.
+    """
     return [str(file) for file in input_files([*train, *(held_out or [])], DEMO)]
 
 
 def input_files(patterns: Iterable[str], demo: str | Path | None = None) -> list[Path]:
-    """The files that the patterns stand for: in the order of the patterns, within a pattern sorted, each file once.
+    """The files that match the patterns: in the order of the patterns, sorted within a pattern, each file
+    once.
 
-    A pattern is a file, a folder (all corpus files below it, hidden ones left out), a glob, or `builtin:demo`, for which `demo` stands, a
-    file that need not exist yet. Raises ValueError for a pattern without a matching file, OSError for an unreadable folder.
+    A pattern is a file, a folder (all corpus files below it, except hidden ones), a glob, or `builtin:demo`.
+    The file `demo` replaces `builtin:demo` and need not exist yet. Raises ValueError for a pattern without a
+    matching file, OSError for an unreadable folder.
     """
     files: dict[Path, Path] = {}
     for pattern in patterns:
         if pattern == DEMO and demo is None:
             raise ValueError(
-                f"{DEMO}: no file given for it. Expected --demo FILE. Write one: python -m cbtm_pipeline.demo_corpus --out FILE"
+                f"{DEMO}: no file given for it. Expected --demo FILE. "
+                "Write one: python -m cbtm_pipeline.demo_corpus --out FILE"
             )
         for file in [Path(str(demo))] if pattern == DEMO else _matching(pattern):
             files.setdefault(file.absolute(), file)
     return list(files.values())
+
+
+def _expected() -> str:
+    compressible = [suffix for suffix, format_ in FORMATS.items() if format_.compressible]
+    return (
+        f"Expected files that end in {' '.join(FORMATS)}, where {' or '.join(COMPRESSIONS)} may follow "
+        f"{' '.join(compressible)}."
+    )
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -59,29 +89,35 @@ def _matching(pattern: str) -> list[Path]:
     if path.exists() or path.is_symlink():
         if not path.is_dir() and format_of(path) is None:
             raise ValueError(
-                f"{pattern}: unknown format. {_EXPECTED} Convert the file, or correct corpus.train or corpus.eval."
+                f"{pattern}: unknown format. {_expected()} Convert the file, or correct corpus.train or "
+                "corpus.eval."
             )
         roots = [path]
     elif any(c in pattern for c in "*?["):
-        roots = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207, as Path.glob lists hidden files
+        # Path.glob would list hidden files
+        roots = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
     else:
         raise ValueError(
-            f"{pattern}: no such file. Expected a file, a folder or a glob. Correct corpus.train or corpus.eval."
+            f"{pattern}: no such file. Expected a file, a folder or a glob. "
+            "Correct corpus.train or corpus.eval."
         )
     files = [file for root in roots for file in _below(root)]
     if not files:
-        raise ValueError(f"{pattern}: no matching file. {_EXPECTED} Correct corpus.train or corpus.eval.")
+        raise ValueError(f"{pattern}: no matching file. {_expected()} Correct corpus.train or corpus.eval.")
     return files
 
 
 def _below(root: Path) -> list[Path]:
-    """`root` itself if it is a corpus file, else the sorted corpus files below it. A dangling link is listed, so that reading it fails."""
+    """`root` itself if it is a corpus file, else the corpus files below it, sorted.
+
+    A dangling link is listed, so that reading it fails and nothing is left out silently.
+    """
     if not root.is_dir():
         return [root] if format_of(root) else []
     files: list[str] = []
     seen: set[Path] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
-        if (real := Path(folder).resolve()) in seen:  # a link back up
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
+        if (real := Path(folder).resolve()) in seen:  # a link leads back here
             subfolders.clear()
             continue
         seen.add(real)
@@ -90,13 +126,16 @@ def _below(root: Path) -> list[Path]:
     return [Path(file) for file in sorted(files)]
 
 
-def _refuse(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise error
 
 
 def name(paths: Sequence[Path]) -> list[File]:
-    """Give each file its number and its name: the file's own name, or where several files have the same, the path from the folder that
-    these have in common."""
+    """Give each file its number and its short name.
+
+    The short name is the file's own name. Where several files have the same name, it is the path below the
+    folder that these files have in common.
+    """
     same: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         same[path.name].append(path.absolute())
@@ -113,7 +152,7 @@ def name(paths: Sequence[Path]) -> list[File]:
 
 
 def n_bytes(files: Iterable[File]) -> int:
-    """Size of the files as they lie on the disk. Raises OSError, before any work is done, for a file that cannot be read."""
+    """Total size of the files on the disk. Raises OSError for a file that cannot be read."""
     total = 0
     for file in files:
         total += file.path.stat().st_size
@@ -123,5 +162,5 @@ def n_bytes(files: Iterable[File]) -> int:
 
 
 def printable(name: str | Path) -> str:
-    """A file name as valid UTF-8, which file systems do not ask for."""
+    """A file name as valid UTF-8. File systems also allow names that are not."""
     return os.fsencode(name).decode("utf-8", "replace")

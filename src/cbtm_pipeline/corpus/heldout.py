@@ -1,10 +1,11 @@
-"""Held-out text: which tokens are scored, which documents settings are chosen on, and which validate a training.
+"""Held-out text: the tokens to score, the documents that choose settings, and those that validate a training.
 
-`score_expert`, `route` and `eval_ensemble` agree on rows because all of them read `documents`.
+`score_expert` and `route` agree on rows because both read `documents`.
 
-The validation documents are the first of the documents on which the router's settings are chosen later
-(`calibration_documents`). So nothing that their loss decides, such as when to end a training, is reported on. `assign`
-writes them in one group for each cluster; the seed and the dense models read all of them.
+The validation documents are the first of the calibration documents, which choose the router's settings later.
+So no reported result includes a document whose loss has decided something, such as the end of a training.
+`assign` writes the validation documents in one group for each cluster. The seed and the dense models read all
+of them.
 
 Shapes: D documents.
 """
@@ -30,36 +31,36 @@ def documents(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (shard name, `[sep, x_0, ..., x_(n-1)]`) of every held-out document.
 
-    A document is cut to its first `max_document_tokens` tokens x. `shards` is the folder of the manifest. Raises
-    ValueError when nothing is held out.
+    A document is cut to its first `max_document_tokens` tokens x. `shards` is the folder of the manifest.
+    Raises ValueError when nothing is held out.
     """
     entries = [s for s in manifest["shards"] if s["split"] == "eval" and s["n_documents"]]
     if not entries:
         raise ValueError(
-            f"{shards}/manifest.json: no held-out documents. Expected at least one. Raise corpus.eval_fraction or set corpus.eval."
+            f"{shards}/manifest.json: no held-out documents. Expected at least one. "
+            "Raise corpus.eval_fraction or set corpus.eval."
         )
     for entry in entries:
         group = token_files.read(shards / f"{entry['name']}.arrow", 0)
         for i in range(len(group)):
             document = group.values[group.offsets[i] : group.offsets[i + 1]]
-            yield (
-                entry["name"],
-                document if max_document_tokens is None else document[: max_document_tokens + 1],
-            )
+            if max_document_tokens is not None:
+                document = document[: max_document_tokens + 1]
+            yield entry["name"], document
 
 
 def calibration_documents(doc_ids: Iterable[str], share: float, rng_seed: int) -> np.ndarray:
-    """Mask (bool, (D,)) of the share of the documents on which settings are chosen.
+    """Mask (bool, (D,)) of the calibration documents: the `share` of all documents that choose settings.
 
-    They are the documents with the smallest keyed hash of their id. At least one document lies on each side. Raises
-    ValueError when there is only one.
+    They have the smallest keyed hashes of their ids. At least one document is in the mask, and at least one
+    is not. Raises ValueError for fewer than two documents.
     """
     key = str(rng_seed).encode()
     hashes = [hashlib.blake2b(str(doc_id).encode(), digest_size=16, key=key).digest() for doc_id in doc_ids]
     if len(hashes) < 2:
         raise ValueError(
-            f"corpus.eval: {len(hashes)} held-out document. Expected at least 2, one to choose the router's settings "
-            "on and one to report. Give more held-out documents or raise corpus.eval_fraction."
+            f"corpus.eval: {len(hashes)} held-out document. Expected at least 2: one to choose the router's "
+            "settings and one to report. Give more held-out documents or raise corpus.eval_fraction."
         )
     n_calibration = min(max(1, round(share * len(hashes))), len(hashes) - 1)
     mask_D = np.zeros(len(hashes), bool)
@@ -70,7 +71,8 @@ def calibration_documents(doc_ids: Iterable[str], share: float, rng_seed: int) -
 def select_validation(shards: Path, manifest: dict[str, Any], share: float, rng_seed: int) -> Selection:
     """Select `share` of the held-out documents, at most MAX_VALIDATION_DOCUMENTS, to validate trainings.
 
-    They are those with the smallest keyed hash of their id. `shards` is the path of the manifest.
+    They have the smallest keyed hashes of their ids. Selects none if the share rounds to no document, or if
+    there are fewer than two documents. `shards` is the path of the manifest.
     """
     entries = [entry for entry in shard_files.entries(shards, manifest, "eval") if entry["n_documents"]]
     n = sum(entry["n_documents"] for entry in entries)

@@ -1,7 +1,7 @@
-"""Documents of the whole corpus that share an id, found in memory that does not grow with the corpus.
+"""Find documents of the whole corpus that share an id, in memory that does not grow with the corpus.
 
-Each shard leaves a file of 28 bytes per document, sorted by the hash of the id. So the documents whose hash lies in a certain range are one
-slice of every such file, and the corpus is searched range by range.
+Each shard leaves a file of 28 bytes per document, sorted by the hash of the id. So the documents whose hash
+lies in one range are one slice of every such file, and the search goes range by range.
 """
 
 import bisect
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-# file and line, the number of the row, say where a document comes from, and with that which of two documents came first
+# `file` and `line` say where a document comes from, and so which of two documents comes first.
 ENTRY = np.dtype([("hash0", "<u8"), ("hash1", "<u8"), ("line", "<u8"), ("file", "<u4")])
-_RANGE = 1 << 20  # documents that are searched at a time
+_RANGE = 1 << 20  # documents in one range of the search
 
 
 def write(path: Path, ids: Sequence[str], files: Sequence[int], lines: Sequence[int]) -> None:
-    """Write the entries of a shard's documents."""
+    """Write the entries of a shard's documents; `lines` are the numbers of their rows."""
     entries = np.empty(len(ids), ENTRY)
     hashes = b"".join(hashlib.blake2b(name.encode(), digest_size=16).digest() for name in ids)
     entries["hash0"], entries["hash1"] = np.frombuffer(hashes, "<u8").reshape(-1, 2).T
@@ -28,15 +28,18 @@ def write(path: Path, ids: Sequence[str], files: Sequence[int], lines: Sequence[
 def find(
     paths: Sequence[Path], range_documents: int = _RANGE
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (shard, entry, first) arrays with one element for each document whose id an earlier document has: the index of its shard in
-    `paths`, its entry, and the entry of the earliest document with this id."""
+    """Find the documents whose id an earlier document has.
+
+    Yields arrays (shard, entry, first) with one element for each such document: the index of its shard in
+    `paths`, its entry, and the entry of the earliest document with this id.
+    """
     shards = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     if not shards:
         return
     n_ranges = 1 + sum(map(len, shards)) // range_documents
     starts = [0] * len(shards)
     for i in range(1, n_ranges + 1):
-        # bisect looks at a few entries of the mapped file, where searchsorted would copy the column
+        # bisect reads a few entries of the mapped file; searchsorted would copy the column
         stops = [
             bisect.bisect_left(entries, i * (1 << 64) // n_ranges, key=lambda entry: int(entry["hash0"]))
             for entries in shards
@@ -56,7 +59,10 @@ def find(
 
 
 def rows_of(path: Path, entries: np.ndarray) -> np.ndarray:
-    """The rows that these entries have in the shard that `path` lists, whose documents are in the order of the corpus."""
+    """The rows of these entries in their shard, whose entries are in the file `path`.
+
+    The documents of a shard are in the order of the corpus.
+    """
     of_shard = np.load(path, allow_pickle=False)
     positions = np.sort(of_shard[["file", "line"]], order=["file", "line"])
     return np.searchsorted(positions, entries[["file", "line"]].astype(positions.dtype))

@@ -1,7 +1,9 @@
-"""Raw records parsed and validated: each becomes a document, or a bad row with the reason. Nothing is dropped in silence.
+"""Raw records parsed and checked: each becomes a document, or a bad row with the reason. No record is dropped
+silently.
 
-Text is kept as it is, character for character: NUL is a character like any other (byte-level tokenizers, Arrow and Parquet all hold it),
-and JSON strings keep their line ends. Only in text files, where line ends are the file's and not the text's, do \\r\\n and \\r become \\n.
+Text is kept character for character. NUL is a character like any other: byte-level tokenizers, Arrow and
+Parquet all hold it. JSON strings keep their line ends. Only in text files do \\r\\n and \\r become \\n,
+because there the line ends belong to the file and not to the text.
 """
 
 import hashlib
@@ -11,13 +13,15 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import orjson
-import pyarrow as pa
 
-from cbtm_pipeline.corpus.blocks import Part
+from cbtm_pipeline.corpus.records import Defect, Part
 
 
 class Document(NamedTuple):
-    """A document that can be used. `text` is valid UTF-8, not blank; `line` counts the rows of file number `file` from 1."""
+    """A usable document.
+
+    `text` is valid UTF-8 and not blank; `line` counts the rows of file number `file` from 1.
+    """
 
     file: int
     line: int
@@ -26,44 +30,72 @@ class Document(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used, as the quarantine names it. `reason`: the kind of defect, and after a colon its details."""
+    """A row that cannot be used, for the quarantine.
+
+    `reason`: the kind of defect, and after a colon its details.
+    """
 
     file: int
     line: int
     reason: str
 
 
-class _Defect(Exception):
-    """Says why a record is no document."""
-
-
 def read(part: Part, text_field: str, id_field: str) -> Iterator[Document | BadRow]:
-    """Parse the records of a part, in order. Empty lines are no rows."""
-    if part.kind == "break":
-        yield BadRow(part.file, part.first, part.records[0].decode())
-        return
-    for line, record in enumerate(_records(part), part.first):
-        if part.kind == "json" and (not record or record.isspace()):
+    """Parse and check the records of a part, in order.
+
+    Empty lines do not count as rows, but have a number.
+    """
+    for line, found in enumerate(part.parse(part.records, text_field, id_field), part.first):
+        if found is None:
             continue
         try:
-            if part.kind == "json":
-                text, found_id = _text_and_id(record, text_field, id_field)
-            elif part.kind == "text":
-                text, found_id = record.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), None
-            else:
-                text, found_id = record
+            if isinstance(found, Defect):
+                raise found
+            text, found_id = found
             yield Document(part.file, line, _id(found_id) or f"{part.name}:{line}", _text(text))
-        except _Defect as defect:
+        except Defect as defect:
             yield BadRow(part.file, line, str(defect))
 
 
+def parse_json(
+    records: Iterable[bytes], text_field: str, id_field: str
+) -> Iterator[tuple[Any, Any] | Defect | None]:
+    """The (text, id) of JSON objects, each a record; None for an empty record.
+
+    `a.b` is field b within field a.
+    """
+    for record in records:
+        if not record or record.isspace():
+            yield None
+            continue
+        try:
+            yield _text_and_id(record, text_field, id_field)
+        except Defect as defect:
+            yield defect
+
+
+def parse_text(records: Iterable[bytes], text_field: str, id_field: str) -> Iterator[tuple[bytes, None]]:
+    """Each record is a text without id; its line ends become \\n."""
+    for record in records:
+        yield record.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), None
+
+
+def parse_damage(records: Iterable[bytes], text_field: str, id_field: str) -> Iterator[Defect]:
+    """Each record says why the rest of its file could not be read."""
+    for record in records:
+        yield Defect(record.decode())
+
+
 def text_hash(text: bytes) -> bytes:
-    """16 bytes that stand for the text."""
+    """A hash of the text, 16 bytes."""
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def uniform(hash_: bytes) -> float:
-    """A number from [0, 1), uniform over texts: documents below corpus.eval_fraction are held out. Equal texts get equal numbers."""
+    """Turn the hash of a text into a number from [0, 1), uniform over texts and the same for equal texts.
+
+    Documents whose number is below corpus.eval_fraction are held out.
+    """
     return int.from_bytes(hash_[:6]) / (1 << 48)
 
 
@@ -74,12 +106,10 @@ def _text_and_id(record: bytes, text_field: str, id_field: str) -> tuple[Any, An
     row = _json_object(record)
     text, found_id = _field(row, text_field), _field(row, id_field)
     if text is _MISSING:
-        raise _Defect(f"no text field: {text_field} is not among {', '.join(sorted(row))[:200]}")
-    if isinstance(found_id, float):
-        found_id = _field(
-            json.loads(record, parse_float=str), id_field
-        )  # the digits as they stand, not rounded
-    return text, found_id
+        raise Defect(f"no text field: {text_field} is not among {', '.join(sorted(row))[:200]}")
+    if isinstance(found_id, float):  # take the digits as they are written, not rounded
+        found_id = _field(json.loads(record, parse_float=str), id_field)
+    return text, None if found_id is _MISSING else found_id
 
 
 def _json_object(record: bytes) -> dict[str, Any]:
@@ -88,22 +118,25 @@ def _json_object(record: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         row = _lenient(record, error)
     if not isinstance(row, dict):
-        raise _Defect(f"not an object: {_type_name(row)}")
+        raise Defect(f"not an object: {_type_name(row)}")
     return row
 
 
 def _lenient(record: bytes, error: orjson.JSONDecodeError) -> Any:
-    """What orjson refuses but other writers make: NaN, lone surrogates in fields that may not matter."""
+    """Parse what orjson refuses but other programs write:
+
+    NaN, and lone surrogates in fields that may not matter.
+    """
     try:
         return json.loads(record.decode("utf-8"))
     except UnicodeDecodeError as bad:
-        raise _Defect(f"invalid UTF-8: byte 0x{record[bad.start]:02x} at {bad.start} of the row") from None
+        raise Defect(f"invalid UTF-8: byte 0x{record[bad.start]:02x} at {bad.start} of the row") from None
     except (ValueError, RecursionError):
-        raise _Defect(f"broken JSON: {error}") from None
+        raise Defect(f"broken JSON: {error}") from None
 
 
 def _field(row: Any, field: str) -> Any:
-    """`row[field]`, or for `a.b` also `row["a"]["b"]`."""
+    """`row[field]`, or for `a.b` also `row["a"]["b"]`; _MISSING if there is neither."""
     if field in row:
         return row[field]
     for name in field.split("."):
@@ -119,20 +152,20 @@ def _text(value: Any) -> bytes:
     elif isinstance(value, bytes):
         text, encoded = _decoded(value, "text"), value
     else:
-        raise _Defect(f"text is not a string: {_type_name(value)}")
+        raise Defect(f"text is not a string: {_type_name(value)}")
     if not text or text.isspace():
-        raise _Defect("empty text")
+        raise Defect("empty text")
     return encoded
 
 
 def _id(value: Any) -> str | None:
-    """The document's own name, None where it has none."""
-    if value is _MISSING or value is None or value in ("", b"") or value != value:
+    """The document's own id, None where it has none."""
+    if value is None or value in ("", b"") or value != value:
         return None
     if isinstance(value, bytes):
         return _decoded(value, "id")
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise _Defect(f"id is neither a string nor a number: {_type_name(value)}")
+        raise Defect(f"id is neither a string nor a number: {_type_name(value)}")
     found = str(value)
     _encoded(found, "id")
     return found
@@ -142,7 +175,7 @@ def _encoded(text: str, what: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Defect(
+        raise Defect(
             f"lone surrogate: U+{ord(text[error.start]):04X} at character {error.start} of the {what}"
         ) from None
 
@@ -151,7 +184,7 @@ def _decoded(text: bytes, what: str) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _Defect(
+        raise Defect(
             f"invalid UTF-8: byte 0x{text[error.start]:02x} at {error.start} of the {what}"
         ) from None
 
@@ -167,22 +200,3 @@ def _type_name(value: Any) -> str:
         type(None): "null",
     }
     return names.get(type(value), type(value).__name__)
-
-
-def _records(part: Part) -> Iterable[Any]:
-    """The raw records; of a table (text, id) of its rows."""
-    if part.kind != "table":
-        return part.records
-    table: Any = part.records
-    texts = _values(table.column("text"))
-    ids = _values(table.column("id")) if "id" in table.schema.names else [None] * len(texts)
-    return zip(texts, ids, strict=True)
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """Python values, strings as bytes: a Parquet file may hold invalid UTF-8."""
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
-    if str(column.type) in ("string", "large_string", "string_view"):
-        column = column.cast(pa.large_binary())
-    return column.to_pylist()

@@ -1,4 +1,4 @@
-"""One block of raw records made into shards: parsed, validated, split, tokenised, written. This is what the workers of rule `shard` do."""
+"""What the workers of rule `shard` do: parse, check, split, tokenise and write one block of raw records."""
 
 import functools
 import json
@@ -14,27 +14,26 @@ import pyarrow.parquet as pq
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import encoding, repeated_ids, token_files
 from cbtm_pipeline.corpus import rows as corpus_rows
-from cbtm_pipeline.corpus.blocks import Part
+from cbtm_pipeline.corpus.records import Part
 from cbtm_pipeline.corpus.rows import BadRow, Document
 
-SPILL = ".spill"  # folder of what is needed only until the manifest is written
-HELD_OUT = "held-out.npy"  # in it: sorted hashes of the held-out texts, where corpus.eval gives them
+SPILL = ".spill"  # folder of the files that are needed only until the manifest is written
+HELD_OUT = "held-out.npy"  # in this folder: sorted hashes of the held-out texts, if corpus.eval gives them
 SCHEMA = pa.schema(
     [("doc_id", pa.string()), ("text", pa.string()), ("n_tokens", pa.int32()), ("n_bytes", pa.int64())]
 )
-_N_SLICES, _SLICE_BYTES = (
-    16,
-    512,
-)  # of each kind; the reference needs as long for them as gigatoken for a hundred times the text
+# Slices of each kind, and their size. The reference takes as long for them as gigatoken for a hundred times
+# the text.
+_N_SLICES, _SLICE_BYTES = 16, 512
 _NOT_ASCII = re.compile(rb"[\x80-\xff]")
 _ROW_GROUP_BYTES = 1 << 23
 
-Entry = dict[str, Any]  # what the manifest says about a shard
+Entry = dict[str, Any]  # a shard's entry in the manifest
 Split = Literal["train", "eval", "both"]
 
 
 class Setup(NamedTuple):
-    """What every block is made with."""
+    """What all blocks have in common."""
 
     folder: Path
     tokenizer_json: Path
@@ -47,7 +46,10 @@ class Setup(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Records that become one shard: of training documents, of held-out ones, or (`both`) one of each, split by a hash of the text."""
+    """Records that become one shard of training documents (`train`) or of held-out documents (`eval`).
+
+    With `both`, they become one shard of each, split by a hash of the text.
+    """
 
     number: int
     split: Split
@@ -55,7 +57,7 @@ class Block(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What came of a block."""
+    """What one block gave."""
 
     shards: list[Entry]
     bad: list[BadRow]
@@ -66,69 +68,69 @@ class Made(NamedTuple):
 
 
 def make(setup: Setup, block: Block) -> Made:
-    """Make the block's shards, and in the folder SPILL a list of their ids. A shard without documents is not written."""
+    """Write the shards of a block, and a list of their ids in the folder SPILL. Takes the parts out of the
+    block.
+
+    A shard without documents is not written.
+    """
     n_read = sum(part.n_read for part in block.parts)
-    documents: list[Document] = []
-    bad: list[BadRow] = []
-    block.parts.reverse()
-    while block.parts:  # so that raw and parsed records are not held together
-        for row in corpus_rows.read(block.parts.pop(), setup.text_field, setup.id_field):
-            if isinstance(row, Document):
-                documents.append(row)
-            else:
-                bad.append(row)
+    documents, bad = _parse(setup, block.parts)
     hashes = [corpus_rows.text_hash(document.text) for document in documents]
     in_held_out = _among(hashes, setup.folder / SPILL / HELD_OUT if block.split == "train" else None)
 
     encoder = _encoder(setup.tokenizer_json, setup.identity)
     sample = _sample([document.text for document in documents])
-    why_slow = encoder.why_slow or (
-        "" if encoder.agrees(sample) else "gigatoken encodes the sample differently"
-    )
+    why_slow = encoder.why_slow
+    if not why_slow and not encoder.agrees(sample):
+        why_slow = "gigatoken encodes the sample differently"
     ids = [encoder.encode(document.text, not why_slow) for document in documents]
 
     rows: dict[str, list[int]] = {"train": [], "eval": []}
     for i, document in enumerate(documents):
+        reason = ""
         if in_held_out[i]:
-            bad.append(
-                BadRow(
-                    document.file,
-                    document.line,
-                    "held-out text: a document of corpus.eval has exactly this text",
-                )
-            )
+            reason = "held-out text: a document of corpus.eval has exactly this text"
         elif not len(ids[i]):
-            bad.append(
-                BadRow(
-                    document.file, document.line, "no tokens: the tokenizer drops every character of the text"
-                )
-            )
+            reason = "no tokens: the tokenizer drops every character of the text"
         elif block.split == "both":
             rows["eval" if corpus_rows.uniform(hashes[i]) < setup.eval_fraction else "train"].append(i)
         else:
             rows[block.split].append(i)
+        if reason:
+            bad.append(BadRow(document.file, document.line, reason))
 
-    shards = []
-    for split, taken in rows.items():
-        if taken:
-            name = f"{split}-{block.number:05d}"
-            some, ids_of = [documents[i] for i in taken], [ids[i] for i in taken]
-            joined = _joined(ids_of, setup.separator_id, token_files.dtype_for(setup.vocab_size))
-            shards.append(_write(setup, name, _tables(some, ids_of), joined))
-            repeated_ids.write(
-                spilled(setup, name), [d.id for d in some], [d.file for d in some], [d.line for d in some]
-            )
+    shards = [
+        _write_documents(
+            setup, f"{split}-{block.number:05d}", [documents[i] for i in taken], [ids[i] for i in taken]
+        )
+        for split, taken in rows.items()
+        if taken
+    ]
     held_out = np.array(hashes if block.split == "eval" else [], "S16")
     return Made(shards, sorted(bad), held_out, n_read, len(sample), why_slow)
 
 
+def _parse(setup: Setup, parts: list[Part]) -> tuple[list[Document], list[BadRow]]:
+    """Parse the parts and remove each from the list, so that memory never holds all records twice."""
+    documents: list[Document] = []
+    bad: list[BadRow] = []
+    parts.reverse()
+    while parts:
+        for row in corpus_rows.read(parts.pop(), setup.text_field, setup.id_field):
+            if isinstance(row, Document):
+                documents.append(row)
+            else:
+                bad.append(row)
+    return documents, bad
+
+
 def spilled(setup: Setup, name: str) -> Path:
-    """Where a shard's ids are listed."""
+    """The file that lists the ids of a shard."""
     return setup.folder / SPILL / f"{name}.npy"
 
 
 def _among(hashes: list[bytes], path: Path | None) -> np.ndarray:
-    """Which of the hashes are in the sorted array at `path`."""
+    """Which of the hashes are in the sorted array at `path`; none if there is no such file."""
     known = np.zeros(len(hashes), bool)
     if (
         path is not None
@@ -141,13 +143,16 @@ def _among(hashes: list[bytes], path: Path | None) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(tokenizer_json: Path, identity: str) -> encoding.Encoder:
-    return encoding.Encoder(tokenizer_json)
+def _encoder(tokenizer_json: Path, identity: str) -> encoding.TokenEncoder:
+    return encoding.TokenEncoder(tokenizer_json)
 
 
 def _sample(texts: list[bytes]) -> list[bytes]:
-    """Slices of the texts: some spread evenly over all bytes, and as many around the first character that is not ASCII of texts spread
-    evenly over those that have one, as this is where encoders differ."""
+    """Slices of the texts, on which gigatoken is compared with the reference.
+
+    Half of them are spread evenly over all bytes. The others lie around the first non-ASCII character of
+    texts that have one, because encoders differ there; these texts are spread evenly over all such texts.
+    """
     if not texts:
         return []
     ends = np.cumsum([len(text) for text in texts])
@@ -168,10 +173,23 @@ def _slice(text: bytes, start: int) -> bytes:
     return text[start : start + _SLICE_BYTES].decode("utf-8", "ignore").encode()
 
 
+def _write_documents(setup: Setup, name: str, documents: list[Document], ids: list[np.ndarray]) -> Entry:
+    """Write a shard and the list of its ids."""
+    joined = _joined(ids, setup.separator_id, token_files.dtype_for(setup.vocab_size))
+    entry = _write(setup, name, _tables(documents, ids), joined)
+    repeated_ids.write(
+        spilled(setup, name),
+        [document.id for document in documents],
+        [document.file for document in documents],
+        [document.line for document in documents],
+    )
+    return entry
+
+
 def _joined(
     ids: list[np.ndarray], separator_id: int, dtype: type[np.unsignedinteger]
 ) -> token_files.Documents:
-    """Documents as they are stored, each with the separator in front."""
+    """The documents as a token file stores them, each with the separator in front."""
     separator = np.array([separator_id], dtype)
     offsets = np.cumsum([0, *(1 + len(x) for x in ids)])
     return token_files.Documents(
@@ -198,7 +216,7 @@ def _tables(documents: list[Document], ids: list[np.ndarray]) -> Iterator[pa.Tab
 
 
 def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token_files.Documents) -> Entry:
-    """Write a shard's two files."""
+    """Write the two files of a shard; returns its entry."""
     made_from = {"tokenizer": setup.identity}
     schema = SCHEMA.with_metadata(
         {"cbtm": json.dumps(artifact.make_meta("documents", made_from), sort_keys=True)}
@@ -224,14 +242,17 @@ def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token
 
 
 class Dropped(NamedTuple):
-    """What came of a shard without some of its rows: its new entry, None if nothing remains, and the ids of these rows."""
+    """A shard from which rows were removed."""
 
-    entry: Entry | None
-    ids: list[str]
+    entry: Entry | None  # its new entry; None if no row is left
+    ids: list[str]  # of the removed rows
 
 
 def drop(setup: Setup, work: tuple[Entry, np.ndarray]) -> Dropped:
-    """Write a shard again without some rows, given in ascending order."""
+    """Write a shard again without some of its rows. `work`: its entry, and these rows in ascending order.
+
+    If no row is left, the files of the shard are removed.
+    """
     entry, rows = work
     paths = [setup.folder / f"{entry['name']}{suffix}" for suffix in (".parquet", ".arrow")]
     keep = np.ones(entry["n_documents"], bool)

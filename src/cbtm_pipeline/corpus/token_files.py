@@ -1,10 +1,11 @@
 """Token files: the documents of a shard as token ids, memory-mapped, one Arrow record batch per group.
 
-A shard as `shard` writes it has one group; `assign` writes the same documents again as k groups, one per cluster, so that expert i maps
-batch i of every file and never touches another cluster's bytes.
+A shard of rule `shard` has one group. Rule `assign` writes the same documents again as k groups, one per
+cluster. So expert i maps batch i of every file and reads no bytes of another cluster.
 
-A document is stored as its separator token followed by its own tokens: `[sep, x_0, ..., x_(n-1)]`. So the concatenation of documents is a
-training stream, and every token of a document, the first included, has a context to be predicted from. `n_tokens` always counts x alone.
+A document is stored as its separator token followed by its own tokens: `[sep, x_0, ..., x_(n-1)]`. So the
+concatenated documents are a stream to train on, and every token x, also the first, has a context. `n_tokens`
+always counts x alone.
 """
 
 import json
@@ -19,7 +20,11 @@ from cbtm_pipeline.base import artifact
 
 
 class Documents(NamedTuple):
-    """`values`: all tokens of all documents (uint16 or uint32); document i is `values[offsets[i]:offsets[i + 1]]`, separator first."""
+    """Documents as token ids.
+
+    `values`: all tokens of all documents (uint16 or uint32). Document i is
+    `values[offsets[i]:offsets[i + 1]]`, with the separator first.
+    """
 
     values: np.ndarray
     offsets: np.ndarray
@@ -29,7 +34,7 @@ class Documents(NamedTuple):
 
     @property
     def n_tokens(self) -> np.ndarray:
-        """Tokens of each document, the separator not counted (int64)."""
+        """The number of tokens of each document, without the separator (int64)."""
         return np.diff(self.offsets) - 1
 
     def take(self, rows: np.ndarray) -> "Documents":
@@ -42,7 +47,7 @@ class Documents(NamedTuple):
 
 
 def join(parts: Sequence[Documents]) -> Documents:
-    """The documents of all parts, one after the other."""
+    """Concatenate the documents of all parts."""
     starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
     return Documents(np.concatenate([part.values for part in parts]), np.concatenate([*offsets, starts[-1:]]))
@@ -54,7 +59,10 @@ def dtype_for(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]) -> None:
-    """Write one record batch per group. `meta` is the artifact's record (`artifact.make_meta("tokens", ...)`)."""
+    """Write one record batch per group.
+
+    `meta` is the artifact's record, `artifact.make_meta("tokens", ...)`.
+    """
     groups = iter(groups)
     first = next(groups)
     value_type = pa.from_numpy_dtype(first.values.dtype)
@@ -79,11 +87,15 @@ def _chain(first: Documents, rest: Iterable[Documents]) -> Iterable[Documents]:
 
 
 def read(path: str | Path, group: int) -> Documents:
-    """Memory-map group `group` of a token file: no bytes of other groups are read."""
+    """Memory-map group `group` of a token file; no bytes of other groups are read.
+
+    Raises ValueError for a file that is no token file or lacks the group.
+    """
     reader = _open(path)
     if not 0 <= group < reader.num_record_batches:
         raise ValueError(
-            f"{path}: {reader.num_record_batches} groups. Expected group {group} to exist. Run assign again: snakemake --force {path}"
+            f"{path}: {reader.num_record_batches} groups. Expected group {group} to exist. "
+            f"Run assign again: snakemake --force {path}"
         )
     column = reader.get_batch(group).column(0)
     assert isinstance(column, pa.LargeListArray)
@@ -93,7 +105,7 @@ def read(path: str | Path, group: int) -> Documents:
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """The artifact's record of a token file, plus `n_groups`."""
+    """The artifact's record of a token file, and `n_groups`."""
     reader = _open(path)
     meta = json.loads(reader.schema.metadata[b"cbtm"])
     return {**artifact.check_meta(path, meta, "tokens"), "n_groups": reader.num_record_batches}

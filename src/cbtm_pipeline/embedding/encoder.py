@@ -1,9 +1,11 @@
-"""An encoder of transformers as embedder of text: config key `embed.encoder`.
+"""Embed text with an encoder of transformers: config key `embed.encoder`.
 
-A model reads a text in windows, each no longer than it was made for. How a window's hidden states become one vector is said by the model's
-sentence-transformers files (`encoder_files`); how windows become the vector of a text, here.
+A model reads a text in windows that are no longer than its limit. The model's sentence-transformers files
+define how hidden states become the vector of a window (`encoder_files`). This module turns the vectors of
+windows into the vector of a text.
 
-Shapes: N texts, W windows of all of them, B windows of one batch, T tokens of the longest, H hidden size, D dimensions.
+Shapes: N texts, W windows of all of them, B windows of one batch, T tokens of the longest, H hidden size, D
+dimensions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +18,18 @@ from torch.nn.utils.rnn import pad_sequence
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_CHARS = 16  # a window's tokens are looked for in so many characters each
+MAX_CHARS = 16  # of a long text, this many characters are read for each token of a window
 BATCH_TOKENS = 1 << 14  # of one forward pass, padding included
 POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 
 class Encoder(NamedTuple):
-    """A model with all that its use needs. `before`, `size`, `after`: a window is special tokens, at most so many tokens of text, special
-    tokens. `n_windows`: how many of a text count. `heads`: what follows the pooling. `identity`: hash of all files that matter."""
+    """A model with everything that its use needs.
+
+    A window is the special tokens `before`, at most `size` tokens of text, and the special tokens `after`. Of
+    a text, at most `n_windows` windows count. The modes of `pooling` are concatenated, and `heads` follow
+    them. `identity` is a hash of all files that matter.
+    """
 
     name: str
     commit: str | None  # of its repository on the hub
@@ -43,8 +49,8 @@ class Encoder(NamedTuple):
 def embed(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
     """Embeddings of texts, float32 (N, D), of length one; zero for a text without tokens.
 
-    A text of several windows has the mean of their vectors, weighted by their tokens. Of more than `n_windows` windows so many count,
-    spread evenly from the text's beginning to its end.
+    A text of several windows has the mean of their vectors, weighted by their tokens. If a text has more than
+    `n_windows` windows, that many count, spread evenly from its beginning to its end.
     """
     n_windows = encoder.n_windows
     parts = [parts_of(text, n_windows, MAX_CHARS * encoder.size) for text in texts]
@@ -57,25 +63,31 @@ def embed(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
 
 
 def embed_ends(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
-    """Embeddings of the last window of each text, float32 (N, D), of length one; zero for a text without tokens."""
+    """Embeddings of the last window of each text, float32 (N, D), of length one; zero without tokens."""
     ids = tokenise(encoder, texts)
     return _mean(encoder, [[i[-encoder.size :]] if i else [] for i in ids])
 
 
 def parts_of(text: str, n: int, n_chars: int) -> list[str]:
-    """The text; if it has more than n * n_chars characters, n parts of n_chars spread evenly from its beginning to its end."""
+    """The text, or, if it has more than n * n_chars characters, n parts of n_chars characters each.
+
+    The parts are spread evenly from the beginning to the end.
+    """
     if len(text) <= n * n_chars:
         return [text]
     return [text[start : start + n_chars] for start in np.linspace(0, len(text) - n_chars, n).astype(int)]
 
 
 def spread(ids: list[int], size: int, n: int) -> list[list[int]]:
-    """Cut into windows of `size` tokens; of more than n windows, n spread evenly from the first to the last."""
-    starts = range(0, len(ids), size)
-    chosen = (
-        range(len(starts)) if len(starts) <= n else np.linspace(0, len(starts) - 1, n).round().astype(int)
-    )
-    return [ids[starts[i] : starts[i] + size] for i in chosen]
+    """Windows of `size` tokens.
+
+    Of more than n windows, it keeps n, spread evenly from the first to the last.
+    """
+    starts = list(range(0, len(ids), size))
+    if len(starts) > n:
+        chosen = np.linspace(0, len(starts) - 1, n).round().astype(int)
+        starts = [starts[i] for i in chosen]
+    return [ids[start : start + size] for start in starts]
 
 
 def tokenise(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
@@ -90,19 +102,24 @@ def tokenise(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _mean(encoder: Encoder, windows: list[list[list[int]]]) -> np.ndarray:
-    """One vector of length one or zero for the windows of each text."""
+    """The mean vector of each text's windows, (N, D), weighted by their tokens and scaled to length one.
+
+    A text without windows has the zero vector.
+    """
     flat = [window for of_text in windows for window in of_text]
     owner_W = np.repeat(np.arange(len(windows)), [len(of_text) for of_text in windows])
+    n_tokens_W = np.array([len(window) for window in flat], np.float32)
     h_ND = np.zeros((len(windows), encoder.n_components), np.float32)
-    np.add.at(
-        h_ND, owner_W, encode(encoder, flat) * np.array([len(window) for window in flat], np.float32)[:, None]
-    )
+    np.add.at(h_ND, owner_W, encode(encoder, flat) * n_tokens_W[:, None])
     lengths_N = np.linalg.norm(h_ND, axis=1, keepdims=True)
     return h_ND / np.where(lengths_N > 0, lengths_N, 1)
 
 
 def encode(encoder: Encoder, windows: list[list[int]]) -> np.ndarray:
-    """What the model makes of each window of token ids, float32 (W, D), in batches of windows of like lengths."""
+    """The model's vector of each window of token ids, float32 (W, D).
+
+    Windows of similar length share a batch.
+    """
     h_WD = np.empty((len(windows), encoder.n_components), np.float32)
     n_special = len(encoder.before) + len(encoder.after)
     for rows in batches([len(window) + n_special for window in windows], BATCH_TOKENS):
@@ -111,9 +128,10 @@ def encode(encoder: Encoder, windows: list[list[int]]) -> np.ndarray:
 
 
 def forward(encoder: Encoder, windows: list[list[int]]) -> torch.Tensor:
-    """Vectors of one batch, (B, D). Weights and pooling are float32, the layers bf16 on a GPU that has it.
+    """Vectors of one batch, (B, D).
 
-    Raises ValueError for what is no number.
+    Weights and pooling are float32; the layers are bf16 on a GPU that has it.
+    Raises ValueError for a vector that is not finite.
     """
     device = encoder.net.device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -124,12 +142,13 @@ def forward(encoder: Encoder, windows: list[list[int]]) -> torch.Tensor:
     with torch.inference_mode():
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden_BTH = encoder.net(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        h_BD = torch.cat([pool(hidden_BTH.float(), mask_BT, how) for how in encoder.pooling], dim=1)
+        h_BD = torch.cat([pool(hidden_BTH.float(), mask_BT, mode) for mode in encoder.pooling], dim=1)
         for head in encoder.heads:
             h_BD = head(h_BD)
     if not h_BD.isfinite().all():
         raise ValueError(
-            f"embed.encoder: {encoder.name}: vectors without finite length. Expected numbers. Choose another encoder."
+            f"embed.encoder: {encoder.name}: vectors that are not finite. Expected numbers. "
+            "Choose another encoder."
         )
     return h_BD
 
@@ -137,7 +156,7 @@ def forward(encoder: Encoder, windows: list[list[int]]) -> torch.Tensor:
 def batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
     """Row numbers in batches of at most `max_tokens` tokens with padding, or of one row.
 
-    The longest come first: they need most memory, and a batch of like lengths needs little padding.
+    The longest rows come first, because they need most memory. Rows of similar length need little padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -147,10 +166,13 @@ def batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
         start += n
 
 
-def pool(hidden_BTH: torch.Tensor, mask_BT: torch.Tensor, how: str) -> torch.Tensor:
-    """One vector for each row's unmasked hidden states, (B, H): `how` is one of POOLING. Padding stands on the right."""
+def pool(hidden_BTH: torch.Tensor, mask_BT: torch.Tensor, mode: str) -> torch.Tensor:
+    """One vector for each row's unmasked hidden states, (B, H), by a mode of POOLING.
+
+    Padding is on the right.
+    """
     mask_BT1 = mask_BT[:, :, None].to(hidden_BTH.dtype)
-    match how:
+    match mode:
         case "cls":
             return hidden_BTH[:, 0]
         case "lasttoken":

@@ -1,13 +1,16 @@
-"""Linear tf-idf over token ids: an embedding of text that is a sum over its tokens, so that every prefix costs one more addition.
+"""Linear tf-idf over token ids: a sum over a text's tokens, so that every prefix costs one more addition.
 
     h(x) = s / |s|,   s = sum over the tokens x_i of E[x_i],   E = diag(idf^p) V
 
-idf_v = ln((1 + N) / (1 + df_v)) + 1, smoothed as if one more document held every term (scikit-learn's smooth_idf), and V the right
-singular vectors of the documents' tf-idf rows. Only while V is sought the rows have length one and do not count how often a term occurs:
-long and repetitive documents would own the leading components otherwise. s stays linear in the counts. Terms in too many or too few
-documents, and the separator, have zero rows in E; text made only of these has the zero vector. benchmarks/weighting.py compares weightings.
+idf_v = ln((1 + N) / (1 + df_v)) + 1, smoothed as if one more document held every term (scikit-learn's
+smooth_idf). V holds the right singular vectors of the documents' tf-idf rows. For the search of V alone, the
+rows have length one and do not count how often a term occurs; otherwise long and repetitive documents would
+fill the leading components. The sum s stays linear in the counts. Terms in too many or too few documents, and
+the separator, have zero rows in E. Text made only of these has the zero vector. benchmarks/weighting.py
+compares weightings.
 
-Shapes: N documents, V terms (token ids), D components, T tokens of one document with its separator first, R rows of one chunk.
+Shapes: N documents, V terms (token ids), U terms with a weight, D components, T tokens of one document with
+its separator first, R rows of one chunk.
 """
 
 import logging
@@ -26,19 +29,26 @@ log = logging.getLogger("cbtm")
 CHUNK_TOKENS = 1 << 22  # of documents embedded at once; a longer document is its own chunk
 CHUNK_PREFIXES = 1 << 15
 OVERSAMPLES = 10  # columns beyond those wanted
-POWER_ITERATIONS = 2  # more sharpen only the last components, which tell no topics apart
-SAME = 1e-5  # singular values below this share of the first are float32 rounding, and their vectors noise
+POWER_ITERATIONS = 2  # more of them sharpen only the last components, which separate no topics
+SAME = 1e-5  # singular values below this share of the first are float32 rounding, and their vectors are noise
 
 
 class Embedder(NamedTuple):
-    """`E_VD`: what each token adds to the embedding (float32). `idf_V`: the weight of each term, idf^p, zero where dropped (float32)."""
+    """`E_VD`: the vector that each token adds.
+
+    `idf_V`: the weight of each term, idf^p, zero for a dropped term.
+    Both are float32.
+    """
 
     E_VD: np.ndarray
     idf_V: np.ndarray
 
 
 def count(documents: Documents, vocab_size: int) -> sparse.csr_array:
-    """Term counts of each document as float32, shape (N, V). Raises ValueError for a token id outside the vocabulary."""
+    """Term counts of each document, float32 (N, V).
+
+    Raises ValueError for a token id outside the vocabulary.
+    """
     chunks = []
     for chunk in _chunks(documents):
         _check_ids(chunk.values, vocab_size)
@@ -46,15 +56,14 @@ def count(documents: Documents, vocab_size: int) -> sparse.csr_array:
         counts_RV = sparse.csr_array(
             (ones, chunk.values.astype(np.int32), chunk.offsets), shape=(len(chunk), vocab_size)
         )
-        # there and back by columns sorts each row in linear time; sum_duplicates alone would sort it by comparison
+        # conversion to columns and back sorts each row in linear time; sum_duplicates alone would sort by
+        # comparison
         counts_RV = counts_RV.tocsc().tocsr()
         counts_RV.sum_duplicates()
         chunks.append(counts_RV)
-    return (
-        sparse.csr_array(sparse.vstack(chunks, "csr"))
-        if chunks
-        else sparse.csr_array((0, vocab_size), dtype=np.float32)
-    )
+    if not chunks:
+        return sparse.csr_array((0, vocab_size), dtype=np.float32)
+    return sparse.csr_array(sparse.vstack(chunks, "csr"))
 
 
 def fit(
@@ -69,9 +78,9 @@ def fit(
 ) -> Embedder:
     """Weights and components from the counts of the fitted documents.
 
-    A term is kept if at least `min_df` documents and at most the share `max_df` of them hold it. Where N is so small that the limits
-    exclude each other they give way: min_df counts as at most N, and terms in min_df documents are always kept. Raises ValueError if no
-    term is kept.
+    A term is kept if at least `min_df` documents and at most the share `max_df` of them hold it. If N is so
+    small that these limits exclude each other, they give way: min_df counts as at most N, and terms in min_df
+    documents are always kept. Raises ValueError if no term is kept.
     """
     n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
     df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
@@ -79,72 +88,69 @@ def fit(
     kept_V = (df_V >= max(lowest, 1)) & (df_V <= max(max_df * n, lowest))
     kept_V[separator_id] = False
     if min_df > max_df * n:
-        log.warning(
-            "embed.min_df %d and embed.max_df %g exclude each other in %d documents and give way",
-            min_df,
-            max_df,
-            n,
-        )
+        message = "embed.min_df %d and embed.max_df %g exclude each other in %d documents and give way"
+        log.warning(message, min_df, max_df, n)
     if not kept_V.any():
         raise ValueError(
             f"embed.min_df, embed.max_df: {min_df} and {max_df:g} drop every term of {n} documents. "
-            "Expected some to be left. Lower min_df or raise max_df."
+            "Expected at least one to be kept. Lower min_df or raise max_df."
         )
-    return weighted(
-        counts_NV,
-        np.where(kept_V, (np.log((1 + n) / (1 + df_V)) + 1) ** idf_power, 0),
-        n_components,
-        rng_seed,
-    )
+    idf_V = np.where(kept_V, (np.log((1 + n) / (1 + df_V)) + 1) ** idf_power, 0)
+    return weighted(counts_NV, idf_V, n_components, rng_seed)
 
 
 def weighted(counts_NV: sparse.csr_array, idf_V: np.ndarray, n_components: int, rng_seed: int) -> Embedder:
-    """The embedder with these weights. D is at most `n_components`, and lower where documents or terms are too few for more."""
+    """The embedder with these weights.
+
+    D is `n_components`, or less if there are too few documents or terms.
+    """
     n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
     terms_U = np.flatnonzero(idf_V)
-    V_UD = _components(
-        rows(counts_NV[:, terms_U], idf_V[terms_U]), min(n_components, n, len(terms_U)), rng_seed
-    )
+    rows_NU = rows(counts_NV[:, terms_U], idf_V[terms_U])
+    V_UD = _components(rows_NU, min(n_components, n, len(terms_U)), rng_seed)
     n_found = V_UD.shape[1]
     if n_found < n_components:
-        what = f"{n} documents with {len(terms_U)} usable terms give {n_found} components"
-        log.info("%s, fewer than embed.n_components (%d)", what, n_components)
+        found = f"{n} documents with {len(terms_U)} usable terms give {n_found} components"
+        log.info("%s, fewer than embed.n_components (%d)", found, n_components)
     E_VD = np.zeros((vocab_size, n_found), np.float32)
     E_VD[terms_U] = idf_V[terms_U, None] * V_UD
     return Embedder(E_VD, idf_V.astype(np.float32))
 
 
 def _components(rows_NU: sparse.csr_array, n: int, rng_seed: int) -> np.ndarray:
-    """The right singular vectors with the n largest singular values, (U, n) or less where the rank is lower.
+    """The right singular vectors with the n largest singular values, (U, n), or fewer if the rank is lower.
 
-    Subspace iteration from a random start (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1). The products are sums of weighted
-    rows, as in `embed`, for which the library has a kernel that is several times faster than its sparse matrices.
+    Subspace iteration from a random start (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
     """
-
-    def times(a: sparse.csr_array, b: torch.Tensor) -> torch.Tensor:
-        ids, offsets = (torch.from_numpy(x.astype(np.int32)) for x in (a.indices, a.indptr))
-        return embedding_bag(
-            ids,
-            b.contiguous(),
-            offsets,
-            mode="sum",
-            per_sample_weights=torch.from_numpy(a.data),
-            include_last_offset=True,
-        )
-
     columns_UN = sparse.csr_array(rows_NU.T)
     n_documents, n_terms = rows_NU.shape  # pyright: ignore[reportGeneralTypeIssues]
     width = min(n + OVERSAMPLES, n_documents, n_terms)
     B_UD = torch.randn(n_terms, width, generator=torch.Generator().manual_seed(rng_seed))
     for _ in range(1 + POWER_ITERATIONS):
         Q_UD = torch.linalg.qr(B_UD).Q
-        B_UD = times(columns_UN, torch.linalg.qr(times(rows_NU, Q_UD)).Q)
+        B_UD = _times(columns_UN, torch.linalg.qr(_times(rows_NU, Q_UD)).Q)
     V_UD, strength_D, _ = torch.linalg.svd(B_UD, full_matrices=False)
     return V_UD[:, :n][:, strength_D[:n] > SAME * strength_D[0]].numpy()
 
 
+def _times(a: sparse.csr_array, b: torch.Tensor) -> torch.Tensor:
+    """The product of a sparse and a dense matrix, in float32.
+
+    Its rows are weighted sums of rows of `b`, as in `embed`. The kernel of torch for such sums is several
+    times faster than its sparse matrices.
+    """
+    ids, offsets = (torch.from_numpy(x.astype(np.int32)) for x in (a.indices, a.indptr))
+    weights = torch.from_numpy(a.data)
+    return embedding_bag(
+        ids, b.contiguous(), offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
 def rows(counts_NV: sparse.csr_array, idf_V: np.ndarray) -> sparse.csr_array:
-    """The documents' rows as sets of terms, idf_v where term v occurs, of length one (zero rows stay zero), as float32."""
+    """The documents' tf-idf rows, float32 (N, V), in which a term counts once.
+
+    A row has idf_v where term v occurs, scaled to length one. Zero rows stay zero.
+    """
     weights = idf_V[counts_NV.indices].astype(np.float32)
     row = np.repeat(np.arange(len(counts_NV.indptr) - 1), np.diff(counts_NV.indptr))
     lengths_N = np.sqrt(np.bincount(row, np.square(weights), len(counts_NV.indptr) - 1))
@@ -153,10 +159,11 @@ def rows(counts_NV: sparse.csr_array, idf_V: np.ndarray) -> sparse.csr_array:
 
 
 def embed(documents: Documents, E_VD: np.ndarray) -> np.ndarray:
-    """Embedding of each document, float32 (N, D), of length one or zero. Raises ValueError for a token id outside the vocabulary.
+    """Embedding of each document, float32 (N, D), of length one or zero.
 
-    One sum over the rows of E per document, in float32 and from left to right, so that it depends neither on threads nor on neighbours.
-    It costs a read of 4 D bytes per token, from the cache for most tokens, as most are frequent ones.
+    Each document is one sum over rows of E, in float32 and from left to right. So it depends neither on
+    threads nor on other documents. A token costs a read of 4 D bytes, mostly from the cache because most
+    tokens are frequent. Raises ValueError for a token id outside the vocabulary.
     """
     vocab_size, n_components = E_VD.shape
     h_ND = np.empty((len(documents), n_components), np.float32)
@@ -173,11 +180,11 @@ def embed(documents: Documents, E_VD: np.ndarray) -> np.ndarray:
 def embed_prefixes(
     x_T: np.ndarray, E_VD: np.ndarray, chunk_rows: int = CHUNK_PREFIXES
 ) -> Iterator[np.ndarray]:
-    """Embeddings of every prefix of a document `[sep, x_0, ..., x_(n-1)]`, in chunks of float32 (R, D), n + 1 rows in all.
+    """Embeddings of all n + 1 prefixes of a document `[sep, x_0, ..., x_(n-1)]`, in chunks of float32 (R, D).
 
-    Row t is h(x_0 ... x_(t-1)), so row 0 is the zero vector and row n is `embed` of the document up to float32 rounding. Sums are
-    float64 and taken from left to right: no later token, and no choice of `chunk_rows`, changes a bit of a row. Raises ValueError for an
-    id outside the vocabulary.
+    Row t is h(x_0 ... x_(t-1)). So row 0 is the zero vector, and row n is `embed` of the document up to
+    float32 rounding. Sums are float64 and taken from left to right: no later token, and no choice of
+    `chunk_rows`, changes a bit of a row. Raises ValueError for an id outside the vocabulary.
     """
     _check_ids(x_T, len(E_VD))
     sum_D = np.zeros(E_VD.shape[1])
@@ -190,20 +197,23 @@ def embed_prefixes(
 
 
 def _check_ids(values: np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError for a token id outside the vocabulary."""
     highest = int(values.max(initial=0))
     if highest >= vocab_size:
         raise ValueError(
-            f"tokens: id {highest}. Expected ids below the vocabulary size, {vocab_size}. Run shard and embed again."
+            f"tokens: id {highest}. Expected ids below the vocabulary size, {vocab_size}. "
+            "Run shard and embed again."
         )
 
 
 def _normalise(s_RD: np.ndarray) -> np.ndarray:
+    """The rows scaled to length one, float32; zero rows stay zero."""
     lengths_R = np.sqrt(np.einsum("rd,rd->r", s_RD, s_RD))
     return (s_RD / np.where(lengths_R > 0, lengths_R, 1)[:, None]).astype(np.float32)
 
 
 def _chunks(documents: Documents) -> Iterator[Documents]:
-    """The same documents in runs of at most CHUNK_TOKENS tokens, or of one longer document."""
+    """The documents in chunks of at most CHUNK_TOKENS tokens, or of one longer document."""
     offsets = documents.offsets
     first = 0
     while first < len(documents):

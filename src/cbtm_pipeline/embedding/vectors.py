@@ -1,4 +1,4 @@
-"""Vectors of documents: how either embedder makes them, and how later rules read them back.
+"""Vectors of documents: either embedder makes them, and later rules read them back.
 
 Shapes: N documents, D dimensions, V terms.
 """
@@ -21,7 +21,10 @@ Embedder = tfidf.Embedder | encoder.Encoder
 
 
 def texts(folder: Path, entry: shard_files.Entry) -> Iterator[list[str]]:
-    """The texts of a shard, CHUNK_TEXTS at a time. Raises ValueError for a file that is damaged or another than the manifest's."""
+    """The texts of a shard, CHUNK_TEXTS at a time.
+
+    Raises ValueError for a file that is damaged or has another number of rows than the manifest says.
+    """
     path, n = folder / f"{entry['name']}.parquet", 0
     try:
         with pq.ParquetFile(path) as file:
@@ -43,63 +46,75 @@ def embed(folder: Path, entry: shard_files.Entry, embedder: Embedder) -> Iterato
     if isinstance(embedder, tfidf.Embedder):
         yield tfidf.embed(shard_files.documents(folder, entry), embedder.E_VD)
     else:
-        yield encoder.embed(embedder, [])
+        yield encoder.embed(embedder, [])  # so that an empty shard has a chunk, too
         for chunk in texts(folder, entry):
             yield encoder.embed(embedder, chunk)
 
 
 def write(path: Path, h_ND: np.ndarray) -> None:
-    """Write vectors as .npy, whole or not at all."""
+    """Write vectors as .npy. After a crash, the file is either complete or absent."""
     with artifact.publish(path) as tmp, tmp.open("wb") as file:
         np.save(file, h_ND, allow_pickle=False)
 
 
 def read(folder: Path, entry: shard_files.Entry) -> np.ndarray:
-    """Memory-map the vectors (float32, (n_documents, D)) of an entry of embed/manifest.json. Raises ValueError if the file is another."""
+    """Memory-map the vectors (float32, (n_documents, D)) of an entry of embed/manifest.json.
+
+    Raises ValueError if the file is not the manifest's.
+    """
     path = folder / f"{entry['name']}.npy"
     shard_files.check_file(path, entry["identity"], "embed")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _read(path: Path, shards: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """The arrays of embedder.npz, and what it says of the encoder if there is one."""
+    """The arrays of embedder.npz, and its record of the encoder; None for linear tf-idf."""
     arrays, meta = artifact.read_npz(path, "embedder")
     artifact.check_made_from(path, meta, "shards", artifact.identity(shards))
     return arrays, meta.get("encoder")
 
 
 def read_embedder(path: Path, shards: Path) -> Embedder:
-    """Read embedder.npz, and load the encoder that it names. Raises ValueError unless it was made for the corpus of shards/manifest.json,
-    and with the encoder that is there now."""
-    arrays, about = _read(path, shards)
-    if about is None:
+    """Read embedder.npz, and load the encoder that it names.
+
+    Raises ValueError if it was made for another corpus than that of shards/manifest.json, or if the files of
+    the encoder have changed.
+    """
+    arrays, record = _read(path, shards)
+    if record is None:
         return tfidf.Embedder(**arrays)
-    loaded = encoder_files.load(about["name"], about["n_windows"], about.get("revision"))
-    if loaded.identity != about["identity"]:
+    loaded = encoder_files.load(record["name"], record["n_windows"], record.get("revision"))
+    if loaded.identity != record["identity"]:
         raise ValueError(
-            f"embed.encoder: {loaded.name}: its files have changed ({loaded.identity}). Expected those that the vectors were made with, "
-            f"{about['identity']}. Bring them back, or run embed again: snakemake --cores 2 --force {path}"
+            f"embed.encoder: {loaded.name}: its files have changed ({loaded.identity}). "
+            f"Expected those that the vectors were made with, {record['identity']}. "
+            f"Bring them back, or run embed again: snakemake --cores 2 --force {path}"
         )
     return loaded
 
 
 def term_weights(path: Path, shards: Path, counts_NV: sparse.csr_array) -> np.ndarray:
-    """Weight of each term, (V,): that of the embedder in embedder.npz. An encoder has none: idf in these counts, or zero for a term of one
-    document or of more than half of them."""
-    arrays, about = _read(path, shards)
-    if about is None:
+    """Weight of each term, (V,), from the embedder in embedder.npz.
+
+    An encoder has no weights of terms. Then it is the idf in these counts, and zero for a term of one
+    document or of more than half of them.
+    """
+    arrays, record = _read(path, shards)
+    if record is None:
         return arrays["idf_V"]
-    from sklearn.feature_extraction.text import TfidfTransformer  # takes a second, and only this needs it
+    from sklearn.feature_extraction.text import TfidfTransformer  # takes a second, and only encoders need it
 
     n, vocab_size = counts_NV.shape  # pyright: ignore[reportGeneralTypeIssues]
     df_V = np.bincount(counts_NV.indices, minlength=vocab_size)
-    return np.where((df_V > 1) & (df_V <= n / 2), TfidfTransformer().fit(counts_NV).idf_, 0).astype(
-        np.float32
-    )
+    idf_V = TfidfTransformer().fit(counts_NV).idf_
+    return np.where((df_V > 1) & (df_V <= n / 2), idf_V, 0).astype(np.float32)
 
 
 def read_manifest(path: Path, shards: Path) -> dict[str, Any]:
-    """Read embed/manifest.json. Raises ValueError unless its vectors belong to the corpus of shards/manifest.json."""
+    """Read embed/manifest.json.
+
+    Raises ValueError if its vectors belong to another corpus than that of shards/manifest.json.
+    """
     manifest = artifact.read_json(path, "vectors")
     artifact.check_made_from(path, manifest, "shards", artifact.identity(shards))
     return manifest

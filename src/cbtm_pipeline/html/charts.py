@@ -1,22 +1,25 @@
-"""Charts as inline SVG: numbers in, markup out. Colours come from the page's style, so that they follow light and dark."""
+"""Charts as inline SVG markup. The style sheet has the colours, so charts follow light and dark mode."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from cbtm_pipeline.html.page import Html, tag
 
 WIDTH, HEIGHT = 480, 290
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 28, 42
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 28, 42  # margins around the plot
+FOREST_LEFT, ROW_HEIGHT = 132, 23
 
 Points = Sequence[tuple[float, float]]
 Scale = Callable[[float], float]
 
 
 class Series(NamedTuple):
-    """A line: its name in the legend (none: not in it), its class of colour (`c0` ... `c5`, `grey`), points, and looks.
+    """A line of a chart.
 
-    A `thin` line stands back; a `dashed` one is a level, the height of its first point.
+    A label of "" keeps the line out of the legend. `colour` is a class of the style sheet: `c0` ... `c5` or
+    `grey`. The style is "", "thin", or "dashed". A dashed line is horizontal, at the height of its first
+    point.
     """
 
     label: str
@@ -46,15 +49,11 @@ def brief(value: float) -> str:
 
 
 def _scale(low: float, high: float, begin: float, end: float, log: bool = False) -> Scale:
-    """Map [low, high] to [begin, end], linearly or by logarithm; an empty range goes to the middle."""
+    """Map [low, high] to [begin, end], linearly or by logarithm. An empty range maps to the middle."""
     f = math.log if log else float
     if f(high) - f(low) <= 0:
         return lambda value: (begin + end) / 2
     return lambda value: begin + (end - begin) * (f(value) - f(low)) / (f(high) - f(low))
-
-
-def _path(points: Points, x: Scale, y: Scale) -> str:
-    return "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
 
 
 def lines(
@@ -65,7 +64,10 @@ def lines(
     log_x: bool = False,
     y_top: float | None = None,
 ) -> Html:
-    """A line chart with its legend. `y_top` cuts the vertical axis. The values of x are its ticks where they are few."""
+    """A line chart with its legend.
+
+    Points above `y_top` are not drawn. Up to 8 different values of x get a tick each; more get round ticks.
+    """
     xs = sorted({a for s in series for a, _ in s.points if s.style != "dashed"})
     ys = [b for s in series for _, b in s.points]
     y_high = max(ys) if y_top is None else min(max(ys), y_top)
@@ -74,55 +76,61 @@ def lines(
     x = _scale(xs[0], xs[-1], LEFT + 8, WIDTH - RIGHT - 8, log_x)
     y = _scale(low, high, HEIGHT - BOTTOM, TOP)
 
-    parts = [tag("title", title)]
-    for tick in nice_ticks(low, high):
-        parts.append(tag("path", d=f"M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}", class_="grid"))
-        parts.append(tag("text", brief(tick), x=LEFT - 7, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
-    for tick in xs if len(xs) <= 8 else nice_ticks(xs[0], xs[-1]):
-        parts.append(
-            tag("text", brief(tick), x=f"{x(tick):.1f}", y=HEIGHT - BOTTOM + 17, text_anchor="middle")
-        )
-    parts.append(tag("text", y_label, x=2, y=13))
-    parts.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) // 2, y=HEIGHT - 6, text_anchor="middle"))
-
+    x_ticks = xs if len(xs) <= 8 else nice_ticks(xs[0], xs[-1])
+    middle = (LEFT + WIDTH - RIGHT) // 2
+    parts = [
+        tag("title", title),
+        *_y_ticks(nice_ticks(low, high), y),
+        *_x_ticks(x_ticks, x),
+        tag("text", y_label, x=2, y=13),
+        tag("text", x_label, x=middle, y=HEIGHT - 6, text_anchor="middle"),
+    ]
     for s in series:
         if s.style == "dashed":
-            parts.append(
-                tag(
-                    "path",
-                    d=f"M{LEFT} {y(s.points[0][1]):.1f}H{WIDTH - RIGHT}",
-                    class_=f"line dashed {s.colour}",
-                )
-            )
+            level = f"M{LEFT} {y(s.points[0][1]):.1f}H{WIDTH - RIGHT}"
+            parts.append(tag("path", d=level, class_=f"line dashed {s.colour}"))
             continue
-        parts.append(
-            tag(
-                "path",
-                d=_path([(a, b) for a, b in s.points if b <= high], x, y),
-                class_=f"line {s.style} {s.colour}",
-            )
-        )
-        if s.dots:
-            parts += [
-                _dot(x(a), y(b), f"{s.label}, {x_label} {brief(a)}: {b:.4g}", s.colour) for a, b in s.points
-            ]
-    chart = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
-    return tag("figure", tag("h3", title), chart, legend(series))
+        path = _path([(a, b) for a, b in s.points if b <= high], x, y)
+        parts.append(tag("path", d=path, class_=f"line {s.style} {s.colour}"))
+        for a, b in s.points if s.dots else ():
+            parts.append(_dot(x(a), y(b), f"{s.label}, {x_label} {brief(a)}: {b:.4g}", s.colour))
+    return tag("figure", tag("h3", title), _svg(title, HEIGHT, parts), legend(series))
+
+
+def _y_ticks(ticks: Sequence[float], y: Scale) -> list[Html]:
+    parts = []
+    for tick in ticks:
+        parts.append(tag("path", d=f"M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}", class_="grid"))
+        parts.append(tag("text", brief(tick), x=LEFT - 7, y=f"{y(tick) + 4:.1f}", text_anchor="end"))
+    return parts
+
+
+def _x_ticks(ticks: Sequence[float], x: Scale) -> list[Html]:
+    y = HEIGHT - BOTTOM + 17
+    return [tag("text", brief(tick), x=f"{x(tick):.1f}", y=y, text_anchor="middle") for tick in ticks]
+
+
+def _path(points: Points, x: Scale, y: Scale) -> str:
+    return "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
 
 
 def _dot(cx: float, cy: float, text: str, colour: str, r: float = 4) -> Html:
     return tag("circle", tag("title", text), cx=f"{cx:.1f}", cy=f"{cy:.1f}", r=r, class_=f"dot {colour}")
 
 
+def _svg(title: str, height: float, parts: Iterable[Html]) -> Html:
+    return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=title)
+
+
 def legend(series: Sequence[Series]) -> Html:
-    """Names beside their colours, each once."""
+    """Names beside their colours, each name once."""
     named = {s.label: s for s in reversed(series) if s.label}
     items = [tag("li", s.label, class_=f"{s.colour} {s.style}") for s in reversed(named.values())]
     return tag("ul", *items, class_="legend")
 
 
 class Estimate(NamedTuple):
-    """A row of a forest plot: a ratio and its interval."""
+    """A row of a forest plot: a ratio with its interval."""
 
     label: str
     ratio: float
@@ -131,48 +139,36 @@ class Estimate(NamedTuple):
 
 
 def forest(title: str, rows: Sequence[Estimate]) -> Html:
-    """Ratios with their intervals on a logarithmic axis, around a line at 1."""
-    left, row_height = 132, 23
-    bottom = TOP + row_height * len(rows)
-    low, high = min(1.0, *(r.ci95[0] for r in rows)), max(1.0, *(r.ci95[1] for r in rows))
-    x = _scale(low * 0.98, high * 1.02, left, WIDTH - RIGHT, log=True)
+    """Ratios with their intervals on a logarithmic axis, with a line at 1."""
+    bottom = TOP + ROW_HEIGHT * len(rows)
+    low = 0.98 * min(1.0, *(row.ci95[0] for row in rows))
+    high = 1.02 * max(1.0, *(row.ci95[1] for row in rows))
+    x = _scale(low, high, FOREST_LEFT, WIDTH - RIGHT, log=True)
     parts = [tag("title", title)]
-    for tick in nice_ticks(low * 0.98, high * 1.02):
-        parts.append(
-            tag(
-                "path",
-                d=f"M{x(tick):.1f} {TOP - 6}V{bottom}",
-                class_="one" if math.isclose(tick, 1) else "grid",
-            )
-        )
+    for tick in nice_ticks(low, high):
+        class_ = "one" if math.isclose(tick, 1) else "grid"
+        parts.append(tag("path", d=f"M{x(tick):.1f} {TOP - 6}V{bottom}", class_=class_))
         parts.append(tag("text", brief(tick), x=f"{x(tick):.1f}", y=bottom + 16, text_anchor="middle"))
     parts.append(tag("text", "← better than dense", x=f"{x(1) - 8:.1f}", y=13, text_anchor="end"))
     parts.append(tag("text", "worse →", x=f"{x(1) + 8:.1f}", y=13))
     for i, row in enumerate(rows):
-        y = TOP + row_height * (i + 0.5)
-        parts.append(tag("text", row.label, x=0, y=f"{y + 4:.1f}", class_="name"))
-        row_low, row_high = row.ci95
-        parts.append(
-            tag(
-                "path",
-                d=f"M{x(row_low):.1f} {y - 4:.1f}v8m0 -4H{x(row_high):.1f}m0 -4v8",
-                class_=f"line {row.colour}",
-            )
-        )
-        parts.append(
-            _dot(
-                x(row.ratio),
-                y,
-                f"{row.label}: {row.ratio:.3f} [{row_low:.3f}, {row_high:.3f}]",
-                row.colour,
-                3,
-            )
-        )
-    chart = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {bottom + 24}", role="img", aria_label=title)
-    return tag("figure", tag("h3", title), chart)
+        parts += _estimate(row, TOP + ROW_HEIGHT * (i + 0.5), x)
+    return tag("figure", tag("h3", title), _svg(title, bottom + 24, parts))
+
+
+def _estimate(row: Estimate, y: float, x: Scale) -> list[Html]:
+    """The name of a row at height y, its interval, and its ratio as a dot."""
+    low, high = row.ci95
+    whiskers = f"M{x(low):.1f} {y - 4:.1f}v8m0 -4H{x(high):.1f}m0 -4v8"
+    numbers = f"{row.label}: {row.ratio:.3f} [{low:.3f}, {high:.3f}]"
+    return [
+        tag("text", row.label, x=0, y=f"{y + 4:.1f}", class_="name"),
+        tag("path", d=whiskers, class_=f"line {row.colour}"),
+        _dot(x(row.ratio), y, numbers, row.colour, 3),
+    ]
 
 
 def bar(share: float, title: str) -> Html:
-    """A horizontal bar of this share of the width, for a table cell."""
+    """A horizontal bar over this share of the width, for a table cell."""
     drawn = tag("rect", tag("title", title), width=f"{100 * share:.1f}", height=10, class_="bar c0")
     return tag("svg", drawn, viewBox="0 0 100 10", preserveAspectRatio="none", role="img", aria_label=title)

@@ -1,17 +1,18 @@
-"""Paired bootstrap over documents: how far a ratio of perplexities could move had other documents been held out.
+"""Paired bootstrap over documents: how much a ratio of perplexities depends on which documents were held out.
 
 Shapes: S systems, D documents, R resamples.
 """
 
 import numpy as np
 
-CHUNK = 1 << 22  # counts held in memory at once
+CHUNK = 1 << 22  # document counts held in memory at once
 
 
 def perplexity_ratio(nll_DS: np.ndarray, reference_D: np.ndarray, n_tokens_D: np.ndarray) -> np.ndarray:
-    """Perplexity of each system divided by the reference's, (S,): exp of the difference of the nll per token.
+    """Perplexity of each system divided by that of the reference, (S,).
 
-    `nll_DS` and `reference_D` are sums over each document's tokens, in nats, so that every token counts the same.
+    `nll_DS` and `reference_D` are sums over the tokens of each document, in nats. The ratio is exp of the
+    difference in nll per token, so every token has the same weight.
     """
     return np.exp((nll_DS - reference_D[:, None]).sum(axis=0) / n_tokens_D.sum())
 
@@ -24,19 +25,18 @@ def ratio_intervals(
     rng_seed: int,
     level: float = 0.95,
 ) -> np.ndarray:
-    """Percentile interval of `perplexity_ratio` over documents drawn with replacement, (S, 2).
+    """Percentile interval of `perplexity_ratio`, (S, 2), from documents drawn with replacement.
 
-    All systems share each resample, and so does another call with the same D, n_resamples and rng_seed. A system that equals the reference
-    gets exactly [1, 1].
+    All systems share each resample. Calls with the same D, n_resamples and rng_seed share their resamples,
+    too. A system that equals the reference gets exactly [1, 1].
     """
     n_documents = len(n_tokens_D)
     excess_DS = nll_DS - reference_D[:, None]
+    equal_D = np.full(n_documents, 1 / n_documents)
     rng = np.random.default_rng(rng_seed)
     log_ratios_RS = []
     for n in _chunks(n_resamples, max(1, CHUNK // n_documents)):
-        counts_RD = rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n).astype(
-            np.float64
-        )
+        counts_RD = rng.multinomial(n_documents, equal_D, size=n).astype(np.float64)
         # einsum, not @: the sums of a threaded BLAS depend on the number of threads
         total_RS = np.einsum("rd,ds->rs", counts_RD, excess_DS)
         log_ratios_RS.append(total_RS / np.einsum("rd,d->r", counts_RD, n_tokens_D)[:, None])
@@ -45,4 +45,5 @@ def ratio_intervals(
 
 
 def _chunks(total: int, size: int) -> list[int]:
+    """Parts of at most `size` that add up to `total`."""
     return [min(size, total - begin) for begin in range(0, total, size)]

@@ -2,24 +2,29 @@
 
     p(x_t | x_<t) = sum_j w_j(t) p_j(x_t | x_<t)
 
-Two routers give w. `paper_log_weights` looks at the prefix alone (C-BTM, section 2.3). `filter_log_weights` also looks at how well each
-expert predicted the tokens of the prefix: it reads the expert as a hidden state that may switch (fixed share, Herbster and Warmuth 1998),
-with the paper's weights as the distribution it restarts from. In both, row t depends on the tokens before t alone: a token never helps to
-choose its own weights.
+Two routers give the weights w. `paper_log_weights` looks at the prefix alone (C-BTM, section 2.3).
+`filter_log_weights` also looks at how well each expert predicted the tokens of the prefix. It treats the best
+expert as a hidden state that may switch (fixed share, Herbster and Warmuth 1998), and it restarts from the
+paper's weights. In both, row t depends on the tokens before t alone: a token never helps to choose its own
+weights.
 
-Shapes: N tokens of all documents, one after the other; D documents; K experts; T positions in the longest document; M documents that have a
-token at position t. `logprob_NK` is the natural log-probability of each token under each expert, `d2_NK` the squared distance from the
-prefix before that token to each centre; document i is rows `offsets[i]` to `offsets[i + 1]`. Weights are natural logarithms: -inf means
-that the expert is not run. Inside, experts come first (`_KN`), so that numpy works along the tokens.
+Shapes: N tokens of all documents, one document after the other; D documents; K experts; T positions in the
+longest document; M documents that have a token at position t. `logprob_NK` is the natural log-probability of
+each token under each expert. `d2_NK` is the squared distance from the prefix before that token to each
+centre. Document i is rows `offsets[i]` to `offsets[i + 1]`. Weights are natural logarithms: -inf means that
+the expert is not run. Internal arrays have the experts first (`_KN`), so that numpy works along the tokens.
 """
+
+import math
 
 import numpy as np
 
 
 def paper_log_weights(d2_NK: np.ndarray, temperature: float, top_k: int) -> np.ndarray:
-    """The paper's router: softmax of -d2 / temperature over the `top_k` nearest centres, -inf elsewhere, (N, K) float64.
+    """Weights of the paper's router, (N, K) float64.
 
-    Of equally near centres those with the lowest index are taken. The temperature may be infinite: then the weights are equal.
+    They are the softmax of -d2 / temperature over the `top_k` nearest centres; the others are -inf. Among
+    equally near centres, the lowest index comes first. An infinite temperature gives equal weights.
     """
     nearness_KN = -np.ascontiguousarray(d2_NK.T, np.float64)
     active_KN = _largest(nearness_KN, top_k)
@@ -37,18 +42,25 @@ def filter_log_weights(
     beta: float,
     top_k: int,
 ) -> np.ndarray:
-    """The filtering router: a belief b over experts, corrected by every token, that leaks towards the paper's weights, (N, K) float64.
+    """Weights of the filtering router, (N, K) float64.
+
+    It keeps a belief b over the experts. Every token corrects the belief, and a share epsilon of it leaks to
+    the paper's weights:
 
         prior_j(t)  proportional to  exp(-d2_j(t) / temperature)
-        w(t)        = (1 - epsilon) b(t) + epsilon prior(t)        its top_k, renormalised, mix the prediction of token t
+        w(t)        = (1 - epsilon) b(t) + epsilon prior(t)
         b_j(t + 1)  proportional to  w_j(t) p_j(x_t)^beta          b(0) = prior(0)
 
-    With top_k < K only the active experts have seen token t. They share their own total weight among themselves by w_j p_j^beta, and the
-    others keep theirs: the update of specialists (Freund, Schapire, Singer and Warmuth 1997). No inactive log-probability is used.
-    epsilon = 1 is the paper's router; epsilon = 0 with an infinite temperature and beta = 1 is the Bayes posterior over experts.
+    The top_k largest of w(t), renormalised, mix the prediction of token t.
+
+    With top_k < K, only the active experts have seen token t. They divide their total weight among themselves
+    in proportion to w_j p_j^beta, and the others keep theirs: the update of specialists (Freund, Schapire,
+    Singer and Warmuth 1997). The log-probabilities of inactive experts are not used. epsilon = 1 is the
+    paper's router; epsilon = 0 with an infinite temperature and beta = 1 is the Bayes posterior over experts.
     """
-    # Position by position instead of document by document, the longest documents first: then the documents that still have a token at
-    # position t are the first M of those that had one at t - 1, and their rows lie side by side.
+    # All documents advance together, one position at a time, the longest document first. Then the documents
+    # that have a token at position t are the first M of those that had one at t - 1, and their rows are
+    # contiguous.
     n_tokens_D = np.diff(offsets)
     order_D = np.argsort(-n_tokens_D, kind="stable")
     position_N = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_tokens_D)
@@ -56,9 +68,8 @@ def filter_log_weights(
     by_position_N = np.lexsort((rank_N, position_N))
     ends_T = np.cumsum(np.bincount(position_N))
 
-    logprior_KN = np.ascontiguousarray(
-        paper_log_weights(d2_NK, temperature, d2_NK.shape[1]).T[:, by_position_N]
-    )
+    prior_NK = paper_log_weights(d2_NK, temperature, d2_NK.shape[1])
+    logprior_KN = np.ascontiguousarray(prior_NK.T[:, by_position_N])
     gain_KN = beta * logprob_NK.T[:, by_position_N].astype(np.float64)
     logw_KN = np.empty_like(logprior_KN)
     with np.errstate(divide="ignore"):
@@ -81,19 +92,29 @@ def filter_log_weights(
     return logw_NK
 
 
+def posterior_log_weights(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Bayes posterior over the experts given the prefix, from equal priors, (N, K) float64."""
+    no_d2_NK = np.zeros(logprob_NK.shape, np.float32)
+    n_experts = logprob_NK.shape[1]
+    return filter_log_weights(logprob_NK, no_d2_NK, offsets, math.inf, 0.0, 1.0, n_experts)
+
+
 def uniform_log_weights(n_tokens: int, n_experts: int) -> np.ndarray:
     """Equal weights, (n_tokens, n_experts) float64."""
     return np.full((n_tokens, n_experts), -np.log(n_experts))
 
 
 def mix(logprob_NK: np.ndarray, logw_NK: np.ndarray) -> np.ndarray:
-    """Log-probability of each token under the mixture, (N,) float64. Experts of weight -inf are not read."""
+    """Log-probability of each token under the mixture, (N,) float64. It ignores experts of weight -inf."""
     logw_KN = np.ascontiguousarray(logw_NK.T)
     return _log_sum_exp(np.where(np.isneginf(logw_KN), -np.inf, logw_KN + logprob_NK.T))
 
 
 def oracle(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Log-probability of each token under the best single expert of its document, (N,) float64: a choice that needs the answer."""
+    """Log-probability of each token under the best single expert of its document, (N,) float64.
+
+    The choice uses the document's own log-probabilities, so no router can make it.
+    """
     total_KD = np.stack([document_sums(logprob_N, offsets) for logprob_N in logprob_NK.T])
     best_N = np.repeat(total_KD.argmax(axis=0), np.diff(offsets))
     return logprob_NK[np.arange(len(best_N)), best_N].astype(np.float64)
@@ -102,13 +123,12 @@ def oracle(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def document_sums(value_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Sum of a value over the tokens of each document, (D,) float64."""
     n_documents = len(offsets) - 1
-    return np.bincount(
-        np.repeat(np.arange(n_documents), np.diff(offsets)), weights=value_N, minlength=n_documents
-    )
+    document_N = np.repeat(np.arange(n_documents), np.diff(offsets))
+    return np.bincount(document_N, weights=value_N, minlength=n_documents)
 
 
 def _largest(value_KN: np.ndarray, top_k: int) -> np.ndarray:
-    """Mask of the `top_k` largest values of each column; of equal ones, those with the lowest index."""
+    """Mask of the `top_k` largest values of each column. Among equal values, the lowest index comes first."""
     n_experts = len(value_KN)
     if top_k >= n_experts:
         return np.ones(value_KN.shape, bool)
@@ -128,5 +148,5 @@ def _log_sum_exp(value_KN: np.ndarray) -> np.ndarray:
 
 
 def _log_add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """log(exp(a) + exp(b)), where not both are -inf; several times faster than np.logaddexp."""
+    """log(exp(a) + exp(b)), several times faster than np.logaddexp. Not both may be -inf."""
     return np.maximum(a, b) + np.log1p(np.exp(-np.abs(a - b)))

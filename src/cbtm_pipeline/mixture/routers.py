@@ -1,12 +1,13 @@
-"""The table of routers: what weighs the experts at each token, by the name that route.routers gives.
+"""The table of routers, by the names that the config key route.routers takes.
 
-docs/extending.md says in eight lines how to add one. The formulas are in `ensemble`.
+A router weighs the experts at each token. To add one, write a function here and give it an entry in ROUTERS;
+docs/extending.md lists the steps. The formulas are in `ensemble`.
 
-Shapes: N tokens, K experts.
+Shapes: N tokens of all documents, K experts.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -14,18 +15,15 @@ from cbtm_pipeline.mixture import ensemble
 
 
 class HeldOut(NamedTuple):
-    """Held-out documents as a router sees them; the shapes are those of `ensemble`.
+    """What a router sees of the held-out documents. Document i is rows `offsets[i]` to `offsets[i + 1]`."""
 
-    Document i is rows `offsets[i]` to `offsets[i + 1]`.
-    """
-
-    logprob_NK: np.ndarray
-    d2_NK: np.ndarray
+    logprob_NK: np.ndarray  # log-probability of each token under each expert, nats
+    d2_NK: np.ndarray  # squared distance from the prefix before the token to each centre
     offsets: np.ndarray
 
 
 class Setting(NamedTuple):
-    """A router and its parameters; one that the router does not have is None."""
+    """A router with values for its parameters. A parameter that the router does not have is None."""
 
     router: str
     top_k: int
@@ -35,15 +33,17 @@ class Setting(NamedTuple):
 
 
 class Router(NamedTuple):
-    """`log_weights` gives (N, K) float64: row t from the tokens before t alone, -inf for an expert that is not run.
+    """A router: its function, its parameters, and its colour in the report.
 
-    `parameters` names those of epsilon and beta that the router has: the sweep tries the values of section route.
-    `colour` is a class of the report's style sheet.
+    The function returns natural-log weights, (N, K) float64. Row t may depend on the tokens before t alone. A
+    weight of -inf means that the expert is not run for this token.
     """
 
     log_weights: Callable[[HeldOut, Setting], np.ndarray]
-    parameters: tuple[str, ...]
-    colour: str
+    parameters: tuple[
+        Literal["epsilon", "beta"], ...
+    ]  # besides top_k and temperature; section route has the values
+    colour: Literal["c0", "c1", "c2", "c3", "c4", "c5", "grey"]  # a class of html/report.css
 
 
 def _paper(held_out: HeldOut, setting: Setting) -> np.ndarray:

@@ -1,12 +1,13 @@
-"""The result in words: names of systems, the table for the terminal, and sentences that say who wins, also when it is dense."""
+"""The result in words: names of systems, the table for the terminal, and sentences that say who wins."""
 
 import textwrap
 from typing import Any
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
-WIDTH = 100
-KINDS = {"batch": "k x batch", "steps": "k x steps"}
+WIDTH = 100  # of the table, in characters
+DENSE_KINDS = {"batch": "k x batch", "steps": "k x steps"}
+METRICS_ONLY = ("oracle", "random, uniform", "random, posterior")  # their comparisons get no sentence
 
 
 def label(row: Row) -> str:
@@ -25,95 +26,109 @@ def interval(ratio: float, ci95: list[float]) -> str:
 
 
 def short(value: float | None) -> str:
-    """At most three digits, nothing for None: `0.05`, `1.97e+13`."""
+    """A number with at most three digits, or nothing for None: `0.05`, `1.97e+13`."""
     return "" if value is None else f"{value:.3g}"
 
 
 def main_rows(metrics: dict[str, Any]) -> list[Row]:
-    """The rows that a person wants to see first: all but the single experts, ensembles with their calibrated settings only."""
+    """The rows to show first: without single cluster experts, and of ensembles only the calibrated ones."""
     return [
-        r
-        for r in metrics["systems"]
-        if not r["system"].startswith("expert-") and (r["system"] != "ensemble" or r["calibrated"])
+        row
+        for row in metrics["systems"]
+        if not row["system"].startswith("expert-") and (row["system"] != "ensemble" or row["calibrated"])
     ]
 
 
 def headline(metrics: dict[str, Any]) -> Row:
-    """The ensemble that did best on the calibration documents."""
-    return min((r for r in metrics["systems"] if r["headline"]), key=lambda r: r["calibration_nll"])
+    """The ensemble with the lowest nll on the calibration documents."""
+    return min((row for row in metrics["systems"] if row["headline"]), key=lambda row: row["calibration_nll"])
 
 
 def dense_kind(metrics: dict[str, Any], name: str) -> str:
     """How a dense model spends the experts' compute: `k x batch` or `k x steps`."""
-    return KINDS[metrics["dense"] if name == "dense" else name.removeprefix("dense-")]
+    return DENSE_KINDS[metrics["dense"] if name == "dense" else name.removeprefix("dense-")]
 
 
 def sentences(metrics: dict[str, Any]) -> list[str]:
-    """Who wins against each dense model, what the router is worth, and whether random clusters would have done as well."""
+    """Compare the headline ensemble with dense models and other mixtures, and random clusters with dense."""
+    return [*_against_dense(metrics), *_against_others(metrics), *_random_clusters(metrics)]
+
+
+def _against_dense(metrics: dict[str, Any]) -> list[str]:
+    """For each dense model: its training FLOPs, and whether it or the headline ensemble wins."""
     best = headline(metrics)
     rows = {row["system"]: row for row in metrics["systems"]}
-    said = []
-    for name, against in best["ratios"].items():
+    texts = []
+    for name, ratio in best["ratios"].items():
         compute = f"{rows[name]['train_flops'] / best['train_flops']:.2f} x" if best["train_flops"] else "no"
-        said.append(
+        outcome = _outcome(ratio["ci95"], "the ensemble wins", f"{name} wins")
+        texts.append(
             f"{label(best)} against {name} ({dense_kind(metrics, name)}, {compute} the training FLOPs): "
-            f"{interval(**against)}, {_outcome(against['ci95'], 'the ensemble wins', f'{name} wins')}."
+            f"{interval(**ratio)}, {outcome}."
         )
-    for pair in metrics["comparisons"]:
-        if pair["system"] == label(best) and pair["against"] not in (
-            "oracle",
-            "random, uniform",
-            "random, posterior",
-        ):
-            outcome = _outcome(pair["ci95"], "better", "worse")
-            said.append(
-                f"{label(best)} against {pair['against']}: {interval(pair['ratio'], pair['ci95'])}, {outcome}."
-            )
-    for row in metrics["systems"]:
-        if row["system"] == "random":
-            outcome = _outcome(row["ci95"], "a gain without clusters", "no gain without clusters")
-            said.append(
-                f"{label(row)} against dense: {interval(row['ratio_to_dense'], row['ci95'])}, {outcome}."
-            )
-    return said
+    return texts
+
+
+def _against_others(metrics: dict[str, Any]) -> list[str]:
+    """Whether the headline ensemble is better than other routers and than equal weights."""
+    best = label(headline(metrics))
+    return [
+        f"{best} against {pair['against']}: {interval(pair['ratio'], pair['ci95'])}, "
+        f"{_outcome(pair['ci95'], 'better', 'worse')}."
+        for pair in metrics["comparisons"]
+        if pair["system"] == best and pair["against"] not in METRICS_ONLY
+    ]
+
+
+def _random_clusters(metrics: dict[str, Any]) -> list[str]:
+    """Whether experts on random clusters gain over dense, too."""
+    return [
+        f"{label(row)} against dense: {interval(row['ratio_to_dense'], row['ci95'])}, "
+        f"{_outcome(row['ci95'], 'a gain without clusters', 'no gain without clusters')}."
+        for row in metrics["systems"]
+        if row["system"] == "random"
+    ]
 
 
 def _outcome(ci95: list[float], below: str, above: str) -> str:
+    """`below` if the whole interval lies below 1, `above` if it lies above, else no clear difference."""
     return below if ci95[1] < 1 else above if ci95[0] > 1 else "no clear difference"
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The main rows as aligned plain text of at most WIDTH columns, with the verdict below."""
-    lines: list[tuple[str, ...]] = [
-        ("system", "T", "eps", "beta", "perplexity", "bits/byte", "ratio to dense [95 %]", "FLOPs")
-    ]
-    for row in main_rows(metrics):
-        lines.append(
-            (
-                label(row) + (" *" if row["headline"] else ""),
-                *(short(row[key]) for key in ("temperature", "epsilon", "beta")),
-                f"{row['perplexity']:.2f}",
-                f"{row['bits_per_byte']:.4f}",
-                interval(row["ratio_to_dense"], row["ci95"]),
-                short(row["train_flops"]),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        line[0].ljust(widths[0])
-        + "".join("  " + c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))
-        for line in lines
-    ]
-    text.insert(1, "-" * len(text[0]))
+    """The main rows as aligned plain text of at most WIDTH columns, followed by the verdict."""
+    header = ("system", "T", "eps", "beta", "perplexity", "bits/byte", "ratio to dense [95 %]", "FLOPs")
+    lines = _align([header, *map(_cells, main_rows(metrics))])
+    lines.insert(1, "-" * len(lines[0]))
+    n_documents, n_chosen = metrics["n_documents"], metrics["calibration"]["n_documents"]
     notes = [
-        f"{metrics['n_documents']} held-out documents, {metrics['n_tokens']} tokens, {metrics['n_bytes']} bytes.",
-        f"T, eps, beta and * (the best of its router) were chosen on {metrics['calibration']['n_documents']} other held-out documents.",
+        f"{n_documents} held-out documents, {metrics['n_tokens']} tokens, {metrics['n_bytes']} bytes.",
+        f"T, eps, beta and * (the best of its router) were chosen on {n_chosen} other held-out documents.",
         "FLOPs: all training that the system needed, the seed's included. Ratios below are of perplexities.",
         "",
         *metrics["verdict"],
     ]
-    text += [
-        "",
-        *(line for note in notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="  ") or [""]),
+    lines.append("")
+    for note in notes:
+        lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ") or [""]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        label(row) + (" *" if row["headline"] else ""),
+        *(short(row[key]) for key in ("temperature", "epsilon", "beta")),
+        f"{row['perplexity']:.2f}",
+        f"{row['bits_per_byte']:.4f}",
+        interval(row["ratio_to_dense"], row["ci95"]),
+        short(row["train_flops"]),
+    )
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    """One line for each row; the first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+        for first, *rest in rows
     ]
-    return "\n".join(text) + "\n"

@@ -19,7 +19,6 @@ from cbtm_pipeline.corpus import files as corpus_files
 MFU = 0.4  # share of a GPU's peak that a training is assumed to use
 DEMO_BYTES = 9_550_000  # of text in the built-in corpus
 DOCUMENT_BYTES, TOKEN_BYTES = 2000, 3  # of text
-UNPACKED = {".gz": 3, ".zst": 4, ".parquet": 3}
 STATES = 3  # a training keeps two files of its state and writes a third
 STATE_BYTES = 12  # of a parameter in a saved state: itself and AdamW's two moments, float32
 
@@ -80,12 +79,10 @@ def text_bytes(files: Iterable[str]) -> float:
     """About how much text the files of a corpus hold. Raises OSError for one that is not there."""
     total = 0.0
     for file in files:
-        suffix, compression = corpus_files.format_of(file) or ("", "")
-        total += (
-            DEMO_BYTES
-            if file == corpus_files.DEMO
-            else Path(file).stat().st_size * UNPACKED.get(compression or suffix, 1)
-        )
+        if file == corpus_files.DEMO:
+            total += DEMO_BYTES
+        else:
+            total += Path(file).stat().st_size * corpus_files.unpacked(file)
     return total
 
 

@@ -1,3 +1,3 @@
 """What a check of `cbtm doctor` finds."""
 
-Line = tuple[str, str]  # ok, warn or FAIL, and what was found
+Line = tuple[str, str]  # the level (ok, warn or FAIL), and the finding in words

@@ -1,6 +1,7 @@
-"""What we ask of Slurm: its queue, its records of ended jobs, and to cancel. Standard library only.
+"""Questions to Slurm: the queue, the records of ended jobs, scancel. Standard library only.
 
-A controller that does not answer is `Unreachable`, never "no such job": who takes the one for the other starts a second writer.
+A controller that does not answer raises `Unreachable`. That never means "no such job": whoever confuses the
+two starts a second writer.
 """
 
 import fcntl
@@ -15,25 +16,26 @@ from typing import Any, NamedTuple
 from cbtm_pipeline.slurm import events
 
 TIMEOUT_S = 60  # of one command; a busy controller answers late
-QUEUE_AGE_S = 10.0  # how old an answer of squeue may be
+QUEUE_AGE_S = 10.0  # an answer of squeue is used for so long
 
-# Slurm has no exit codes for this. What matches passes by itself; everything else that it says is for people to mend.
-_PASSING = re.compile(
-    r"unable to contact|could not connect|connection (refused|reset)|timed out|temporarily|try again|zero bytes were transmitted"
-    r"|transport endpoint|communication|not responding|MaxSubmitJob|MaxSubmitPU|controller is busy|munge|protocol authentication",
+# Slurm has no exit codes for this. A message that matches is temporary; users have to act on every other one.
+_TEMPORARY = re.compile(
+    r"unable to contact|could not connect|connection (refused|reset)|timed out|temporarily|try again"
+    r"|zero bytes were transmitted|transport endpoint|communication|not responding|MaxSubmitJob|MaxSubmitPU"
+    r"|controller is busy|munge|protocol authentication",
     re.I,
 )
 
 
 class Unreachable(OSError):
-    """Slurm did not answer, or says that it cannot just now. Nothing follows from it about any job."""
+    """Slurm did not answer, or says that it cannot just now. Nothing follows from it for any job."""
 
 
 class Refused(ValueError):
-    """Slurm answered no, and would answer so again."""
+    """Slurm refused, and would refuse again."""
 
 
-class Job(NamedTuple):
+class QueuedJob(NamedTuple):
     """A line of squeue. `state` in capitals (PENDING, RUNNING, COMPLETING, COMPLETED, PREEMPTED ...)."""
 
     id: str
@@ -47,34 +49,21 @@ class Job(NamedTuple):
     end: str
 
 
-LIVE = {
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "SUSPENDED",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "REQUEUE_FED",
-    "RESIZING",
-    "SIGNALING",
-}
-LIVE |= {"SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"}
+# States of a job that has not ended.
+LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
+LIVE |= {"REQUEUE_FED", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"}
 _FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "Comment", "StartTime", "EndTime")
 
 
 def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without what a surrounding Slurm job left in it, which would bend the jobs submitted from there."""
+    """The environment without what a surrounding Slurm job set: it would change jobs submitted from there."""
     kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
-    return {
-        name: value
-        for name, value in base.items()
-        if name in kept or not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PMI"))
-    }
+    of_a_job = ("SLURM_", "SBATCH_", "SRUN_", "PMI")
+    return {name: value for name, value in base.items() if name in kept or not name.startswith(of_a_job)}
 
 
 def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
-    """Run a Slurm command and return what it printed. Raises Unreachable, or Refused with Slurm's own words."""
+    """Run a Slurm command and return its output. Raises Unreachable, or Refused with Slurm's message."""
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, env=environment(), check=False
@@ -87,36 +76,34 @@ def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:
         ) from None
     if run.returncode == 0:
         return run.stdout
-    said = " ".join((run.stderr or run.stdout).split()) or f"exit status {run.returncode}"
-    raise (Unreachable if passes(said) else Refused)(f"{command[0]}: {said}")
+    message = " ".join((run.stderr or run.stdout).split()) or f"exit status {run.returncode}"
+    raise (Unreachable if is_temporary(message) else Refused)(f"{command[0]}: {message}")
 
 
-def passes(message: str) -> bool:
-    """Whether what Slurm complains of passes by itself (a restart, a busy controller, a full queue)."""
-    return bool(_PASSING.search(message))
+def is_temporary(message: str) -> bool:
+    """Whether Slurm's error goes away by itself (a restart, a busy controller, a full queue)."""
+    return bool(_TEMPORARY.search(message))
 
 
-def queue(timeout_s: float = TIMEOUT_S) -> dict[str, Job]:
-    """This user's jobs by id, those that ended in the last minutes (MinJobAge) included: one call of squeue."""
+def queue(timeout_s: float = TIMEOUT_S) -> dict[str, QueuedJob]:
+    """This user's jobs by id, also those that ended in the last minutes (MinJobAge). One call of squeue."""
     fields = ",".join(f"{name}:|" for name in _FIELDS)
     printed = ask("squeue", "--me", "--states=all", "--noheader", f"--Format={fields}", timeout_s=timeout_s)
     jobs = {}
     for line in printed.splitlines():
-        values = line.split("|")
+        values = [value.strip() for value in line.split("|")]
         if len(values) == len(_FIELDS) + 1:
-            id, name, state, reason, nodes, restarts, comment, start, end = (
-                value.strip() for value in values[: len(_FIELDS)]
-            )
-            jobs[id] = Job(
-                id, name, state, reason, nodes, int(restarts or 0), comment.removeprefix("(null)"), start, end
-            )
+            id, name, state, reason, nodes, restarts, comment, start, end, _ = values
+            comment = comment.removeprefix("(null)")
+            jobs[id] = QueuedJob(id, name, state, reason, nodes, int(restarts or 0), comment, start, end)
     return jobs
 
 
-def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, Job]:
-    """The queue as one launcher saw it for all that use `folder`: at most one squeue every QUEUE_AGE_S, however many jobs are waited for.
+def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, QueuedJob]:
+    """The queue, shared by all launchers that use `folder`: at most one squeue every QUEUE_AGE_S.
 
-    The answer is younger than the unix time `newer_than`, so that a job just submitted is in it. Raises Unreachable as `queue` does.
+    The answer is younger than the unix time `newer_than`, so that a job just submitted is in it. Raises
+    Unreachable as `queue` does.
     """
     path = folder / "queue.json"
     with (folder / ".queue.lock").open("a") as file:
@@ -131,11 +118,14 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, Job]:
             events.write_json(path, cached)
     if cached["failed"]:
         raise Unreachable(cached["failed"])
-    return {values[0]: Job(*values) for values in cached["jobs"]}
+    return {values[0]: QueuedJob(*values) for values in cached["jobs"]}
 
 
 def ended_as(job_id: str) -> str | None:
-    """How a job that the queue has forgotten ended (`COMPLETED`, `CANCELLED`, ...), from the accounting; None where there is no record."""
+    """How a job ended that the queue has forgotten (`COMPLETED`, `CANCELLED`, ...), from the accounting.
+
+    None if there is no record of it. Raises Unreachable.
+    """
     try:
         printed = ask(
             "sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State"
@@ -147,7 +137,7 @@ def ended_as(job_id: str) -> str | None:
 
 
 def cancel(job_id: str) -> None:
-    """scancel. A job that is gone already is no error. Raises Unreachable."""
+    """Call scancel. A job that is gone already is no error. Raises Unreachable."""
     try:
         ask("scancel", job_id)
     except Refused as error:

@@ -1,4 +1,8 @@
-"""What a rule asks of Slurm: from Snakemake's resources, by the names that profiles/slurm explains, to what submitit asks sbatch for."""
+"""What a rule asks of Slurm: Snakemake's resources become the parameters of submitit, and so the options of
+sbatch.
+
+profiles/slurm/config.yaml explains the names of the resources.
+"""
 
 import difflib
 import functools
@@ -9,47 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SMALL = 1 << 24  # bytes
-NOTICE_S = 120  # signal before the time limit: more than a step and a save
-RESOURCES = (
-    "slurm_partition",
-    "slurm_account",
-    "runtime",
-    "mem_mb",
-    "gpus",
-    "gpu_model",
-    "nodes",
-    "qos",
-    "constraint",
-    "notice_s",
-    "slurm_extra",
-)
-SNAKEMAKES = {
-    "tmpdir",
-    "slurm_jobs",
-    "mem",
-    "mem_mib",
-    "disk",
-    "disk_mb",
-    "disk_mib",
-}  # resources that Snakemake adds or keeps for itself
-OWN_OPTIONS = {  # of sbatch, and the resource that sets them
-    "partition": "slurm_partition", "account": "slurm_account", "time": "runtime", "mem": "mem_mb", "gpus": "gpus", "gpus-per-node": "gpus",
-    "gres": "gpus", "nodes": "nodes", "qos": "qos", "constraint": "constraint", "signal": "notice_s", "cpus-per-task": "set-threads",
+SMALL = 1 << 24  # bytes; the identity of a larger file is its size and time
+NOTICE_S = 120  # the signal comes so long before the time limit: more than a step and a save take
+RESOURCES = ("slurm_partition", "slurm_account", "runtime", "mem_mb", "gpus", "gpu_model", "nodes", "qos")
+RESOURCES += ("constraint", "notice_s", "slurm_extra")
+# Resources that Snakemake adds or needs itself.
+SNAKEMAKES = {"tmpdir", "slurm_jobs", "mem", "mem_mib", "disk", "disk_mb", "disk_mib"}
+OWN_OPTIONS = {  # options of sbatch, and the resource that sets each
+    "partition": "slurm_partition", "account": "slurm_account", "time": "runtime", "mem": "mem_mb",
+    "gpus": "gpus", "gpus-per-node": "gpus", "gres": "gpus", "nodes": "nodes", "qos": "qos",
+    "constraint": "constraint", "signal": "notice_s", "cpus-per-task": "set-threads",
 }  # fmt: skip
-LAUNCHERS = {
-    "job-name",
-    "comment",
-    "output",
-    "error",
-    "open-mode",
-    "requeue",
-    "no-requeue",
-    "export",
-    "array",
-    "wrap",
-    "parsable",
-}
+# Options of sbatch that the launcher and submitit set.
+LAUNCHERS = {"job-name", "comment", "output", "error", "open-mode", "requeue", "no-requeue", "export"}
+LAUNCHERS |= {"array", "wrap", "parsable"}
 
 
 def command_line(
@@ -62,9 +39,11 @@ def command_line(
     outputs: Sequence[str],
     work: str | None,
 ) -> list[str]:
-    """What to put before a module's command so that it runs on Slurm; nothing where the profile names no partition for its rule.
+    """The words to put before a module's command so that it runs on Slurm; none if the profile names no
+    partition.
 
-    `depends_on` and the inputs, which may be thousands, are passed on as a hash: a command line is bounded.
+    `depends_on` and the inputs, which may be thousands, are passed on as one hash, as a command line has a
+    maximum length.
     """
     if not resources.get("slurm_partition"):
         return []
@@ -73,29 +52,20 @@ def command_line(
         for key, value in resources.items()
         if not key.startswith("_") and key not in SNAKEMAKES and value != ""
     }
-    command = [
-        "python",
-        "-m",
-        "cbtm_pipeline.slurm.launch",
-        "--name",
-        name,
-        "--folder",
-        folder,
-        "--resources",
-        json.dumps(mine),
-    ]
-    made_from = hashlib.blake2b(
-        json.dumps([depends_on, *map(identity, inputs)]).encode(), digest_size=16
-    ).hexdigest()
-    command += ["--threads", str(threads), "--made-from", made_from]
+    content = json.dumps([depends_on, *map(identity, inputs)]).encode()
+    made_from = hashlib.blake2b(content, digest_size=16).hexdigest()
+    command = ["python", "-m", "cbtm_pipeline.slurm.launch", "--name", name, "--folder", folder]
+    command += ["--resources", json.dumps(mine), "--threads", str(threads), "--made-from", made_from]
     return [*command, "--outputs", *outputs, *(["--work", work] if work else []), "--"]
 
 
 def identity(path: str) -> str:
-    """Of an input: small files by content, as they are often made again the same, large ones by size and time."""
+    """Identity of an input: the content of a small file, which may be made again unchanged; else size and
+    time.
+    """
     try:
         stat = Path(path).stat()
-    except FileNotFoundError:  # a plan, in which it is still to be made
+    except FileNotFoundError:  # in a dry run, inputs may not exist yet
         return "missing"
     return _identity(path, stat.st_size, stat.st_mtime_ns)
 
@@ -110,36 +80,17 @@ def _identity(path: str, size: int, mtime_ns: int) -> str:
 def sbatch_parameters(
     name: str, resources: dict[str, Any], threads: int, comment: str, resumable: bool
 ) -> dict[str, Any]:
-    """What submitit asks sbatch for. `resources` are Snakemake's, by the names that profiles/slurm explains; `resumable` is a training.
+    """The parameters of submitit for a job. `resources` are Snakemake's; `resumable`: the job is a training.
 
-    A training runs one task per GPU, anything else one task. Raises ValueError that names the resource.
+    A training runs one task per GPU, anything else one task. Raises ValueError that names a wrong resource.
     """
     r = resources
-    for key in r:
-        if key not in RESOURCES:
-            near = difflib.get_close_matches(key, RESOURCES, 1, 0)[0]
-            raise ValueError(
-                f"{key}: unknown resource. Expected one of {', '.join(RESOURCES)}. Did you mean {near} in the profile?"
-            )
+    _check_names(r)
     gpus, nodes = int(r.get("gpus", 0)), int(r.get("nodes", 1))
-    if "runtime" not in r:
-        raise ValueError("runtime: missing. Expected minutes. Set it in default-resources of the profile.")
     notice = int(r.get("notice_s", min(NOTICE_S, int(r["runtime"]) * 60 // 4)))
     more: dict[str, Any] = {"export": "ALL", "requeue": True}
     if not resumable:
-        more["signal"] = "CONT@1"  # submitit always sets one; this one does nothing
-    for option in shlex.split(str(r.get("slurm_extra", ""))):
-        key, _, value = option.removeprefix("--").partition("=")
-        if key in OWN_OPTIONS or key in LAUNCHERS:
-            instead = (
-                f"Set {OWN_OPTIONS[key]} instead." if key in OWN_OPTIONS else "Remove it from the profile."
-            )
-            raise ValueError(f"slurm_extra: {option}. Expected no option that is set here already. {instead}")
-        if not option.startswith("--") or not key:
-            raise ValueError(
-                f"slurm_extra: {option}. Expected options of sbatch such as --exclude=node7. Change it in the profile."
-            )
-        more[key] = value or True
+        more["signal"] = "CONT@1"  # submitit always sets a signal; this one has no effect
     parameters = {
         "job_name": name,
         "partition": r.get("slurm_partition") or None,
@@ -155,8 +106,40 @@ def sbatch_parameters(
         "signal_delay_s": notice,
         "comment": comment,
         "stderr_to_stdout": True,
-        # srun takes the CPUs of a task from its own option only, since Slurm 22.05
+        # since Slurm 22.05, srun reads the CPUs of a task from its own option only
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={threads}"],
-        "additional_parameters": more,
+        "additional_parameters": more | _extra_options(str(r.get("slurm_extra", ""))),
     }
     return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
+
+
+def _check_names(resources: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown resource, and where runtime is missing."""
+    for key in resources:
+        if key not in RESOURCES:
+            near = difflib.get_close_matches(key, RESOURCES, 1, 0)[0]
+            expected = f"one of {', '.join(RESOURCES)}"
+            raise ValueError(
+                f"{key}: unknown resource. Expected {expected}. Did you mean {near} in the profile?"
+            )
+    if "runtime" not in resources:
+        raise ValueError("runtime: missing. Expected minutes. Set it in default-resources of the profile.")
+
+
+def _extra_options(words: str) -> dict[str, Any]:
+    """The options of slurm_extra.
+
+    Raises ValueError for what is no long option, and for one that is set elsewhere.
+    """
+    options: dict[str, Any] = {}
+    for option in shlex.split(words):
+        key, _, value = option.removeprefix("--").partition("=")
+        if key in OWN_OPTIONS or key in LAUNCHERS:
+            resource = OWN_OPTIONS.get(key)
+            todo = f"Set {resource} instead." if resource else "Remove it from the profile."
+            raise ValueError(f"slurm_extra: {option}. Expected no option that is set here already. {todo}")
+        if not option.startswith("--") or not key:
+            expected = "options of sbatch such as --exclude=node7"
+            raise ValueError(f"slurm_extra: {option}. Expected {expected}. Change it in the profile.")
+        options[key] = value or True
+    return options

@@ -1,6 +1,7 @@
 """Submit one job: python -m cbtm_pipeline.slurm.submit < order.json prints its id.
 
-A process of its own, so that the launchers, one per job in the queue, stay small: submitit and what it loads is gone again at once.
+It is a process of its own, so that launchers, one per job in the queue, stay small: submitit and all that it
+loads live only as long as a submission.
 """
 
 import json
@@ -16,13 +17,12 @@ from cbtm_pipeline.slurm.task import Task
 def main() -> None:
     order = json.load(sys.stdin)
     Path(order["folder"]).mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(
-        folder=order["folder"], max_num_timeout=10**6
-    )  # the guard against endless chains is our own
+    # submitit's limit on requeues is switched off: task.py stops a job that makes no progress
+    executor = submitit.SlurmExecutor(folder=order["folder"], max_num_timeout=10**6)
     executor.update_parameters(**order["sbatch"])
     try:
         print(executor.submit(Task(order)).job_id)
-    except FailedJobError:  # submitit has printed what sbatch said
+    except FailedJobError:  # submitit has printed the message of sbatch
         sys.exit(1)
     except FailedSubmissionError as error:
         sys.exit(str(error))

@@ -1,0 +1,99 @@
+"""The text and id columns of Parquet files, as batches of rows."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cbtm_pipeline.corpus.records import Batch, Source
+
+_MAX_ROWS = 1024  # of a batch
+
+
+def cut(source: Source) -> Iterator[Batch]:
+    """Cut a Parquet file into record batches with the columns `text` and, if the file has one, `id`.
+
+    Raises ValueError for a file that is damaged or lacks the text column, OSError for an unreadable one.
+    """
+    path = source.path
+    try:
+        with path.open("rb") as raw, pq.ParquetFile(raw) as file:
+            takes, wanted = _columns(path, file.schema_arrow, source.text_field, source.id_field)
+            n_bytes_file, n_rows_file = path.stat().st_size, file.metadata.num_rows
+            for group in range(file.metadata.num_row_groups):
+                about = file.metadata.row_group(group)
+                row_bytes = about.total_byte_size // max(1, about.num_rows)
+                n_rows = max(1, min(_MAX_ROWS, source.chunk_bytes // max(1, row_bytes)))
+                for batch in file.iter_batches(n_rows, row_groups=[group], columns=wanted):
+                    table = pa.record_batch({column: take(batch) for column, take in takes.items()})
+                    yield Batch(table, table.nbytes, n_bytes_file * table.num_rows // n_rows_file)
+    except pa.ArrowException as error:
+        raise _unreadable(path, error) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _unreadable(
+            path, error
+        ) from error  # pyarrow reports damaged pages as an OSError without number
+
+
+def parse(records: pa.RecordBatch, text_field: str, id_field: str) -> Iterator[tuple[Any, Any]]:
+    """The (text, id) of each row. The fields do not matter here, as `cut` has chosen the columns."""
+    texts = _values(records.column("text"))
+    ids = _values(records.column("id")) if "id" in records.schema.names else [None] * len(texts)
+    return zip(texts, ids, strict=True)
+
+
+_Take = Callable[[pa.RecordBatch], pa.Array]
+
+
+def _columns(
+    path: Path, schema: pa.Schema, text_field: str, id_field: str
+) -> tuple[dict[str, _Take], list[str]]:
+    """How to take `text` and `id` out of a batch, and the fields to read.
+
+    Raises ValueError without text column.
+    """
+    take_text, take_id = _column(schema, text_field), _column(schema, id_field)
+    if take_text is None:
+        raise ValueError(
+            f"{path}: no column {text_field}. Expected one of its columns, {', '.join(schema.names)}. "
+            "Set corpus.text_field."
+        )
+    if take_id is None:
+        return {"text": take_text}, [text_field]
+    return {"text": take_text, "id": take_id}, [text_field, id_field]
+
+
+def _column(schema: pa.Schema, field: str) -> _Take | None:
+    """How to take a column out of a batch; None where the schema lacks it.
+
+    The field is the name of a column, or `a.b` for field b of column a.
+    """
+    if field in schema.names:
+        return lambda batch: batch.column(field)
+    top, *path = field.split(".")
+    found = schema.field(top).type if path and top in schema.names else None
+    for name in path:
+        found = (
+            found.field(name).type
+            if found and pa.types.is_struct(found) and found.get_field_index(name) >= 0
+            else None
+        )
+    return (lambda batch: pc.struct_field(batch.column(top), path)) if found else None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Python values; strings as bytes, because a Parquet file may hold invalid UTF-8."""
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    if str(column.type) in ("string", "large_string", "string_view"):
+        column = column.cast(pa.large_binary())
+    return column.to_pylist()
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: unreadable ({error}). Expected Parquet. Mend the file or leave it out.")

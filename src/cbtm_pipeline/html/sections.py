@@ -1,0 +1,192 @@
+"""Sections of the report that come from metrics.json alone: claim, systems, routers, heat map, compute."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cbtm_pipeline.html import charts
+from cbtm_pipeline.html.page import Html, Number, count, decimals, flops, section, table, tag
+from cbtm_pipeline.mixture import verdict
+from cbtm_pipeline.mixture.routers import ROUTERS
+
+Metrics = dict[str, Any]
+Row = dict[str, Any]  # an entry of `systems` in metrics.json
+
+COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
+LEVELS = (
+    ("dense", "grey"),
+    ("uniform", "c4"),
+    ("oracle", "c2"),
+)  # systems drawn as dashed lines, with colours
+
+
+def lead(metrics: Metrics) -> Html:
+    """The headline result, with its control systems beside it."""
+    sentences = tag("ul", *(tag("li", sentence) for sentence in metrics["verdict"][1:]))
+    aside = tag("aside", tag("h3", "With its controls"), _controls(metrics), class_="controls")
+    return tag("div", tag("div", _claim(metrics), sentences), aside, class_="lead")
+
+
+def _claim(metrics: Metrics) -> Html:
+    """Whether the best mixture of experts or the dense model wins, and by how much."""
+    best = verdict.headline(metrics)
+    low, high = best["ci95"]
+    outcome = (
+        "The ensemble wins." if high < 1 else "Dense wins." if low > 1 else "There is no clear difference."
+    )
+    dense = next(row for row in metrics["systems"] if row["system"] == "dense")
+    how = {"batch": "a k times larger batch", "steps": "k times more steps"}[metrics["dense"]]
+    compute = f"{dense['train_flops'] / best['train_flops']:.2f} times its" if best["train_flops"] else "no"
+    return tag(
+        "p",
+        f"The mixture of k = {metrics['k']} experts ({verdict.label(best)}) has a perplexity of ",
+        tag("strong", decimals(best["perplexity"])),
+        f" on {count(metrics['n_documents'])} held-out documents: ",
+        tag("strong", f"{best['ratio_to_dense']:.3f} times"),
+        f" that of the dense model with {how} and {compute} training FLOPs, ",
+        f"95 % interval {low:.3f} to {high:.3f}. {outcome}",
+        class_="claim",
+    )
+
+
+def _controls(metrics: Metrics) -> Html:
+    """A short table: the main rows, and of the ensembles the best of each router and those of top_k 1."""
+    best = verdict.headline(metrics)
+    rows = [
+        row
+        for row in verdict.main_rows(metrics)
+        if row["system"] != "ensemble" or row["headline"] or row["top_k"] == 1
+    ]
+    cells = [
+        (verdict.label(row), decimals(row["perplexity"]), decimals(row["ratio_to_dense"], 3)) for row in rows
+    ]
+    marked = [i for i, row in enumerate(rows) if row is best]
+    return table(["", "perplexity", "to dense"], cells, marked=marked)
+
+
+def systems(metrics: Metrics) -> Html:
+    """Tables of the main systems and of all systems, and a plot of their ratios to dense."""
+    note = (
+        f"★ best of its router. T, ε, β and ★ were chosen on {metrics['calibration']['n_documents']} "
+        "other held-out documents. Brackets: 95 % interval, paired bootstrap over documents. "
+        "FLOPs: all training that the system needed, the seed's included."
+    )
+    main, every = verdict.main_rows(metrics), metrics["systems"]
+    estimates = [
+        charts.Estimate(verdict.label(row), row["ratio_to_dense"], row["ci95"], _colour(row))
+        for row in main
+        if row["system"] != "dense"
+    ]
+    details = tag("details", tag("summary", f"All {len(every)} systems"), _systems_table(every))
+    plot = charts.forest("Perplexity relative to dense, with 95 % intervals", estimates)
+    return section("Systems", note, _systems_table(main), details, tag("div", plot, class_="charts"))
+
+
+def _colour(row: Row) -> str:
+    """The colour of its router; grey for a system without one of the table."""
+    return ROUTERS[row["router"]].colour if row["router"] in ROUTERS else "grey"
+
+
+def _systems_table(rows: Sequence[Row]) -> Html:
+    others = [name for name in rows[0]["ratios"] if name != "dense"]
+    header = [
+        *("system", "perplexity", "ratio to dense"),
+        *(f"ratio to {name}" for name in others),
+        *("bits per byte", "T", "ε", "β", "models per token", "training FLOPs"),
+    ]
+    cells = [
+        [
+            verdict.label(row) + (" ★" if row["headline"] else ""),
+            decimals(row["perplexity"]),
+            *(Number(verdict.interval(**row["ratios"][name])) for name in ("dense", *others)),
+            decimals(row["bits_per_byte"], 4),
+            *(Number(verdict.short(row[key])) for key in ("temperature", "epsilon", "beta")),
+            Number("–" if row["n_active"] is None else row["n_active"]),
+            flops(row["train_flops"]),
+        ]
+        for row in rows
+    ]
+    return table(header, cells, marked=[i for i, row in enumerate(rows) if row["headline"]])
+
+
+def routers(metrics: Metrics) -> Html:
+    """Perplexity over top_k at the chosen settings, and for each router over the temperature."""
+    ensembles = [row for row in metrics["systems"] if row["system"] == "ensemble"]
+    levels = [
+        charts.Series(row["system"], colour, [(1, row["perplexity"])], "dashed")
+        for name, colour in LEVELS
+        for row in metrics["systems"]
+        if row["system"] == name
+    ]
+    names = list(dict.fromkeys(row["router"] for row in ensembles))
+    by_name = {name: [row for row in ensembles if row["router"] == name] for name in names}
+    drawn = [_top_k_chart(by_name, levels)]
+    drawn += [_temperature_chart(name, rows, levels[0]) for name, rows in by_name.items()]
+    note = "On the reported documents; the settings were chosen on others."
+    return section("Routers", note, tag("div", *drawn, class_="charts"))
+
+
+def _top_k_chart(by_router: dict[str, list[Row]], levels: list[charts.Series]) -> Html:
+    """One line for each router: perplexity over top_k at the calibrated settings."""
+    series = []
+    for router, rows in by_router.items():
+        points = sorted((row["top_k"], row["perplexity"]) for row in rows if row["calibrated"])
+        series.append(charts.Series(router, ROUTERS[router].colour, points, dots=True))
+    title, x_label = "Experts mixed per token", "top_k, at the chosen settings"
+    return charts.lines(title, x_label, "perplexity", [*levels, *series], log_x=True)
+
+
+def _temperature_chart(router: str, rows: list[Row], dense: charts.Series) -> Html:
+    """One line for each top_k: perplexity of one router over the temperature."""
+    series = []
+    for i, top_k in enumerate(sorted({row["top_k"] for row in rows})):
+        points = sorted((row["temperature"], row["perplexity"]) for row in rows if row["top_k"] == top_k)
+        series.append(charts.Series(f"top_k {top_k}", COLOURS[i % len(COLOURS)], points, dots=True))
+    title = f"Temperature of the router {router}"
+    return charts.lines(title, "T", "perplexity", [dense, *series], log_x=True)
+
+
+def heat_map(metrics: Metrics) -> Html:
+    """Perplexity of each expert on each cluster, coloured by its ratio to dense there."""
+    matrix = metrics["matrix"]
+    log_ratios = [
+        math.log(perplexity / dense)
+        for line in matrix["perplexity"]
+        for perplexity, dense in zip(line, matrix["dense"], strict=True)
+        if perplexity and dense
+    ]
+    scale = max(map(abs, log_ratios), default=0) or 1.0
+
+    def cell(perplexity: float | None, dense: float | None) -> Html:
+        if perplexity is None or dense is None:
+            return tag("td", "–")
+        log_ratio = math.log(perplexity / dense)
+        colour, opacity = "good" if log_ratio < 0 else "bad", 0.75 * abs(log_ratio) / scale
+        style = f"background: rgb(var(--{colour}) / {opacity:.3f})"
+        return tag("td", decimals(perplexity), style=style, title=f"{perplexity / dense:.3f} times dense")
+
+    rows = [
+        [f"expert {name}", *(cell(p, d) for p, d in zip(line, matrix["dense"], strict=True))]
+        for name, line in zip(matrix["experts"], matrix["perplexity"], strict=True)
+    ]
+    rows.append(["dense", *(tag("td", decimals(dense)) for dense in matrix["dense"])])
+    header = ["", *(Number(f"cluster {j}") for j in range(metrics["k"]))]
+    note = "Perplexity on the reported documents of each cluster. Blue: below dense there; orange: above."
+    return section("Experts and clusters", note, table(header, rows, class_="heat"))
+
+
+def compute(metrics: Metrics) -> Html:
+    """FLOPs of each training, and of a token for each number of models that run at once."""
+    cost = metrics["flops"]
+    names = ["seed", "experts", *(name for name in cost if name.startswith("dense")), "random"]
+    training = [(f"{name}, training", flops(cost[name])) for name in names if name in cost]
+    n_models = sorted({row["n_active"] for row in metrics["systems"] if row["n_active"]})
+    inference = [
+        (f"{n} model{'s' if n > 1 else ''}, per token", flops(n * cost["forward_per_token"]))
+        for n in n_models
+    ]
+    note = (
+        "Training of seed, experts and controls apart. "
+        "Embedding and clustering need no accelerator and are not counted."
+    )
+    return section("Compute", note, table(["", "FLOPs"], [*training, *inference]))

@@ -1,0 +1,162 @@
+"""Plans: what each rule depends on, and that every phase-two system spends the same compute."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cbtm_pipeline import config, plan
+
+DEFAULT = yaml.safe_load((Path(__file__).parents[1] / "config.yaml").read_text())
+PRETRAINED = {
+    "model__pretrained": "me/model",
+    "tokenizer__pretrained": "me/words",
+    "embed__encoder": "me/encoder",
+}
+
+
+def validated(**keys: Any) -> config.Config:
+    """The default config with dotted keys (section__key) replaced."""
+    content = copy.deepcopy(DEFAULT)
+    for key, value in keys.items():
+        *sections, last = key.split("__")
+        node = content
+        for section in sections:
+            node = node[section]
+        node[last] = value
+    return config.validate(content)
+
+
+def plans(c: config.Config) -> dict[str, str]:
+    """`depends_on` of every rule and every training."""
+    experts = ["seed", *plan.experts(c)]
+    found = {rule: plan.depends_on(c, rule) for rule in plan.RULES if rule != "train_expert"}
+    return found | {f"expert {expert}": plan.depends_on(c, "train_expert", expert) for expert in experts}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 12, 64, 200])
+def test_every_phase_two_system_costs_the_same(k: int) -> None:
+    c = validated(cluster__k=k)
+    total = c.train.steps * c.train.batch_size
+
+    def sequences(expert: str) -> int:
+        p = plan.train_expert(c, expert)
+        return p.n_steps * p.batch_size
+
+    for group in (["dense"], ["dense-steps"], plan.cluster_experts(c), plan.random_experts(c)):
+        assert sum(map(sequences, group)) == pytest.approx(total, rel=max(0.01, k / total))
+    assert sequences("dense-steps") == sum(map(sequences, plan.cluster_experts(c)))
+
+
+def test_dense_and_seed_do_not_depend_on_k() -> None:
+    a, b = (validated(cluster__k=k) for k in (4, 7))
+    for expert in ("seed", "dense"):
+        assert plan.train_expert(a, expert) == plan.train_expert(b, expert)
+    assert plan.train_expert(a, "0") != plan.train_expert(b, "0")
+
+
+def test_one_cluster_is_the_dense_model() -> None:
+    c = validated(cluster__k=1)
+    dense = dataclasses.replace(plan.train_expert(c, "dense"), expert="0", data="clusters")
+    assert dense == plan.train_expert(c, "0")
+
+
+def test_seed_share() -> None:
+    c = validated(train__seed_share=0.75)
+    seed = plan.train_expert(c, "seed")
+    assert seed.n_steps * seed.batch_size == 3 * c.train.steps * c.train.batch_size
+    assert plan.train_expert(validated(model__pretrained="gpt2"), "seed").n_steps == 0
+
+
+def test_experts_are_listed_once_each() -> None:
+    c = validated(train__controls=["dense-batch", "dense-steps", "random"], cluster__k=2)
+    assert plan.experts(c) == ["0", "1", "dense", "dense-steps", "random-0", "random-1"]
+    assert plan.experts(validated(train__controls=[], cluster__k=1)) == ["0", "dense"]
+
+
+def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
+    def of_rules(**keys: Any) -> list[str]:
+        c = validated(**keys)
+        return [plan.depends_on(c, rule) for rule in ("embed", "route", "eval_ensemble")]
+
+    linear, encoded = of_rules(), of_rules(embed__encoder="me/tiny")
+    assert linear == of_rules(embed__windows=1, route__window_tokens=8)
+    assert (
+        encoded[:2]
+        == of_rules(embed__encoder="me/tiny", embed__idf_power=0.5, embed__n_components=3, seed=5)[:2]
+    )
+    for key, rule in (("embed__windows", 0), ("route__window_tokens", 1)):
+        other = of_rules(embed__encoder="me/tiny", **{key: 8})
+        assert [a == b for a, b in zip(encoded, other, strict=True)] == [i != rule for i in range(3)]
+    assert linear[2] == encoded[2]
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    seed = plan.train_expert(validated(), "seed")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        seed.n_steps = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_revision_that_is_not_set_leaves_old_plans_as_they_were() -> None:
+    for depends_on in plans(validated()).values():
+        assert "revision" not in depends_on
+    without, with_revisions = (
+        plans(validated(**PRETRAINED, **revisions))
+        for revisions in ({}, {f"{section}__revision": "v2" for section in ("model", "tokenizer", "embed")})
+    )
+    changed = {name for name in without if without[name] != with_revisions[name]}
+    assert changed == {"tokenizer", "embed", "expert seed"}
+    assert json.loads(with_revisions["expert seed"])["revision"] == "v2"
+
+
+def test_the_tokenizer_of_the_model_has_the_revision_of_the_model() -> None:
+    c = validated(model__pretrained="me/model", model__revision="v2", tokenizer__revision="v1")
+    assert (plan.tokenizer(c).source, plan.tokenizer(c).revision) == ("me/model", "v2")
+    own = validated(model__pretrained="me/model", model__revision="v2", tokenizer__pretrained="me/words")
+    assert (plan.tokenizer(own).source, plan.tokenizer(own).revision) == ("me/words", None)
+
+
+def keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict) and f"{prefix}{name}" != "model__scratch":
+            yield from keys(value, f"{prefix}{name}__")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def other(value: Any) -> list[Any]:
+    """Values unlike this one, of which the schema takes at least one."""
+    if isinstance(value, bool) or value is None:
+        return [True, "new", 7, "125m"]
+    if isinstance(value, dict):
+        return [value | {"hidden_size": 128}]
+    if isinstance(value, list):
+        return [value[:-1] or ["new.jsonl"], [0.5], [0.8, 0.9], ["new.jsonl"]]
+    if isinstance(value, str):
+        return ["new", "block", "documents", "steps", "cosine", "float32"]
+    return [value / 2, int(value) + 1, int(value) + 1 << 12, 0.29]
+
+
+NEVER = {"outdir"} | {key for key, _ in keys(DEFAULT) if key.startswith("run__")}
+
+
+@pytest.mark.parametrize("key", [key for key, _ in keys(DEFAULT)])
+def test_a_changed_key_changes_a_plan_unless_it_is_no_science(key: str) -> None:
+    default = dict(keys(DEFAULT))[key]
+    needs = (
+        PRETRAINED if key.endswith("revision") or key in ("embed__windows", "route__window_tokens") else {}
+    )
+    for value in other(default):
+        try:
+            changed = validated(**{**needs, key: value})
+        except ValueError:
+            continue
+        if value != default:
+            assert (plans(changed) == plans(validated(**needs))) == (key in NEVER)
+            return
+    raise AssertionError(f"no other value of {key} is valid")
