@@ -1,14 +1,15 @@
-"""The peer of benchmarks/corpus.py: the corpus path as the authors of C-BTM published it (github.com/kernelmachine/cbtm), written anew.
+"""The published corpus path of C-BTM, for comparison in benchmarks/corpus.py.
 
-scikit-learn's tf-idf over words (English stop words, tokens that begin with a digit dropped), TruncatedSVD, L2 norm, nearest centre in
-batches of 10 000 documents, a JSON line per document; then, as in training, every line parsed again and tokenised by Hugging Face's
-tokenizers.
+It is github.com/kernelmachine/cbtm, written again. Words get scikit-learn's tf-idf (English stop words and
+tokens that begin with a digit are dropped), TruncatedSVD and L2 norm. Each document goes to the nearest
+centre, in batches of 10 000 documents, and makes one JSON line. Then, as in training, every line is parsed
+again and tokenised by Hugging Face's tokenizers.
 """
 
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ NUMBER = "#NUMBER"
 class Vectorizer(TfidfVectorizer):
     """tf-idf in which all tokens that begin with a digit are one term, a stop word."""
 
-    def build_tokenizer(self):
+    def build_tokenizer(self) -> Callable[[str], list[str]]:
+        """A function that splits a text into terms."""
         words = super().build_tokenizer()
         return lambda text: [NUMBER if word[0].isdigit() else word for word in words(text)]
 
@@ -41,15 +43,18 @@ def fit(texts: Sequence[str], n_components: int) -> Pipeline:
 def run(
     files: Sequence[Path], embedder: Pipeline, centres_KD: np.ndarray, tokenizer_json: Path
 ) -> dict[str, float]:
-    """Both steps over the files, one process each, side by side. Returns the seconds of `cluster` and of `tokenise`."""
+    """Run both steps over the files, one process per file at the same time.
+
+    Returns the seconds of each step.
+    """
     seconds = {}
-    fork = multiprocessing.get_context("fork")  # so that the embedder need not be written and read
-    for step, target, what in (
+    fork = multiprocessing.get_context("fork")  # a forked process has the embedder in memory already
+    for step, target, arguments in (
         ("cluster", _cluster, (embedder, centres_KD)),
         ("tokenise", _tokenise, (tokenizer_json,)),
     ):
         began = time.perf_counter()
-        processes = [fork.Process(target=target, args=(path, *what)) for path in files]
+        processes = [fork.Process(target=target, args=(path, *arguments)) for path in files]
         for process in processes:
             process.start()
         for process in processes:
@@ -60,11 +65,13 @@ def run(
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
+    """The documents of a JSON-lines file."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
 def _cluster(path: Path, embedder: Pipeline, centres_KD: np.ndarray) -> None:
+    """Write the cluster of each document of a file."""
     with path.with_suffix(".clusters").open("w") as out:
         batch = []
         rows = _rows(path)
@@ -76,6 +83,7 @@ def _cluster(path: Path, embedder: Pipeline, centres_KD: np.ndarray) -> None:
 
 
 def _tokenise(path: Path, tokenizer_json: Path) -> None:
+    """Write the token ids of all documents of a file."""
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
     with path.with_suffix(".tokens").open("wb") as out:
         for row in _rows(path):

@@ -1,17 +1,22 @@
-"""Which weighting of terms finds topics best: NMI of k-means clusters with human labels, ours beside the words of the published recipe.
+"""Compare weightings of terms, and the published recipe's words: NMI of k-means clusters with human labels.
 
-    python benchmarks/weighting.py --corpus 'texts/*.jsonl.zst' --label domain --tokenizer folder/with/tokenizer
+    python benchmarks/weighting.py --corpus 'texts/*.jsonl.zst' --label domain \\
+        --tokenizer folder/with/tokenizer
 
-Labelled sets: the demo corpus (its domains), Wikipedia introductions (their topics; a package of the demo), and --corpus with the field
---label. Every set is tokenised by a byte-level BPE of 2 048 tokens trained on it and, with --tokenizer, by that one. All weightings but the
-recipe's are linear in the counts of token ids, so that they give the embedding of every prefix by one addition. k is the number of labels;
-each figure is the mean of so many runs of scikit-learn's k-means, one start each, and +- its standard error.
+Labelled sets: the demo corpus (its domains), Wikipedia introductions (their topics; a package of the demo),
+and --corpus with the field --label. Every set is tokenised by a byte-level BPE of 2 048 tokens trained on it
+and, with --tokenizer, by that tokenizer. All weightings but the recipe's are linear in the counts of token
+ids, so the embedding of every prefix costs one addition. k is the number of labels. Each figure is the mean
+of --runs runs of scikit-learn's k-means, with one start each, and +- its standard error.
+
+Shapes: N documents, V terms, D dimensions.
 """
 
 import argparse
 import importlib.metadata
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +48,10 @@ class Labelled(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What a weighting is made of: documents and occurrences of each term, its entropy over the documents as a share of ln N, and N."""
+    """Counts of terms: documents `df_V` and occurrences of each, their entropy over documents, and N = `n`.
+
+    The entropy is a share of ln N.
+    """
 
     df_V: np.ndarray
     n_occurrences_V: np.ndarray
@@ -88,7 +96,7 @@ def labelled(name: str, rows: list[tuple[str, str]], n: int) -> Labelled:
 
 
 def from_files(patterns: list[str], label: str, demo: Path) -> list[tuple[str, str]]:
-    """Text and label of every document; the label is read where the workflow reads the id."""
+    """Text and label of every document. The label takes the place of the id."""
     files = corpus_files.name(corpus_files.input_files(patterns, demo))
     rows = (
         row
@@ -143,7 +151,42 @@ def embeddings(
     return tfidf.embed(documents, embedder.E_VD)
 
 
-def main() -> None:
+class Tokenised(NamedTuple):
+    """A labelled set as token ids. `tokenizer` names the tokenizer in the table."""
+
+    source: Labelled
+    tokenizer: str
+    documents: token_files.Documents
+    vocab_size: int
+    separator_id: int
+
+
+def with_own_tokenizer(source: Labelled) -> Tokenised:
+    """The set with a tokenizer trained on it."""
+    trained = tokenizer.train([text.encode() for text in source.texts[:3000]], 2048)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        trained.save(str(path))
+        return Tokenised(source, "2 048", encoded(source.texts, path, 0), trained.get_vocab_size(), 0)
+
+
+def with_tokenizer(source: Labelled, path: Path) -> Tokenised:
+    """The set with a given tokenizer.json."""
+    slow = encoding.TokenEncoder(path).slow
+    separator_id = slow.token_to_id(tokenizer.SEPARATOR)
+    assert separator_id is not None, f"{path}: expected the token {tokenizer.SEPARATOR}"
+    documents = encoded(source.texts, path, separator_id)
+    return Tokenised(source, "given", documents, slow.get_vocab_size(), separator_id)
+
+
+def print_row(name: str, found: list[tuple[float, float]]) -> None:
+    """Print a row of the table from (mean, standard error) of each tokenised set."""
+    row = "".join(f"{mean:10.3f} +-{error:.3f}" for mean, error in found)
+    print(f"{name:26}{row}   {np.mean([mean for mean, _ in found]):.4f}", flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--corpus", nargs="+", help="further labelled JSON-lines files, folders or globs")
     p.add_argument("--label", default="domain", help="field with the label")
@@ -156,49 +199,37 @@ def main() -> None:
         default=ROOT / "results/demo/corpus.jsonl.zst",
         help="the built-in corpus, made by the workflow",
     )
-    p.add_argument("--documents", type=int, default=15_000, help="at most so many of each set")
+    p.add_argument("--documents", type=int, default=15_000, help="most documents of each set")
     p.add_argument("--runs", type=int, default=10, help="runs of k-means behind every figure")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     sets = [
         labelled("demo", from_files(["builtin:demo"], "domain", args.demo), args.documents),
         labelled("Wikipedia", wikipedia(), args.documents),
     ]
     if args.corpus:
         sets.append(labelled("corpus", from_files(args.corpus, args.label, args.demo), args.documents))
-    tokenised: list[tuple[Labelled, str, token_files.Documents, int, int]] = []
-    for one in sets:
-        trained = tokenizer.train([text.encode() for text in one.texts[:3000]], 2048)
-        path = Path(f"{one.name}.tokenizer.tmp")
-        trained.save(str(path))
-        tokenised.append((one, "2 048", encoded(one.texts, path, 0), trained.get_vocab_size(), 0))
-        path.unlink()
+    tokenised: list[Tokenised] = []
+    for source in sets:
+        tokenised.append(with_own_tokenizer(source))
         if args.tokenizer:
-            path = args.tokenizer / "tokenizer.json"
-            slow = encoding.TokenEncoder(path).slow
-            separator_id = slow.token_to_id(tokenizer.SEPARATOR)
-            assert separator_id is not None, f"{path}: expected the token {tokenizer.SEPARATOR}"
-            tokenised.append(
-                (one, "given", encoded(one.texts, path, separator_id), slow.get_vocab_size(), separator_id)
-            )
-    for one in sets:
-        print(f"{one.name}: {len(one.texts)} documents, {one.labels_N.max() + 1} labels")
-    print(f"{'':26}" + "".join(f"{one.name + ' ' + which:>17}" for one, which, *_ in tokenised) + "     mean")
-
-    def say(name: str, found: list[tuple[float, float]]) -> None:
-        row = "".join(f"{mean:10.3f} +-{error:.3f}" for mean, error in found)
-        print(f"{name:26}{row}   {np.mean([mean for mean, _ in found]):.4f}", flush=True)
+            tokenised.append(with_tokenizer(source, args.tokenizer / "tokenizer.json"))
+    for source in sets:
+        print(f"{source.name}: {len(source.texts)} documents, {source.labels_N.max() + 1} labels")
+    print(f"{'':26}" + "".join(f"{t.source.name + ' ' + t.tokenizer:>17}" for t in tokenised) + "     mean")
 
     for name, weigh in WEIGHTINGS.items():
-        vectors = [
-            (embeddings(documents, size, separator_id, weigh), one)
-            for one, _, documents, size, separator_id in tokenised
-        ]
-        say(name, [nmi(x_ND, one.labels_N, args.runs) for x_ND, one in vectors])
-    words = {
-        one.name: nmi(recipe.fit(one.texts, N_COMPONENTS).transform(one.texts), one.labels_N, args.runs)
-        for one in sets
-    }
-    say("words, as in the recipe", [words[one.name] for one, *_ in tokenised])
+        x = [embeddings(t.documents, t.vocab_size, t.separator_id, weigh) for t in tokenised]
+        figures = [nmi(x_ND, t.source.labels_N, args.runs) for x_ND, t in zip(x, tokenised, strict=True)]
+        print_row(name, figures)
+    words = {}
+    for source in sets:
+        x_ND = recipe.fit(source.texts, N_COMPONENTS).transform(source.texts)
+        words[source.name] = nmi(x_ND, source.labels_N, args.runs)
+    print_row("words, as in the recipe", [words[t.source.name] for t in tokenised])
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+"""Vectors of all shards, by tf-idf and by an encoder, and their readers."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Clusters, their certificate and their terms."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Distances of prefixes: no look ahead, no evidence, windows of an encoder, and files that fit together."""
+
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from cbtm_pipeline.base import artifact
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.corpus import heldout, shard_files, token_files
 from cbtm_pipeline.embedding import encoder, encoder_files, tfidf
+from cbtm_pipeline.plan import RoutePlan
 
 VOCAB, K = 30, 3
 
 
-def some_model(rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Term vectors, of which the first five are dropped, and centres of unlike lengths."""
+def random_model(rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Term vectors, of which the first five are zero, and centres of different lengths."""
     rng = np.random.default_rng(rng_seed)
     E_VD = rng.normal(size=(VOCAB, 6)).astype(np.float32)
     E_VD[:5] = 0
@@ -29,7 +32,7 @@ def some_model(rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30), st.data())
 def test_a_token_and_what_follows_it_change_no_bit_of_its_row(text: list[int], data: st.DataObject) -> None:
-    E_VD, centres_KD = some_model(len(text))
+    E_VD, centres_KD = random_model(len(text))
     t = data.draw(st.integers(0, len(text) - 1))
     other = text[:t] + data.draw(
         st.lists(st.integers(1, VOCAB - 1), min_size=len(text) - t, max_size=len(text) - t)
@@ -40,13 +43,13 @@ def test_a_token_and_what_follows_it_change_no_bit_of_its_row(text: list[int], d
 
 
 def test_a_token_changes_the_rows_after_it() -> None:
-    E_VD, centres_KD = some_model()
+    E_VD, centres_KD = random_model()
     d2_TK, other_TK = (route.prefix_distances(np.array([0, 9, x, 9, 10]), E_VD, centres_KD) for x in (7, 8))
     assert (d2_TK != other_TK).any(axis=1).tolist() == [False, False, True, True]
 
 
 def test_no_evidence_is_the_same_distance_to_all() -> None:
-    E_VD, centres_KD = some_model()
+    E_VD, centres_KD = random_model()
     d2_TK = route.prefix_distances(np.array([0, 1, 4, 9, 1]), E_VD, centres_KD)
     assert np.array_equal(d2_TK[:3], np.full((3, K), route.NO_EVIDENCE))
     expected = kmeans.squared_distances((E_VD[9] / np.linalg.norm(E_VD[9]))[None], centres_KD)
@@ -150,8 +153,8 @@ def test_no_held_out_documents(tmp_path: Path) -> None:
 
 
 def by_text(documents: list[list[int]], window_tokens: int, n_last: int = 1000) -> list[np.ndarray]:
-    """text_distances under an embedding that tells every two runs of tokens apart; a run of fives has none."""
-    centres_KD = some_model()[1]
+    """text_distances with an embedding that differs for any two runs of tokens; a run of fives has zeros."""
+    centres_KD = random_model()[1]
 
     def embed_tokens(runs: list[np.ndarray]) -> np.ndarray:
         h = [np.random.default_rng([9, *run.tolist()]).normal(size=6) * any(run != 5) for run in runs]
@@ -180,7 +183,7 @@ def test_windows_of_text_stand_for_the_tokens_after_them(
             else:
                 h = np.random.default_rng([9, *seen]).normal(size=(1, 6)).astype(np.float32)
                 np.testing.assert_allclose(
-                    d2_TK[t], kmeans.squared_distances(h, some_model()[1])[0], rtol=1e-5
+                    d2_TK[t], kmeans.squared_distances(h, random_model()[1])[0], rtol=1e-5
                 )
 
 
@@ -195,7 +198,7 @@ def test_no_token_helps_to_choose_its_own_weights_with_windows(
     assert d2_TK[:n].tobytes() == other_TK[:n].tobytes()
 
 
-def test_documents_are_embedded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_embedded_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [list(range(1, n)) for n in (1, 30, 2, 3, 12, 30, 1, 7)]
     expected = by_text(documents, 4)
     monkeypatch.setattr(route, "CHUNK_TEXTS", 5)
@@ -203,7 +206,7 @@ def test_documents_are_embedded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     for d2_TK, other in zip(by_text(documents, 4), expected, strict=True):
         np.testing.assert_array_equal(d2_TK, other)
     arrays = [np.array([0, *x]) for x in documents]
-    centres_KD = some_model()[1]
+    centres_KD = random_model()[1]
     list(
         route.text_distances(
             arrays,
@@ -270,8 +273,8 @@ def test_with_an_encoder_what_follows_changes_nothing_but_rounding(encoded: tupl
     texts = [np.array([0, *text])]
     for t in (0, 7, 8, 30, 59):
         texts.append(np.array([0, *text[:t], *rng.integers(1, 141, 60 - t)]))
-    how = {"window_tokens": 8, "max_document_tokens": None}
-    alone = [route.distances([x], 60, found, centres_KD, tokenizer, how)[0] for x in texts]
+    plan = RoutePlan(max_document_tokens=None, window_tokens=8)
+    alone = [route.distances([x], 60, found, centres_KD, tokenizer, plan)[0] for x in texts]
     for t, d2_TK in zip((0, 7, 8, 30, 59), alone[1:], strict=True):
         np.testing.assert_allclose(d2_TK[: t + 1], alone[0][: t + 1], atol=1e-5)
         changed = (t // 8 + 1) * 8

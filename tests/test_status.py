@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import made_training as made
 from cbtm_pipeline import config, status, train_expert
-from cbtm_pipeline.ops import lenient, status_table
+from cbtm_pipeline.ops import lenient, run_state, status_table
 from cbtm_pipeline.ops.status_table import Row
 from cbtm_pipeline.slurm import commands, events
 from cbtm_pipeline.training import training_log
@@ -32,7 +32,9 @@ HOUR = 3600.0
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The seed is trained, expert 0 was stopped after step 6 of 10 (its state is of step 6), the others have not begun."""
+    """The seed is trained, expert 0 was stopped after step 6 of 10 (its state is of step 6), the others have
+    not begun.
+    """
     train_expert.make_deterministic(1)
     out = tmp_path_factory.mktemp("status") / "results"
     made.write_corpus(out)
@@ -73,7 +75,7 @@ def look(
     return next(row for row in rows if (row.kind, row.name) == (kind, name))
 
 
-# --- experts without Slurm --------------------------------------------------------------------------------------------
+# --- experts without Slurm ----------------------------------------------------------------------------------
 
 
 def test_a_finished_an_interrupted_and_a_waiting_expert(out):
@@ -97,13 +99,13 @@ def test_what_makes_a_training_running(out):
     now = last_time(out)
     lock = out / "work/0/.lock"
     assert look(out, "0", now=now + 10).state == "running"  # by its newest row
-    assert look(out, "0", now=now + status.STALE_S + 1).state == "stopped"
+    assert look(out, "0", now=now + run_state.STALE_S + 1).state == "stopped"
     lock.write_text("")  # as a process that ends leaves it
     assert look(out, "0", now=now + 10).state == "stopped"
     lock.write_text('{"host": "node1", "pid": 7, "beat": 3}')
     os.utime(lock, (now + HOUR, now + HOUR))  # a step may take an hour, the lock shows that somebody is at it
     assert look(out, "0", now=now + HOUR + 10).state == "running"
-    assert look(out, "0", now=now + HOUR + status.STALE_S + 1).state == "stopped"
+    assert look(out, "0", now=now + HOUR + run_state.STALE_S + 1).state == "stopped"
     lock.rename(out / "work/0/.other")
     (out / "work/1").mkdir()
     (out / "work/0/.other").rename(out / "work/1/.lock")
@@ -144,7 +146,7 @@ def test_mfu_is_shown_where_it_is_known(out):
     assert "41.0 %" in status_table.render(status.gather(out, None, 0.0))
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
+# --- stages -------------------------------------------------------------------------------------------------
 
 
 def test_stages_are_the_rules_of_the_workflow():
@@ -221,7 +223,7 @@ def test_scores_are_one_row(out):
     assert (row.state, row.step, row.error) == ("failed", 2, "expert 0: bad weights")
 
 
-# --- failures ---------------------------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------------------
 
 
 def say(log: Path, label: str, error: str) -> None:
@@ -229,7 +231,7 @@ def say(log: Path, label: str, error: str) -> None:
     code = """
 import sys
 from pathlib import Path
-from cbtm_pipeline import cli
+from cbtm_pipeline.base import cli
 
 def main():
     cli.start_logging(sys.argv[1], Path(sys.argv[2]))
@@ -270,7 +272,7 @@ def test_an_error_that_was_overcome_is_none(out):
     assert look(out, "0").state == "stopped"
 
 
-# --- Slurm ------------------------------------------------------------------------------------------------------------
+# --- Slurm --------------------------------------------------------------------------------------------------
 
 
 def job(state: str, reason: str = "None", nodes: str = "") -> dict[str, commands.QueuedJob]:
@@ -280,7 +282,9 @@ def job(state: str, reason: str = "None", nodes: str = "") -> dict[str, commands
 def submit(
     out: Path, name: str, *kinds: str, job_id: str = "17", fingerprint: str = "f", record: bool = True
 ) -> Path:
-    """The folder of a job with these events, as launch.py and task.py write them; "ended 1" is an ended with exit status 1."""
+    """The folder of a job with these events, as launch.py and task.py write them; "ended 1" is an ended with
+    exit status 1.
+    """
     folder = out / "slurm" / name
     folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
@@ -381,7 +385,7 @@ def test_failure_by_the_result_of_this_job(out):
     assert look(out, "0", {}).state == "stopped"
 
 
-# --- whatever lies there ----------------------------------------------------------------------------------------------
+# --- any content of the files -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +449,7 @@ GARBAGE = st.binary() | ROWS.map(str.encode) | JSON.map(lambda value: json.dumps
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_nothing_that_lies_there_is_an_error(all_files, data):
+def test_no_content_of_a_file_is_an_error(all_files, data):
     path = all_files / data.draw(st.sampled_from(READ))
     whole, before = path.read_bytes(), path.stat()
     content = data.draw(st.integers(0, len(whole)).map(lambda n: whole[:n]) | GARBAGE)
@@ -522,7 +526,8 @@ def test_the_end_of_a_log_is_its_newest_whole_rows(tmp_path, values, n_bytes, n_
     path = tmp_path / "log.jsonl"
     path.write_text(cut)
     lengths = list(itertools.accumulate(map(len, lines)))
-    # whole rows (a last one without its newline is whole, too) that begin after the first newline of what is read
+    # whole rows (a last one without its newline is whole, too) that begin after the first newline of what is
+    # read
     begins = [0, *lengths]
     start = 0 if len(cut) <= n_bytes else next((b for b in begins if b > len(cut) - n_bytes), len(cut) + 1)
     expected = [
@@ -555,7 +560,7 @@ def test_text_stays_on_its_line_and_moves_no_cursor():
     assert lenient.text(None) is None
 
 
-# --- how it looks -----------------------------------------------------------------------------------------------------
+# --- how it looks -------------------------------------------------------------------------------------------
 
 
 def test_a_wide_table_stays_within_its_width():
@@ -602,22 +607,6 @@ def test_columns_are_aligned_and_empty_ones_left_out():
     )
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.9, "0s"),
-        (59, "59s"),
-        (60, "1m00s"),
-        (3599, "59m59s"),
-        (3600, "1h00m"),
-        (172799, "47h59m"),
-        (172800, "2d00h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
 def test_a_bar_is_full_only_at_the_end():
     bars = [status_table.bar(step, 100) for step in range(101)]
     assert [n.count("#") for n in bars] == sorted(n.count("#") for n in bars)
@@ -627,7 +616,7 @@ def test_a_bar_is_full_only_at_the_end():
     assert status_table.bar(3, None) == ""
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def run(*args: object, cwd: Path, module: str = "cbtm_pipeline", **more: Any) -> str:
@@ -655,7 +644,7 @@ def test_the_command_finds_the_run(out, tmp_path):
     )
 
 
-def test_json_says_it_all(out, tmp_path):
+def test_json_holds_everything(out, tmp_path):
     (found,) = json.loads(run("status", "--json", cwd=tmp_path))
     assert found["outdir"] == "results"
     zero = next(row for row in found["rows"] if row["name"] == "0")
@@ -670,13 +659,13 @@ def test_a_broken_configfile_is_one_line(tmp_path):
     assert done.stderr.startswith("mine.yaml: not YAML")
 
 
-def test_where_there_is_no_slurm_it_says_so(out, tmp_path):
+def test_a_machine_without_slurm_is_noted(out, tmp_path):
     assert "Slurm" not in run("status", cwd=tmp_path, env=os.environ | {"PATH": ""})
     submit(out, "expert-0", "submitted", "started")
     assert "\nThere is no Slurm on this machine" in run("status", cwd=tmp_path, env=os.environ | {"PATH": ""})
 
 
-def test_whoever_reads_may_stop_reading(out, tmp_path):
+def test_the_reader_may_stop_reading(out, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "cbtm_pipeline", "status"],
         cwd=tmp_path,

@@ -246,10 +246,10 @@ def test_k_of_one_is_the_dense_model(tmp_path: Path) -> None:
 def test_a_second_run_in_the_same_folder_is_refused(finished: Path, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(finished, project, symlinks=True)
-    hold = "import time; from cbtm_pipeline.base import lock; lock.hold('results'); print('held', flush=True); time.sleep(100)"
+    hold = "from cbtm_pipeline.base import lock; lock.hold('results'); print('held', flush=True); input()"
     weights = "results/experts/1/model.safetensors"
     with subprocess.Popen(
-        [sys.executable, "-c", hold], cwd=project, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", hold], cwd=project, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
         assert first.stdout and first.stdout.readline() == "held\n"
         before = (project / weights).read_bytes()

@@ -1,7 +1,7 @@
-"""Look at a run, or at the machine that it is to run on. The run itself is Snakemake's.
+"""Look at a run, or at the machine for a run. Snakemake starts the run itself.
 
 cbtm status [OUTDIR ...]      how a run is going
-cbtm doctor [--profile NAME]  what would fail, and what it would cost, before anything is started
+cbtm doctor [--profile NAME]  what would fail and what a run would cost, before anything is started
 """
 
 import argparse
@@ -15,7 +15,7 @@ def main() -> None:
     p = argparse.ArgumentParser(
         prog="cbtm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("command", choices=["status", "doctor"], help="its own options: cbtm COMMAND --help")
+    p.add_argument("command", choices=["status", "doctor"], help="for its options: cbtm COMMAND --help")
     command = p.parse_args(sys.argv[1:2]).command
     sys.argv = [f"cbtm {command}", *sys.argv[2:]]
     cli.run(importlib.import_module(f"cbtm_pipeline.{command}").main)

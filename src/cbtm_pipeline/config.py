@@ -170,7 +170,10 @@ def read(path: str | Path) -> Config:
 
 
 def validate(content: Any) -> Config:
-    """Return the typed config. Raises ValueError that names every wrong key with what was found, expected, and to do."""
+    """Return the typed config.
+
+    Raises ValueError with a line for every wrong key: what was found, what was expected, what to do.
+    """
     if not isinstance(content, Mapping):
         raise ValueError(
             f"config: {_show(content)}. Expected sections such as corpus and train. Start from config.yaml."
@@ -186,8 +189,9 @@ def validate(content: Any) -> Config:
         )
     if config.train.validation_share > config.route.calibration_share:
         raise ValueError(
-            f"train.validation_share: {config.train.validation_share}. Expected at most route.calibration_share, "
-            f"{config.route.calibration_share}. Lower it, or documents that a training has looked at would be reported on."
+            f"train.validation_share: {config.train.validation_share}. Expected at most "
+            f"route.calibration_share, {config.route.calibration_share}. Lower it, or documents that a "
+            "training has seen would be reported on."
         )
     return config
 

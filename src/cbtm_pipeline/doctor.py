@@ -2,8 +2,8 @@
 
     cbtm doctor --configfile mine.yaml --profile slurm
 
-Prints one line per check: `ok`, `warn` or `FAIL`. The exit status is 1 if any check FAILs. The command starts nothing
-and leaves nothing behind. It is also `python -m cbtm_pipeline.doctor`.
+Prints one line per check: `ok`, `warn` or `FAIL`. The exit status is 1 if any check FAILs. The command starts
+nothing and leaves nothing behind. It is also `python -m cbtm_pipeline.doctor`.
 """
 
 import argparse

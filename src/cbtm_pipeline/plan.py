@@ -1,17 +1,18 @@
-"""What each rule depends on, and who is trained on what: the compute-matched training plans of C-BTM (paper, section 3.3).
+"""What each rule depends on, and who is trained on what: the compute-matched plans of C-BTM (section 3.3).
 
-A *plan* holds exactly the config values that a rule's result depends on. The rule's module computes with it, and
-Snakemake compares it with the plan of the last run (`params.depends_on`). So a rule reruns when its plan changes, and only then.
+A *plan* holds exactly the config values that a rule's result depends on. The rule's module computes with it,
+and Snakemake compares it with the plan of the last run (`params.depends_on`). So a rule reruns when its plan
+changes, and only then.
 
 Every phase-two system spends the same tokens, T = train.steps * train.batch_size * train.seq_len:
 
-    k experts     steps with batch_size / k sequences each       (k experts on random clusters likewise)
-    dense-batch   steps with batch_size sequences                the paper's dense baseline: a k times larger batch
-    dense-steps   k * steps with batch_size / k sequences        an expert's batch, for k times more steps
+    k experts     steps with batch_size / k sequences each    (k experts on random clusters likewise)
+    dense-batch   steps with batch_size sequences             the paper's baseline: a k times larger batch
+    dense-steps   k * steps with batch_size / k sequences     an expert's batch, for k times more steps
 
-Neither the dense model nor the seed depends on k; an expert's share shrinks as k grows. Where batch_size / k is not
-whole, the batch is rounded and the number of steps makes up for it. The seed model spends seed_share of the compute of
-seed and experts together.
+Neither the dense model nor the seed depends on k; an expert's share shrinks as k grows. Where batch_size / k
+is not whole, the batch is rounded and the number of steps makes up for it. The seed model spends seed_share
+of the compute of seed and experts together.
 """
 
 import dataclasses
@@ -30,12 +31,15 @@ Data = Literal["corpus", "clusters", "random"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a rule depends on besides its input files. This base class is the plan of a rule that reads no config key."""
+    """What a rule depends on besides its input files. This base class is the plan of a rule that reads no
+    config key.
+    """
 
     def content(self) -> dict[str, Any]:
         """The plan as JSON types, for `depends_on` and for cards.
 
-        A field that is None and has None as its default is left out. So a new optional key reruns nothing of an old run.
+        A field that is None and has None as its default is left out. So a new optional key reruns nothing of
+        an old run.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         optional = {field.name for field in dataclasses.fields(self) if field.default is None}
@@ -43,8 +47,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class TokenizerPlan(Plan):
-    """Rule `tokenizer`. `model` is model.pretrained, whose tokenizer is used if `pretrained` is None."""
+class _CorpusPlan(Plan):
+    """The keys of section corpus that decide what a document is and which documents are held out."""
 
     train: tuple[str, ...]
     eval: tuple[str, ...] | None
@@ -52,6 +56,12 @@ class TokenizerPlan(Plan):
     text_field: str
     id_field: str
     txt_documents: Literal["file", "block"]
+
+
+@dataclass(frozen=True)
+class TokenizerPlan(_CorpusPlan):
+    """Rule `tokenizer`. `model` is model.pretrained, whose tokenizer is used if `pretrained` is None."""
+
     pretrained: str | None
     vocab_size: int
     train_bytes: int
@@ -65,15 +75,9 @@ class TokenizerPlan(Plan):
 
 
 @dataclass(frozen=True)
-class ShardPlan(Plan):
+class ShardPlan(_CorpusPlan):
     """Rule `shard`: the whole section corpus."""
 
-    train: tuple[str, ...]
-    eval: tuple[str, ...] | None
-    eval_fraction: float
-    text_field: str
-    id_field: str
-    txt_documents: Literal["file", "block"]
     max_bad_share: float
     shard_bytes: int
 
@@ -149,9 +153,7 @@ class TrainingPlan(Plan):
     validations: int  # how often in the training
     patience: int | None  # validations without a better one that end the training
     micro_batch_size: int | None  # sequences of a forward pass; None: what the memory takes
-    recompute: (
-        bool | None
-    )  # compute activations again in the backward pass; None: where nothing fits otherwise
+    recompute: bool | None  # compute activations again in the backward pass; None: where memory needs it
     precision: Literal["auto", "float32", "bf16"]
     compile: bool | None  # torch.compile; None: on a GPU
 
@@ -163,7 +165,9 @@ class TrainingPlan(Plan):
 
 @dataclass(frozen=True)
 class SeedPlan(TrainingPlan):
-    """The training of the seed: a model from the keys `scratch`, or a `pretrained` one, which is not trained."""
+    """The training of the seed: a model from the keys `scratch`, or a `pretrained` one, which is not
+    trained.
+    """
 
     pretrained: str | None
     scratch: Mapping[str, Any]
@@ -212,11 +216,11 @@ def random_experts(config: Config) -> list[str]:
 
 
 def dense_experts(config: Config) -> list[str]:
-    """`dense`, and the dense models that train.controls adds; the one that `dense` already is appears once."""
-    extra = [
-        c for c in config.train.controls if c.startswith("dense-") and c != f"dense-{config.train.dense}"
-    ]
-    return ["dense", *dict.fromkeys(extra)]
+    """`dense`, and the dense models that train.controls adds; the one that `dense` already is appears
+    once.
+    """
+    extra = [name for name in config.train.controls if name in {"dense-batch", "dense-steps"}]
+    return ["dense", *(name for name in dict.fromkeys(extra) if name != f"dense-{config.train.dense}")]
 
 
 def experts(config: Config) -> list[str]:
@@ -234,12 +238,16 @@ def data_of(expert: str) -> tuple[Data, int]:
 
 
 def scratch(config: Config) -> dict[str, Any]:
-    """Keys of the seed model's configuration class: those of model.preset, or of model.scratch without one."""
+    """Keys of the seed model's configuration class: those of model.preset, or of model.scratch without
+    one.
+    """
     return presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
 
 
+# The plan of each rule, by the name of the rule.
+
+
 def tokenizer(c: Config) -> TokenizerPlan:
-    """Plan of rule `tokenizer`."""
     own = c.tokenizer.pretrained is not None
     revision = c.tokenizer.revision if own else c.model.revision if c.model.pretrained else None
     corpus = _values(c.corpus, without={"max_bad_share", "shard_bytes"})
@@ -249,29 +257,24 @@ def tokenizer(c: Config) -> TokenizerPlan:
 
 
 def shard(c: Config) -> ShardPlan:
-    """Plan of rule `shard`."""
     return ShardPlan(**_values(c.corpus))
 
 
 def embed(c: Config) -> TfidfPlan | EncoderPlan:
-    """Plan of rule `embed`."""
     if c.embed.encoder:
         return EncoderPlan(c.embed.encoder, c.embed.windows, c.embed.revision)
     return TfidfPlan(**_values(c.embed, without={"encoder", "windows", "revision"}), rng_seed=c.seed)
 
 
 def fit_kmeans(c: Config) -> ClusterPlan:
-    """Plan of rule `fit_kmeans`."""
     return ClusterPlan(**_values(c.cluster), rng_seed=c.seed)
 
 
 def assign(c: Config) -> AssignPlan:
-    """Plan of rule `assign`."""
     return AssignPlan(c.train.validation_share, c.seed)
 
 
 def assign_random(c: Config) -> AssignRandomPlan:
-    """Plan of rule `assign_random`."""
     return AssignRandomPlan(c.train.validation_share, c.seed, c.cluster.k)
 
 
@@ -296,17 +299,14 @@ def train_expert(c: Config, expert: str) -> TrainingPlan:
 
 
 def score_expert(c: Config) -> ScorePlan:
-    """Plan of rule `score_expert`."""
     return ScorePlan(c.eval.max_document_tokens, c.eval.stride, c.train.seq_len)
 
 
 def route(c: Config) -> RoutePlan:
-    """Plan of rule `route`."""
     return RoutePlan(c.eval.max_document_tokens, c.route.window_tokens if c.embed.encoder else None)
 
 
 def eval_ensemble(c: Config) -> EvalPlan:
-    """Plan of rule `eval_ensemble`."""
     return EvalPlan(
         **_values(c.route, without={"window_tokens"}), bootstrap=c.eval.bootstrap, rng_seed=c.seed
     )
@@ -329,7 +329,9 @@ RULES: dict[str, Callable[..., Plan]] = {
 
 
 def depends_on(config: Config, rule: str, expert: str | None = None) -> str:
-    """A rule's plan (for train_expert: that expert's) as JSON text. Snakemake reruns the rule when this text changes."""
+    """A rule's plan (for train_expert: that expert's) as JSON text. Snakemake reruns the rule when this text
+    changes.
+    """
     make = RULES[rule]
     plan = make(config, expert) if rule == "train_expert" else make(config)
     return json.dumps(plan.content(), sort_keys=True)

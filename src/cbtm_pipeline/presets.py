@@ -1,8 +1,8 @@
 """Model sizes by name: keys of model.scratch for the sizes that scaling studies use, as Llama models.
 
-Widths d and depths are those of Brown et al. 2020 (table 2.1). The feed-forward layers have three matrices of width 8/3 d,
-which together are as large as two of width 4 d. A name gives the number of parameters with a vocabulary of 50 000 (10m and
-30m: with 16 000).
+Widths d and depths are those of Brown et al. 2020 (table 2.1). The feed-forward layers have three matrices of
+width 8/3 d, which together are as large as two of width 4 d. A name gives the number of parameters with a
+vocabulary of 50 000 (10m and 30m: with 16 000).
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ NAMES = tuple(_SIZES)
 def scratch(name: str) -> dict[str, Any]:
     """Keys of section model.scratch.
 
-    Up to 1.3b the output layer is the token table itself, because that table is a large share of a small model.
+    Up to 1.3b the output layer is the token table itself, because that table is a large share of a small
+    model.
     """
     sizes = dict(zip(_KEYS, _SIZES[name], strict=True))
     return {"model_type": "llama", **sizes, "tie_word_embeddings": NAMES.index(name) <= NAMES.index("1.3b")}

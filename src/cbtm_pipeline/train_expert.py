@@ -1,17 +1,21 @@
-"""Train one expert, or the seed model that experts start from: AdamW on one device or several, exactly resumable.
+"""Train one expert, or the seed model that experts start from: exactly resumable, on one device or several.
 
-    python -m cbtm_pipeline.train_expert --config results/config.json --expert 0 --data results/assignments/manifest.json \\
-        --tokenizer results/tokenizer/tokenizer.json --seed-model results/experts/seed/model.safetensors \\
-        --out results/experts/0/model.safetensors --work results/work/0 --threads 1
+    python -m cbtm_pipeline.train_expert --config results/config.json --expert 0 \\
+        --data results/assignments/manifest.json --tokenizer results/tokenizer/tokenizer.json \\
+        --seed-model results/experts/seed/model.safetensors --out results/experts/0/model.safetensors \\
+        --work results/work/0 --threads 1
 
-Equal inputs and an equal number of threads give equal weights, bit by bit, however often the training was stopped on the way: state is
-saved in --work every run.checkpoint_seconds, and on SIGTERM, SIGUSR1 and SIGUSR2 after the current step (exit status 85: saved, start
-again). Once the weights are published the state is removed, so that whoever deletes them and starts again trains from the seed.
+Equal inputs and an equal number of threads give equal weights, bit by bit, however often the training was
+stopped. Its state is saved in --work every run.checkpoint_seconds. On SIGTERM, SIGUSR1 and SIGUSR2 it is
+saved after the current step, and the exit status is 85: start again to go on. Once the weights are published,
+the state is removed. So if you delete the weights and start again, the expert is trained again from the seed.
 
-Started WORLD_SIZE times by torchrun or srun, the processes share each batch among them. The plan does not know how many there are: a state
-that other numbers of processes have saved is taken up, and the sums of its further steps are rounded in another order.
+torchrun or srun may start this module WORLD_SIZE times. Then the processes share each batch. The plan does
+not depend on their number: a training goes on from a state that another number of processes has saved, and
+the sums of its further steps are rounded in another order.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -81,7 +85,8 @@ def start_from(files: Files, plan: TrainingPlan, data: training_data.Data) -> St
     artifact.check_made_from(files.seed_model, card, "shards", data.corpus)
     if card["tokenizer"] != tokenizer:
         raise ValueError(
-            f"{files.tokenizer}: not the tokenizer of the seed model. Expected identity {card['tokenizer']}. Check the paths."
+            f"{files.tokenizer}: not the tokenizer of the seed model. Expected identity {card['tokenizer']}. "
+            "Check the paths."
         )
     return Start(model.load(files.seed_model.parent), {"seed": card["weights"]}, None)
 
@@ -94,15 +99,15 @@ def train_and_publish(
     waited: bool = False,
     group: distributed.Group = distributed.ALONE,
 ) -> bool:
-    """Train by the plan `plan` and publish the expert's folder, its weights last. False: stopped on the way, state is saved.
+    """Train by the plan, and publish the expert's folder, its weights last. False: stopped on the way, state
+    is saved.
 
-    `waited`: another process was here before, and may have published the very same already.
+    `waited`: another process held the folder before, and may have published this very training already.
     """
     data = training_data.read(files.data, plan)
     start = start_from(files, plan, data)
-    net, made_from = start.net, {**data.made_from, **start.made_from}
-    precision = "bf16 autocast" if train_step.use_bf16(plan.precision) else "float32"
-    _announce(net, plan, data.stream.n_tokens, precision)
+    made_from = {**data.made_from, **start.made_from}
+    _announce(start.net, plan, data.stream.n_tokens)
 
     state = files.work / "state"
     if group.first_does("look", lambda: waited and expert_folder.is_published(files.out, plan, made_from)):
@@ -111,54 +116,57 @@ def train_and_publish(
             log.info("%s was published meanwhile", files.out)
         return True
     fingerprint = artifact.fingerprint({"plan": plan.content(), "made_from": made_from})
-    n_steps = loop.train(net, data.stream, plan, run, state, fingerprint, stop, group, data.validation)
+    task = loop.Task(plan, run, data.stream, data.validation, state, fingerprint)
+    n_steps = loop.train(start.net, task, stop, group)
     if n_steps is None:
         return False
-    net = placement.gathered(net, group.rank == 0)
+    net = placement.gathered(start.net, group.rank == 0)
     if net is None:
         return True
-    n_train_tokens = n_steps * plan.step_tokens
-    losses, looks = training_log.history(state / "metrics.jsonl", 10)
-    flops_per_token = model.flops_per_token(net, plan.seq_len)
-    card = artifact.make_meta(
-        "expert",
-        made_from,
-        expert=plan.expert,
-        plan=plan.content(),
-        corpus=data.corpus,
-        tokenizer=artifact.identity(files.tokenizer),
-        **({"pretrained_commit": start.commit} if start.commit else {}),
-        n_parameters=model.n_parameters(net),
-        n_steps=n_steps,
-        n_train_tokens=n_train_tokens,
-        flops_per_token=flops_per_token,
-        train_flops=flops_per_token * n_train_tokens,
-        precision=precision,
-        final_loss=sum(losses) / len(losses) if losses else None,
-        validation_loss=looks[-1] if looks else None,
-    )
+    made = {"corpus": data.corpus, "tokenizer": artifact.identity(files.tokenizer)}
+    made |= {"pretrained_commit": start.commit} if start.commit else {}
+    metrics = state / "metrics.jsonl"
+    card = artifact.make_meta("expert", made_from, **made, **describe(net, plan, n_steps, metrics))
     lock.check()
-    card = expert_folder.publish(files.out, net, files.tokenizer, state / "metrics.jsonl", card)
+    card = expert_folder.publish(files.out, net, files.tokenizer, metrics, card)
     checkpoint.discard(state)
     log.info("published %s (%s)", files.out, card["weights"])
     return True
 
 
-def _announce(net: "PreTrainedModel", plan: TrainingPlan, n_tokens: int, precision: str) -> None:
+def describe(net: "PreTrainedModel", plan: TrainingPlan, n_steps: int, metrics: Path) -> dict[str, Any]:
+    """What the card says of a finished training of `n_steps` steps, whose log is `metrics`."""
+    n_train_tokens = n_steps * plan.step_tokens
+    losses, validation_losses = training_log.history(metrics, 10)
+    flops_per_token = model.flops_per_token(net, plan.seq_len)
+    return {
+        "expert": plan.expert,
+        "plan": plan.content(),
+        "n_parameters": model.n_parameters(net),
+        "n_steps": n_steps,
+        "n_train_tokens": n_train_tokens,
+        "flops_per_token": flops_per_token,
+        "train_flops": flops_per_token * n_train_tokens,
+        "precision": _precision(plan),
+        "final_loss": sum(losses) / len(losses) if losses else None,
+        "validation_loss": validation_losses[-1] if validation_losses else None,
+    }
+
+
+def _precision(plan: TrainingPlan) -> str:
+    return "bf16 autocast" if train_step.use_bf16(plan.precision) else "float32"
+
+
+def _announce(net: "PreTrainedModel", plan: TrainingPlan, n_tokens: int) -> None:
+    """Log what is trained. Warn if the text would be read too often."""
     n_train_tokens = plan.n_steps * plan.step_tokens
     size = f"{type(net).__name__} with {model.n_parameters(net):,} parameters"
     steps = f"{plan.n_steps} steps of {plan.batch_size} sequences"
-    log.info(
-        "%s, %s, %s training tokens from a text of %s, %s",
-        size,
-        steps,
-        f"{n_train_tokens:,}",
-        f"{n_tokens:,}",
-        precision,
-    )
+    tokens = f"{n_train_tokens:,} training tokens from a text of {n_tokens:,}"
+    log.info("%s, %s, %s, %s", size, steps, tokens, _precision(plan))
     if n_train_tokens > MAX_REPEATS * n_tokens:
         log.warning(
-            "reads its text %.1f times; more than %d times teaches little: lower train.steps or give more text",
+            "reads its text %.1f times; more than %d times teaches little: lower train.steps, or add text",
             n_train_tokens / n_tokens,
             MAX_REPEATS,
         )
@@ -172,7 +180,8 @@ def make_deterministic(n_threads: int) -> None:
     torch.set_num_threads(n_threads)
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
+    """The command line and the config. Exits with a usage message if they do not fit together."""
     p = cli.parser(__doc__)
     p.add_argument(
         "--expert", required=True, help="seed, 0 ... k-1, dense, dense-batch, dense-steps, random-0 ..."
@@ -181,7 +190,7 @@ def main() -> None:
         "--data",
         required=True,
         type=Path,
-        help="manifest.json of shards, assignments or random, as the expert needs",
+        help="manifest.json of shards, assignments or random: as the expert needs",
     )
     p.add_argument(
         "--tokenizer",
@@ -199,35 +208,42 @@ def main() -> None:
         help="model.safetensors to publish; the rest of the folder goes beside it",
     )
     p.add_argument("--work", required=True, type=Path, help="folder for the resumable state")
-    p.add_argument("--threads", type=int, default=1)
-    args = p.parse_args()
+    p.add_argument("--threads", type=int, default=1, help="threads of each process")
+    args = p.parse_args(argv)
     cfg = config.read(args.config)
-    if args.expert not in ["seed", *plans.experts(cfg)]:
-        p.error(f"--expert: {args.expert}. Expected one of {', '.join(['seed', *plans.experts(cfg)])}.")
+    names = ["seed", *plans.experts(cfg)]
+    if args.expert not in names:
+        p.error(f"--expert: {args.expert}. Expected one of {', '.join(names)}.")
     if (args.seed_model is None) != (args.expert == "seed"):
         p.error("--seed-model: expected for every expert but the seed.")
     if args.out.name != expert_folder.WEIGHTS:
         p.error(f"--out: {args.out.name}. Expected {expert_folder.WEIGHTS}.")
+    return args, cfg
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, cfg = parse(argv)
     plan = plans.train_expert(cfg, args.expert)
     group = distributed.from_environment(os.environ)
     if plan.batch_size < group.world_size:
         raise ValueError(
-            f"WORLD_SIZE: {group.world_size} processes for expert {args.expert}. Expected at most {plan.batch_size}, the sequences of "
-            "its batches. Start fewer processes, or raise train.batch_size (for the seed, train.seed_batch_size)."
+            f"WORLD_SIZE: {group.world_size} processes for expert {args.expert}. Expected at most "
+            f"{plan.batch_size}, the sequences of its batches. Start fewer processes, or raise train.batch_size "
+            "(for the seed, train.seed_batch_size)."
         )
     if group.rank == 0:
         cli.start_logging(f"expert {args.expert}", args.log)
     else:
         cli.start_logging(f"expert {args.expert}, process {group.rank}", None)
         log.setLevel(logging.ERROR)
-    stopping: list[int] = []
+    received: list[int] = []  # signals that ask for a stop
     make_deterministic(args.threads)
     files = Files(args.data, args.tokenizer, args.seed_model, args.out, args.work)
     with distributed.joined(group):
         waited = group.first_does("lock", lambda: lock.hold(args.work, wait=True))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: stopping.append(number))
-        finished = train_and_publish(plan, cfg.run, files, lambda: stopping, waited, group)
+            signal.signal(number, lambda number, frame: received.append(number))
+        finished = train_and_publish(plan, cfg.run, files, lambda: received, waited, group)
     if not finished:
         sys.exit(cli.EXIT_SAVED)
 

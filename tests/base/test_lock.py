@@ -93,8 +93,7 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads(text) if text else {}
 
 
-# --- the table
-# -------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 TABLE = {  # the action for a record that has stood still for a moment, and from when on it is taken over
     (Flock.FREE, Writer.NOBODY): (Action.TAKE, None),
@@ -140,8 +139,7 @@ def test_a_record_has_changed_when_it_was_there_before(tmp_path: Path) -> None:
     assert seen[4:] == [(True, other), (True, Writer.NOBODY)]
 
 
-# --- on one host, flock is all
-# ----------------------------------------------------------------------------------------
+# --- on one host, flock is all ------------------------------------------------------------------------------
 
 
 def test_a_second_process_gets_the_name_of_the_holder(tmp_path, start):
@@ -189,8 +187,7 @@ def test_in_this_process(tmp_path, start, monkeypatch):
             lock.check()
 
 
-# --- between hosts, the record is
-# -------------------------------------------------------------------------------------
+# --- between hosts, the record is ---------------------------------------------------------------------------
 
 
 def test_the_record(tmp_path, start):

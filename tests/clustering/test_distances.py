@@ -1,10 +1,13 @@
+"""Passes over vectors in float32, and k-means by passes."""
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cbtm_pipeline.clustering import distances, kmeans
+from cbtm_pipeline.clustering import distances, kmeans, lloyd
 
 
 def made(n: int, k: int, rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -15,7 +18,7 @@ def made(n: int, k: int, rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.
     return x_ND, x_ND[rng.choice(n, k)] + np.float32(0.1), rng.normal(size=k) * 0.2
 
 
-@settings(deadline=None, max_examples=25)
+@hypothesis_settings(deadline=None, max_examples=25)
 @given(st.integers(1, 700), st.integers(1, 9), st.integers(0, 99))
 def test_the_two_nearest_are_those_of_the_exact_distances(n: int, k: int, rng_seed: int) -> None:
     x_ND, centres_KD, prices_K = made(n, k, rng_seed)
@@ -67,15 +70,15 @@ def test_vectors_whose_distances_do_not_fit_are_clustered_as_well(
     )
     x_ND = (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
     weights_N = rng.lognormal(5, 1, len(x_ND)) if weighted else None
-    how = {"weights_N": weights_N, "rng_seed": 0, "n_init": 2, "max_iterations": 30}
-    exact = kmeans.fit(x_ND, 8, **how)
-    monkeypatch.setattr(kmeans, "DISTANCES", 8 * 5_000)
-    monkeypatch.setattr(kmeans, "PASS_ROWS", 3_000)
+    settings = {"weights_N": weights_N, "rng_seed": 0, "n_init": 2, "max_iterations": 30}
+    exact = kmeans.fit(x_ND, 8, **settings)
+    monkeypatch.setattr(lloyd, "DISTANCES", 8 * 5_000)
+    monkeypatch.setattr(lloyd, "PASS_ROWS", 3_000)
     seen = []
     found = kmeans.fit(
         x_ND,
         8,
-        **how,
+        **settings,
         progress=lambda run, iteration, inertia, balance: seen.append((iteration, inertia, balance)),
     )
     assert found.balance < 1.011 and exact.balance < 1.002
@@ -87,7 +90,7 @@ def test_vectors_whose_distances_do_not_fit_are_clustered_as_well(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_finds_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     x_ND, _, _ = made(60_000, 1)
-    monkeypatch.setattr(kmeans, "DISTANCES", 16 * 20_000)
+    monkeypatch.setattr(lloyd, "DISTANCES", 16 * 20_000)
     on_cpu, on_gpu = (
         kmeans.fit(x_ND, 16, rng_seed=0, n_init=2, max_iterations=20, device=device)
         for device in ("cpu", "cuda")
@@ -95,3 +98,48 @@ def test_a_gpu_finds_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_gpu.inertia == pytest.approx(on_cpu.inertia, rel=1e-3)
     assert on_gpu.balance < 1.011 > on_cpu.balance
     assert (on_gpu.labels_N == on_cpu.labels_N).mean() > 0.95
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 5000), st.integers(1, 9), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_squared_distances_are_accurate(seed: int, n: int, d: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    x_ND, y_KD = (scale * rng.standard_normal((m, d), dtype=np.float32) for m in (n, 3))
+    y_KD[0] = x_ND[0]
+    expected_NK = np.square(x_ND[:, None].astype(np.float64) - y_KD).sum(axis=2)
+    d2_NK = distances.squared_distances(x_ND, y_KD)
+    assert d2_NK.dtype == np.float32 and (d2_NK >= 0).all()
+    assert d2_NK == pytest.approx(expected_NK, rel=1e-5, abs=1e-5 * scale**2)
+    assert (distances.squared_distances(x_ND[:99], x_ND[:99]) >= 0).all()
+
+
+def test_squared_distances_of_long_vectors_do_not_cancel() -> None:
+    x_ND = np.array([[1e4, 0], [1e4, 0.25]], dtype=np.float32)
+    assert distances.squared_distances(x_ND, x_ND).tolist() == [[0, 0.0625], [0.0625, 0]]
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 60), st.integers(1, 9), st.integers(1, 70))
+def test_assign_is_the_argmin_for_any_chunks_and_any_order_of_clusters(
+    seed: int, n: int, k: int, chunk_rows: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x_ND, centres_KD = (
+        rng.standard_normal((n, 3), dtype=np.float32),
+        rng.standard_normal((k, 3), dtype=np.float32),
+    )
+    prices_K = rng.standard_normal(k)
+    d2_NK = distances.squared_distances(x_ND, centres_KD)
+    labels_N, d2_N = distances.assign(x_ND, centres_KD, prices_K, chunk_rows)
+    assert labels_N.dtype == np.int32 and d2_N.dtype == np.float32
+    assert (labels_N == (d2_NK + prices_K).argmin(axis=1)).all()
+    assert (d2_N == d2_NK[np.arange(n), labels_N]).all()
+    order_K = rng.permutation(k)
+    assert (order_K[distances.assign(x_ND, centres_KD[order_K], prices_K[order_K])[0]] == labels_N).all()
+
+
+def test_assign_gives_ties_to_the_lowest_index() -> None:
+    centres_KD = np.array([[1, 0], [-1, 0], [0, 1]], dtype=np.float32)
+    x_ND = np.zeros((2, 2), np.float32)
+    assert distances.assign(x_ND, centres_KD, np.zeros(3))[0].tolist() == [0, 0]
+    assert distances.assign(x_ND, centres_KD, np.array([0.5, 0.0, 0.0]))[0].tolist() == [1, 1]

@@ -1,3 +1,5 @@
+"""Prices for a whole corpus."""
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ def test_good_prices_stay_and_bad_documents_do_no_harm() -> None:
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_a_corpus_of_another_kind_is_balanced_too(by_tokens: bool) -> None:
-    """Centres and prices of clumps, a corpus without any: the nearest centre alone would give one cluster several times its share."""
+    """Centres and prices come from clumps, but the corpus has none: its nearest centres are not balanced."""
     rng = np.random.default_rng(3)
     fitted_ND = rng.normal(size=(12, 10))[rng.choice(12, 3000)] + 0.3 * rng.normal(size=(3000, 10))
     clustering = kmeans.fit(fitted_ND.astype(np.float32), 12, rng_seed=0, n_init=2, max_iterations=20)
@@ -56,7 +58,7 @@ def test_a_corpus_of_another_kind_is_balanced_too(by_tokens: bool) -> None:
     chunks = [
         (other_ND[start : start + 1000], weights_N[start : start + 1000]) for start in range(0, 9000, 1000)
     ]
-    prices_K, said = prices.refine(lambda: chunks, clustering.centres_KD, clustering.prices_K)
+    prices_K, balance = prices.refine(lambda: chunks, clustering.centres_KD, clustering.prices_K)
     assert largest(clustering.prices_K) > 1.4 and largest(np.zeros(12)) > 1.4
     assert largest(prices_K) < 1.05
-    assert said == pytest.approx(largest(prices_K), abs=0.005)
+    assert balance == pytest.approx(largest(prices_K), abs=0.005)

@@ -48,7 +48,7 @@ def test_documents_of_all_shards_in_order_and_cut(tmp_path: Path, cut: int | Non
 
 def test_nothing_held_out(tmp_path: Path) -> None:
     shards = made_corpus.write(tmp_path, [5], [0])
-    with pytest.raises(ValueError, match=r"shards/manifest.json: no held-out documents. Expected at least one"):
+    with pytest.raises(ValueError, match=r"manifest.json: no held-out documents. Expected at least one"):
         next(heldout.documents(shards.parent, artifact.read_json(shards), None))
 
 

@@ -1,3 +1,5 @@
+"""Linear tf-idf: sums, prefixes, weights, components."""
+
 import logging
 
 import numpy as np
@@ -26,7 +28,7 @@ def rows_of(documents: Documents) -> list[np.ndarray]:
     return [documents.values[a:b] for a, b in zip(documents.offsets[:-1], documents.offsets[1:], strict=True)]
 
 
-def some_E(n_dropped: int = 5, n_components: int = 7, rng_seed: int = 0) -> np.ndarray:
+def random_E(n_dropped: int = 5, n_components: int = 7, rng_seed: int = 0) -> np.ndarray:
     E_VD = np.random.default_rng(rng_seed).normal(size=(VOCAB, n_components)).astype(np.float32)
     E_VD[:n_dropped] = 0
     return E_VD
@@ -47,7 +49,7 @@ def test_count(lists: list[list[int]]) -> None:
 def test_embedding_is_the_normalised_sum_of_its_tokens_rows(
     lists: list[list[int]], chunk_tokens: int
 ) -> None:
-    E_VD = some_E()
+    E_VD = random_E()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tfidf, "CHUNK_TOKENS", chunk_tokens)
         h_ND = tfidf.embed(made(lists), E_VD)
@@ -59,7 +61,7 @@ def test_embedding_is_the_normalised_sum_of_its_tokens_rows(
 
 
 def test_embedding_ignores_the_order_of_tokens_and_a_repetition_of_the_whole() -> None:
-    h_ND = tfidf.embed(made([[5, 6, 7, 7], [7, 5, 7, 6], [5, 6, 7, 7] * 3]), some_E())
+    h_ND = tfidf.embed(made([[5, 6, 7, 7], [7, 5, 7, 6], [5, 6, 7, 7] * 3]), random_E())
     np.testing.assert_allclose(h_ND[1:], h_ND[[0, 0]], atol=1e-6)
 
 
@@ -68,7 +70,7 @@ def test_embedding_ignores_the_order_of_tokens_and_a_repetition_of_the_whole() -
 def test_a_future_token_changes_no_bit_of_an_earlier_prefix(
     text: list[int], chunk_rows: int, data: st.DataObject
 ) -> None:
-    E_VD = some_E(rng_seed=len(text))
+    E_VD = random_E(rng_seed=len(text))
     t = data.draw(st.integers(0, len(text) - 1))
     other = [*text[:t], data.draw(st.integers(0, VOCAB - 1)), *text[t + 1 :]]
     h_TD, other_TD = (
@@ -80,7 +82,7 @@ def test_a_future_token_changes_no_bit_of_an_earlier_prefix(
 
 def test_a_token_changes_every_later_prefix() -> None:
     h_TD, other_TD = (
-        np.concatenate(list(tfidf.embed_prefixes(np.array([0, 7, 8, x, 9, 9]), some_E()))) for x in (10, 11)
+        np.concatenate(list(tfidf.embed_prefixes(np.array([0, 7, 8, x, 9, 9]), random_E()))) for x in (10, 11)
     )
     assert (h_TD != other_TD).any(axis=1).tolist() == [False] * 3 + [True] * 3
 
@@ -88,7 +90,7 @@ def test_a_token_changes_every_later_prefix() -> None:
 @settings(deadline=None, max_examples=50)
 @given(texts, st.integers(1, 9))
 def test_every_prefix_is_embedded_as_a_document_of_its_own(lists: list[list[int]], chunk_rows: int) -> None:
-    E_VD = some_E()
+    E_VD = random_E()
     for text in lists:
         h_TD = np.concatenate(list(tfidf.embed_prefixes(np.array([0, *text]), E_VD, chunk_rows)))
         np.testing.assert_allclose(
@@ -97,7 +99,7 @@ def test_every_prefix_is_embedded_as_a_document_of_its_own(lists: list[list[int]
 
 
 def test_text_of_dropped_terms_has_the_zero_vector() -> None:
-    h_ND = tfidf.embed(made([[1, 2, 3], [], [1, 30]]), some_E(n_dropped=5))
+    h_ND = tfidf.embed(made([[1, 2, 3], [], [1, 30]]), random_E(n_dropped=5))
     assert not h_ND[:2].any()
     assert np.linalg.norm(h_ND[2]) == pytest.approx(1)
 
@@ -179,8 +181,8 @@ def test_no_usable_term() -> None:
 
 def test_token_outside_the_vocabulary() -> None:
     for attempt in (
-        lambda: tfidf.embed(made([[1, VOCAB]]), some_E()),
-        lambda: list(tfidf.embed_prefixes(np.array([0, VOCAB]), some_E())),
+        lambda: tfidf.embed(made([[1, VOCAB]]), random_E()),
+        lambda: list(tfidf.embed_prefixes(np.array([0, VOCAB]), random_E())),
         lambda: tfidf.count(made([[VOCAB]]), VOCAB),
     ):
         with pytest.raises(ValueError, match=r"tokens: id 40. Expected ids below the vocabulary size, 40"):

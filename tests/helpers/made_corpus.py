@@ -1,4 +1,4 @@
-"""A made corpus of token shards for tests: topics with own words, words that all topics share, and a tokenizer."""
+"""A corpus of token shards for tests: words of each topic, words that all topics share, and a tokenizer."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ SEPARATOR = 0
 def documents(
     n: int, n_topics: int, rng: np.random.Generator, n_words: tuple[int, int] = (5, 60)
 ) -> tuple[token_files.Documents, np.ndarray]:
-    """n documents and their topics. In the mean, half of a document's words are common, and half are its topic's own."""
+    """n documents and their topics. A document has common words, and about as many of its topic's own."""
     topics = rng.integers(n_topics, size=n)
     texts = []
     for topic in topics:
@@ -37,6 +37,18 @@ def documents(
     offsets = np.cumsum([0] + [len(text) for text in texts])
     values = np.concatenate([np.empty(0), *texts]).astype(np.uint16)
     return token_files.Documents(values, offsets), topics
+
+
+def unit_vectors(
+    n: int, d: int, n_topics: int, seed: int, spread: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """n vectors of length one (n, d) around topics of unequal size, and token counts."""
+    rng = np.random.default_rng(seed)
+    topics = rng.choice(n_topics, n, p=rng.dirichlet(np.ones(n_topics)))
+    x_ND = spread * rng.standard_normal((n_topics, d))[topics] + rng.standard_normal((n, d))
+    return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32), np.ceil(
+        rng.lognormal(5.5, 1, n)
+    )
 
 
 def words(n_topics: int) -> list[str]:
@@ -236,7 +248,7 @@ def check_shards_are_single_groups(outdir: Path, folder: str) -> None:
 def peak_bytes(act: Callable[[], object]) -> int:
     """The most bytes that Python and NumPy allocate at once while `act` runs.
 
-    It is the lower of two runs: a cache or another thread of the test process may take some megabytes in one of them.
+    It is the lower of two runs: a cache or another thread of the process may take some megabytes in one.
     """
     peaks = []
     for _ in range(2):

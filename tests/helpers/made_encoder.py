@@ -1,4 +1,4 @@
-"""Encoders for tests: tiny models with random weights, their tokenizer, files as of sentence-transformers, a hub."""
+"""Encoders for tests: tiny random models, their tokenizer, sentence-transformers' files, and a hub."""
 
 import json
 import shutil
@@ -21,6 +21,20 @@ from made_project import TOPICS
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]"]
 HIDDEN = 32
+VOCAB = 400
+SIZES: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+TEXTS = [
+    "butter flour",
+    "the ship sails out of the harbour at dawn",
+    "naïve 日本",
+    "x",
+    "rose soil seed prune water " * 6,
+]
 COMMIT = "0123456789abcdef" * 2 + "01234567"  # of me/tiny
 
 
@@ -34,7 +48,7 @@ def tokenizer(**more: Any) -> PreTrainedTokenizerFast:
     made.train_from_iterator(
         words,
         trainers.BpeTrainer(
-            vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
         ),
     )
     made.post_processor = processors.TemplateProcessing(
@@ -47,16 +61,13 @@ def tokenizer(**more: Any) -> PreTrainedTokenizerFast:
 
 def bert(rng_seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(rng_seed)
-    sizes: dict[str, Any] = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 48,
+    sizes: dict[str, Any] = SIZES | {
+        "vocab_size": VOCAB,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "max_position_embeddings": 48,
     }
     # with smaller weights, the vectors of all texts would be nearly equal
-    return BertModel(
-        BertConfig(vocab_size=400, max_position_embeddings=48, initializer_range=0.3, **sizes)
-    ).eval()
+    return BertModel(BertConfig(**sizes, initializer_range=0.3)).eval()
 
 
 def write(folder: Path, net: PreTrainedModel | None = None, **more: Any) -> Path:
@@ -69,7 +80,10 @@ def write(folder: Path, net: PreTrainedModel | None = None, **more: Any) -> Path
 def add_modules(
     folder: Path, pooling: dict[str, Any], dense: dict[str, Any] | None = None, normalize: bool = True
 ) -> Path:
-    """Add modules.json: Pooling with the config `pooling`, Dense to 8 dimensions with the config `dense`, Normalize."""
+    """Add modules.json and its modules.
+
+    Pooling has the config `pooling`. Dense, to 8 dimensions, has the config `dense` and is left out for None.
+    """
     kinds = [
         "Transformer",
         "Pooling",
@@ -109,7 +123,7 @@ def put_in_cache(cache: Path, folder: Path, commit: str = COMMIT, ref: str = "ma
 
 @contextmanager
 def empty_hub(cache: Path) -> Iterator[list[str]]:
-    """A hub on this machine that has no repository. Yields the paths of all requests so far; `cache` is the cache."""
+    """A local hub without any repository, with the cache `cache`. Yields the paths of the requests so far."""
     requests: list[str] = []
 
     class NotFound(BaseHTTPRequestHandler):

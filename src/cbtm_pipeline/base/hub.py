@@ -121,7 +121,7 @@ def lacks_weights(folder: Path | None) -> list[str]:
     try:
         if index.exists():
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"a whole {index.name}"]
     return [name for name in ["config.json", *sorted(names)] if not (folder / name).exists()]
 
@@ -136,17 +136,17 @@ def lacks_tokenizer(folder: Path | None) -> list[str]:
 
 def cache() -> Path:
     """The folder of the local cache of downloads."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    return Path(huggingface_hub.constants.HF_HUB_CACHE)
+    return Path(constants.HF_HUB_CACHE)
 
 
 def problem(name: str, revision: str | None = None) -> str | None:
     """The reason why a model cannot be had from the hub now; None if it can."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
     at = f"/revision/{revision}" if revision else ""
-    url = f"{huggingface_hub.constants.ENDPOINT}/api/models/{name}{at}"
+    url = f"{constants.ENDPOINT}/api/models/{name}{at}"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S):
             return None
@@ -154,4 +154,4 @@ def problem(name: str, revision: str | None = None) -> str | None:
         gone = f"no public {name}{f' at {revision}' if revision else ''}"
         return gone if error.code in (401, 403, 404) else f"{url} answers {error.code}"
     except (OSError, ValueError) as error:
-        return f"{huggingface_hub.constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"
+        return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"

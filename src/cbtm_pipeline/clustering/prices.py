@@ -77,7 +77,7 @@ def _settled_on_sample(
 ) -> np.ndarray:
     """Prices that balance every n-th document exactly.
 
-    Where documents lie in clumps, loads jump, and no derivative says by how much.
+    Where documents lie in clumps, loads jump, and no derivative predicts the jump.
     """
     n_documents = sum(len(weights_R) for _, weights_R in read_chunks())
     step = -(-n_documents * len(prices_K) // SETTLED_DISTANCES)

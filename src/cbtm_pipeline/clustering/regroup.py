@@ -38,8 +38,8 @@ class Labels(NamedTuple):
 class Grouping(NamedTuple):
     """The rule that gives documents to clusters.
 
-    `label` is called once for each shard, in the order of the shards.
-    `made_from` and `settings` (balance, prices) go into the manifest.
+    `label` is called once for each shard, in the order of the shards. `made_from` and `settings` (balance,
+    prices) go into the manifest.
     """
 
     label: Callable[[Shard], Labels]

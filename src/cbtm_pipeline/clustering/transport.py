@@ -44,7 +44,7 @@ def balance(
 
 
 class Assigned(NamedTuple):
-    """The assignment that some prices give: two cheapest clusters and their difference, for each document.
+    """The assignment by given prices: each document's two cheapest clusters, and the difference `margin_N`.
 
     `excess_K` is the load of each cluster above the mean load. `wrong` is the share of the mass in the wrong
     cluster.
@@ -143,7 +143,7 @@ def _even_out(
 class Exchange(NamedTuple):
     """Document i of `documents` moves from cluster path[i] to path[i + 1].
 
-    `distance_K` says how prices follow.
+    The prices less `distance_K` fit the new assignment.
     """
 
     path: list[int]
@@ -156,7 +156,7 @@ class _Clusters:
     """Clusters as the nodes of a graph whose edges are the cheapest moves of a document.
 
     The edge a -> b costs the least d2_ib - d2_ia of the documents i in a. Less p_a - p_b, this is never
-    negative. So Dijkstra's algorithm applies, and its distances say how the prices follow.
+    negative. So Dijkstra's algorithm applies, and its distances correct the prices.
     """
 
     def __init__(self, d2_NK: np.ndarray, mass_N: np.ndarray, labels_N: np.ndarray, prices_K: np.ndarray):
@@ -226,11 +226,11 @@ def _shortest_paths(
 
 
 def _inner_prices(cost_KK: np.ndarray, prices_K: np.ndarray) -> np.ndarray:
-    """Prices inside the set {p: p_a - p_b <= cost_ab} of all prices that give this assignment without ties.
+    """Prices inside the set {p: p_a - p_b <= cost_ab} of all prices that give the same assignment.
 
-    The extreme points of this set include the columns and the negative rows of the matrix of shortest
-    distances (Floyd and Warshall). Their mean meets a constraint with equality only if every point of the set
-    does.
+    Inside the set, ties are broken. The extreme points of this set include the columns and the negative rows
+    of the matrix of shortest distances (Floyd and Warshall). Their mean meets a constraint with equality only
+    if every point of the set does.
     """
     distance_KK = np.maximum(cost_KK - prices_K[:, None] + prices_K, 0)
     np.fill_diagonal(distance_KK, 0)

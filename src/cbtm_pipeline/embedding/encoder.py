@@ -79,9 +79,9 @@ def parts_of(text: str, n: int, n_chars: int) -> list[str]:
 
 
 def spread(ids: list[int], size: int, n: int) -> list[list[int]]:
-    """Windows of `size` tokens.
+    """Windows of `size` tokens, at most n of them.
 
-    Of more than n windows, it keeps n, spread evenly from the first to the last.
+    If a text has more, the n windows are spread evenly from the first to the last.
     """
     starts = list(range(0, len(ids), size))
     if len(starts) > n:
@@ -130,8 +130,8 @@ def encode(encoder: Encoder, windows: list[list[int]]) -> np.ndarray:
 def forward(encoder: Encoder, windows: list[list[int]]) -> torch.Tensor:
     """Vectors of one batch, (B, D).
 
-    Weights and pooling are float32; the layers are bf16 on a GPU that has it.
-    Raises ValueError for a vector that is not finite.
+    Weights and pooling are float32; the layers are bf16 on a GPU that has it. Raises ValueError for a vector
+    that is not finite.
     """
     device = encoder.net.device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -67,9 +67,8 @@ def hidden_size(folder: Path | None) -> int | None:
 def load(name: str, n_windows: int, revision: str | None = None) -> encoder.Encoder:
     """The encoder in a folder or on the hub, on the GPU if there is one.
 
-    It reads at most `n_windows` windows of a text.
-    Raises ValueError for an encoder that is missing, whose files do not fit together, that needs code of its
-    own, or that is no encoder of text.
+    It reads at most `n_windows` windows of a text. Raises ValueError for an encoder that is missing, whose
+    files do not fit together, that needs code of its own, or that is no encoder of text.
     """
     where = f"embed.encoder: {name}"
     folder = fetch(name, revision)

@@ -36,8 +36,7 @@ SAME = 1e-5  # singular values below this share of the first are float32 roundin
 class Embedder(NamedTuple):
     """`E_VD`: the vector that each token adds.
 
-    `idf_V`: the weight of each term, idf^p, zero for a dropped term.
-    Both are float32.
+    `idf_V`: the weight of each term, idf^p, zero for a dropped term. Both are float32.
     """
 
     E_VD: np.ndarray

@@ -12,7 +12,10 @@ TIMEOUT_S = 10.0  # of a Slurm command
 
 @dataclass
 class Facts:
-    """The command line's `configfiles` and `profile`, and what follows from them. None or empty: not known (yet)."""
+    """The command line's `configfiles` and `profile`, and what follows from them.
+
+    None or empty: not known (yet).
+    """
 
     configfiles: list[str]
     profile: str | None

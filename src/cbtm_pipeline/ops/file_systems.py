@@ -12,28 +12,15 @@ from typing import NamedTuple
 
 from cbtm_pipeline.ops.finding import Line
 
-SHARED = {
-    "nfs",
-    "nfs4",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "wekafs",
-    "panfs",
-    "orangefs",
-    "pvfs2",
-    "cifs",
-    "smb3",
-    "afs",
-    "glusterfs",
-}
-SHARED |= {"9p", "virtiofs", "gfs2", "ocfs2", "juicefs", "ceph-fuse", "mfs", "vastfs", "quobyte"}
+# Types of file systems that several hosts can share.
+SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "orangefs", "pvfs2", "cifs"}
+SHARED |= {"smb3", "afs", "glusterfs", "9p", "virtiofs", "gfs2", "ocfs2", "juicefs", "ceph-fuse", "mfs"}
+SHARED |= {"vastfs", "quobyte"}
 PROBE_BYTES = 1 << 25
 
 
 class Mount(NamedTuple):
-    """Where a path lies: mount point, type of the file system, mount options."""
+    """The file system of a path: its mount point, its type and its mount options."""
 
     point: str
     type: str
@@ -45,12 +32,12 @@ class Mount(NamedTuple):
 
     @property
     def locks_stay_here(self) -> bool:
-        """Whether it was mounted so that other hosts do not see file locks (Lustre and NFS can be)."""
+        """Whether its mount options hide file locks from other hosts. Lustre and NFS have such options."""
         return bool(re.search(r"\b(localflock|local_lock=(all|flock)|nolock)\b", self.options))
 
 
 def mount_of(path: Path) -> Mount:
-    """The file system that holds a path, or will."""
+    """The file system of a path, which need not exist yet."""
     table = Path("/proc/self/mountinfo")
     return find_mount(existing(path).resolve(), table.read_text("utf-8", "replace") if table.exists() else "")
 
@@ -61,26 +48,27 @@ def find_mount(path: Path, mountinfo: str) -> Mount:
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
-        if path.is_relative_to(point) and len(point) >= len(
-            best.point
-        ):  # of two on one point, the later hides the earlier
+        # of two mounts on one point, the later hides the earlier
+        if path.is_relative_to(point) and len(point) >= len(best.point):
             kind, _, *options = right.split()
             best = Mount(point, kind.removeprefix("fuse."), ",".join([left.split()[5], *options]))
     return best
 
 
 def seen_by(hosts: Collection[str], mounts: Mapping[str, Mount]) -> Iterator[Line]:
-    """Whether compute nodes of these names see what lies on the mounts."""
+    """Whether the compute nodes `hosts` see what lies on the mounts.
+
+    `mounts`: by the name of what lies there.
+    """
     here = {host.split(".")[0] for host in hosts} == {socket.gethostname().split(".")[0]}
     for mount in dict.fromkeys(mounts.values()):
-        what = f"files: {', '.join(name for name in mounts if mounts[name] == mount)} on {mount.point} ({mount.type})"
+        names = ", ".join(name for name in mounts if mounts[name] == mount)
+        what = f"files: {names} on {mount.point} ({mount.type})"
         if mount.shared or here:
             yield "ok", f"{what}, {'which is shared' if mount.shared else 'and every node is this machine'}"
         else:
-            yield (
-                "warn",
-                f"{what}. Expected a shared file system (nfs, lustre, gpfs ...), as compute nodes may not see it. Move them",
-            )
+            expected = "a shared file system (nfs, lustre, gpfs ...), as compute nodes may not see it"
+            yield "warn", f"{what}. Expected {expected}. Move them"
 
 
 def existing(path: Path) -> Path:
@@ -92,7 +80,7 @@ def existing(path: Path) -> Path:
 
 
 class Probe(NamedTuple):
-    """What a folder can do. `write_rate` in bytes/s, to the disk."""
+    """What a folder can do: file locks, hard links, and its write rate to the disk in bytes/s."""
 
     locks: bool
     links: bool
@@ -100,7 +88,10 @@ class Probe(NamedTuple):
 
 
 def probe(folder: Path) -> Probe:
-    """Try it out, in a folder that is removed again. Raises OSError where nothing can be written."""
+    """Try out what a folder can do, in a subfolder that is removed again.
+
+    Raises OSError if it cannot be written.
+    """
     with tempfile.TemporaryDirectory(prefix=".cbtm-doctor-", dir=existing(folder)) as own:
         path, content = Path(own, "probe"), os.urandom(1 << 20)
         began = time.monotonic()
@@ -119,28 +110,23 @@ def probe(folder: Path) -> Probe:
 
 
 def promises(outdir: Path, mount: Mount, found: Probe, for_slurm: bool) -> Iterator[Line]:
-    """What a file system has to keep for launchers and trainings."""
-    if not found.locks:  # a launcher cannot do without, a training has a second way
-        yield (
-            "FAIL" if for_slurm else "warn",
-            f"{outdir}: no file locks. Expected flock to work. Have it mounted so, or change outdir",
-        )
+    """Whether the file system of outdir has what launchers and trainings need."""
+    if not found.locks:
+        level = "FAIL" if for_slurm else "warn"  # a launcher needs locks, a training has a second way
+        yield level, f"{outdir}: no file locks. Expected flock to work. Have it mounted so, or change outdir"
     elif mount.locks_stay_here:
-        yield (
-            "warn",
-            f"{outdir}: locks are not seen by other hosts ({mount.options}). Expected them to be. Run snakemake on one host only",
-        )
+        what = f"{outdir}: locks are not seen by other hosts ({mount.options})"
+        yield "warn", f"{what}. Expected them to be. Run snakemake on one host only"
     if not found.links:
-        yield (
-            "warn",
-            f"{outdir}: no hard links. Expected them, to keep a result that nobody waits for. Such a job is done again",
-        )
+        expected = "them, to keep a result until its launcher takes it"
+        yield "warn", f"{outdir}: no hard links. Expected {expected}. Such a job may be done again"
     if found.locks and found.links:
-        yield "ok", f"files: outdir has locks and hard links, and takes {found.write_rate / 1e6:.0f} MB/s"
+        rate = f"{found.write_rate / 1e6:.0f} MB/s"
+        yield "ok", f"files: outdir has locks and hard links, and takes {rate}"
 
 
 def _locks(path: Path) -> bool:
-    """Whether a lock can be had, and keeps out a second one."""
+    """Whether a file can be locked, and the lock keeps out a second one."""
     with path.open("rb") as first, path.open("rb") as second:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,12 +140,12 @@ def _locks(path: Path) -> bool:
 
 
 def used_bytes(folder: Path) -> int:
-    """What lies below a folder already."""
+    """Bytes of all files below a folder; 0 if there is no folder."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
             try:
                 total += os.lstat(f"{root}/{name}").st_size
-            except OSError:  # gone meanwhile: a run may be going on
+            except OSError:  # it was removed meanwhile: a run may be going on
                 continue
     return total

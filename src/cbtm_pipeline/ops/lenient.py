@@ -1,4 +1,7 @@
-"""Reading what others write meanwhile: a file that is missing, half there or garbage gives less, never an error."""
+"""Read files that other processes write meanwhile.
+
+A missing, partial or wrong file gives less, never an error.
+"""
 
 import math
 import statistics
@@ -10,7 +13,7 @@ import orjson
 
 
 def changed(path: Path) -> float | None:
-    """Unix time of the last change, None where there is no such file."""
+    """Unix time of the last change; None if there is no such file."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -18,7 +21,7 @@ def changed(path: Path) -> float | None:
 
 
 def listed(folder: Path) -> list[Path]:
-    """What is in a folder."""
+    """The paths in a folder; none if there is no folder."""
     try:
         return list(folder.iterdir())
     except OSError:
@@ -26,7 +29,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def end(path: Path, n_bytes: int) -> bytes:
-    """The last lines of a file, at most n_bytes of it."""
+    """The last whole lines of a file, at most `n_bytes`."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -38,12 +41,12 @@ def end(path: Path, n_bytes: int) -> bytes:
 
 
 def rows(path: Path, n_bytes: int) -> list[dict[str, Any]]:
-    """The objects in the last lines of a .jsonl, oldest first."""
+    """The JSON objects in the last `n_bytes` of a .jsonl file, the oldest first."""
     return [row for line in end(path, n_bytes).splitlines() if (row := _parse(line))]
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file; empty if there is none."""
     return _parse(end(path, 1 << 24))
 
 
@@ -56,28 +59,24 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 def number(value: object) -> float | None:
-    """A finite number, None for anything else."""
-    return (
-        float(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        else None
-    )
+    """The value if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def numbers(table: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """The numbers under `key`, of the rows that have one there."""
+    """The numbers under `key`, from the rows that have one."""
     return [value for row in table if (value := number(row.get(key))) is not None]
 
 
 def median(values: Sequence[float]) -> float | None:
-    """None where there are no values."""
+    """The median; None if there are no values."""
     return statistics.median(values) if values else None
 
 
 def text(value: object) -> str | None:
-    """On one line, without what a terminal would obey."""
-    return (
-        None
-        if value is None
-        else " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    )
+    """The value as one line of text, without control characters; None stays None."""
+    if value is None:
+        return None
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())

@@ -1,4 +1,4 @@
-"""What a run is and would submit, as Snakemake sees it: its config, its profile, its jobs by a dry run. Nothing is submitted."""
+"""What a run would submit: its config, its profile, its jobs by a dry run of Snakemake. Submits nothing."""
 
 import json
 import os
@@ -15,12 +15,12 @@ import yaml
 
 from cbtm_pipeline.slurm import commands, request
 
-# Every rule in one small graph: what is submitted depends on the rule, not on the number of experts.
+# Every rule in one small graph: whether a rule is submitted does not depend on the number of experts.
 SMALL = {"cluster": {"k": 1}, "train": {"controls": ["random"]}}
 
 
-class Job(NamedTuple):
-    """A rule that goes to Slurm, with its resources from Snakemake. `resumable`: a training, with one task per GPU."""
+class PlannedJob(NamedTuple):
+    """A rule that goes to Slurm. `resources`: Snakemake's. `resumable`: a training, with one task per GPU."""
 
     rule: str
     resources: dict[str, Any]
@@ -29,12 +29,12 @@ class Job(NamedTuple):
 
     @property
     def partitions(self) -> list[str]:
-        """Slurm takes several, and the job starts in the first that can."""
+        """Slurm takes several partitions; the job starts in the first that has room."""
         return str(self.resources["slurm_partition"]).split(",")
 
     @property
     def n_gpus(self) -> int:
-        """Per node."""
+        """GPUs per node."""
         return int(self.resources.get("gpus", 0))
 
     @property
@@ -43,12 +43,12 @@ class Job(NamedTuple):
 
     @property
     def sbatch(self) -> dict[str, Any]:
-        """What the launcher will ask for. Raises ValueError that names the resource."""
+        """The launcher's parameters of submitit. Raises ValueError that names a wrong resource."""
         return request.sbatch_parameters(self.rule, self.resources, self.threads, "", self.resumable)
 
 
 def merge(base: Any, over: Mapping[str, Any]) -> Any:
-    """`over` laid over `base`, section by section, as Snakemake does it with --configfile."""
+    """`base` with the values of `over`, section by section, as Snakemake merges several --configfile."""
     if not over:
         return base
     merged = dict(base) if isinstance(base, Mapping) else {}
@@ -59,25 +59,28 @@ def merge(base: Any, over: Mapping[str, Any]) -> Any:
 
 
 def read_config(paths: Sequence[str]) -> Any:
-    """The config of a run, each file laid over those before it. Raises ValueError that names the file, OSError."""
+    """The config of a run; later files override earlier ones.
+
+    Raises ValueError with the file's name; OSError.
+    """
     content: Any = {}
     for path in paths:
         try:
             read = yaml.safe_load(Path(path).read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path}: not YAML ({' '.join(str(error).split())}). Expected keys of config.yaml. Mend the file."
-            ) from error
+            found = f"{path}: not YAML ({' '.join(str(error).split())})"
+            raise ValueError(f"{found}. Expected keys of config.yaml. Correct the file.") from error
         if not isinstance(read, dict):
-            raise ValueError(
-                f"{path}: no sections. Expected sections such as corpus and train. Mend the file."
-            )
+            expected = "sections such as corpus and train"
+            raise ValueError(f"{path}: no sections. Expected {expected}. Correct the file.")
         content = merge(content, read)
     return content
 
 
 def profile_file(name: str) -> Path | None:
-    """Where Snakemake finds a profile: by path, else by name in the user's and the site's folders."""
+    """The file of a profile as Snakemake finds it: by path, or in the user's or the site's folder of
+    profiles.
+    """
     homes = [
         os.environ.get("XDG_CONFIG_HOME") or "~/.config",
         (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")[0],
@@ -92,65 +95,52 @@ def profile_file(name: str) -> Path | None:
 
 
 def dry_run(profile: str, configfiles: list[str]) -> str:
-    """What Snakemake would do with this profile if nothing were done yet. Raises ValueError with what it complains of."""
+    """What Snakemake prints as its plan, if nothing is done yet. Raises ValueError with its complaint."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as small:
         json.dump(SMALL, small)
         small.flush()
-        options = [
-            "--dry-run",
-            "--printshellcmds",
-            "--forceall",
-            "--nocolor",
-            "--profile",
-            profile,
-            "--configfile",
-            *configfiles,
-            small.name,
-        ]
+        options = ["--dry-run", "--printshellcmds", "--forceall", "--nocolor", "--profile", profile]
+        options += ["--configfile", *configfiles, small.name]
         run = subprocess.run(
             [sys.executable, "-m", "snakemake", *options], capture_output=True, text=True, timeout=120
         )
     if run.returncode:
-        said = [line.strip() for line in (run.stdout + run.stderr).splitlines() if line.strip()]
-        raise ValueError(
-            f"profile: {profile}: snakemake says: {' '.join(said[-3:])[-400:]} Expected it to plan the run. Mend the profile."
-        )
+        lines = [line.strip() for line in (run.stdout + run.stderr).splitlines() if line.strip()]
+        found = f"profile: {profile}: snakemake says: {' '.join(lines[-3:])[-400:]}"
+        raise ValueError(f"{found} Expected it to plan the run. Correct the profile.")
     return run.stdout + run.stderr
 
 
-def submitted(printed: str) -> list[Job]:
-    """The rules whose command a dry run begins with the launcher."""
+def submitted(printed: str) -> list[PlannedJob]:
+    """The rules that go to Slurm: those whose command begins with the launcher in the output of a dry run."""
     jobs = {}
     for block in re.split(r"^(?:local)?(?:rule|checkpoint) ", printed, flags=re.M)[1:]:
         command = re.search(r"^ *(?:Shell command: )?(exec .*cbtm_pipeline\.slurm\.launch .*)$", block, re.M)
         if command:
             argv = shlex.split(command[1])
             argv = argv[: argv.index("--")]
-            resources, threads = (
-                json.loads(argv[argv.index(name) + 1]) for name in ("--resources", "--threads")
-            )
+            values = (json.loads(argv[argv.index(name) + 1]) for name in ("--resources", "--threads"))
+            resources, threads = values
             rule = block.partition(":")[0]
-            jobs[rule] = Job(rule, resources, threads, "--work" in argv)
+            jobs[rule] = PlannedJob(rule, resources, threads, "--work" in argv)
     return list(jobs.values())
 
 
-def alike(jobs: list[Job]) -> list[list[Job]]:
-    """Groups of jobs that ask for the same."""
-    groups: dict[str, list[Job]] = {}
+def alike(jobs: list[PlannedJob]) -> list[list[PlannedJob]]:
+    """Groups of jobs that ask for the same resources."""
+    groups: dict[str, list[PlannedJob]] = {}
     for job in jobs:
         groups.setdefault(json.dumps(job[1:], sort_keys=True), []).append(job)
     return list(groups.values())
 
 
-def test_only(job: Job, timeout_s: float) -> None:
-    """Ask sbatch about the very script that submitit would give it. Raises ValueError or OSError with Slurm's words."""
+def test_only(job: PlannedJob, timeout_s: float) -> None:
+    """Give sbatch --test-only the script that submitit would submit. Raises Refused or Unreachable."""
     import submitit
 
     with tempfile.TemporaryDirectory() as folder:
         executor = submitit.SlurmExecutor(folder=folder)
         executor.update_parameters(**job.sbatch)
         script = Path(folder, "script.sh")
-        script.write_text(
-            executor._make_submission_file_text("true", "doctor")
-        )  # what executor.submit writes
+        script.write_text(executor._make_submission_file_text("true", "doctor"))  # as executor.submit does
         commands.ask("sbatch", "--test-only", str(script), timeout_s=timeout_s)

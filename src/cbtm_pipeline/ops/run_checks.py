@@ -53,7 +53,10 @@ def _pretrained(config: Config) -> tuple[Pretrained | None, Pretrained | None, P
 
 
 def check_model(f: Facts) -> Iterator[Line]:
-    """Whether the rules that fetch the tokenizer and the seed model will have them. Also finds the model's size."""
+    """Whether the rules that fetch the tokenizer and the seed model will have them.
+
+    Also finds the model's size.
+    """
     if f.config is None:
         return
     model, tokenizer, _ = _pretrained(f.config)
@@ -79,11 +82,14 @@ def check_encoder(f: Facts) -> Iterator[Line]:
 
 
 def _can_be_had(f: Facts, source: Pretrained, needs: dict[str, Callable[[Path | None], list[str]]]) -> Line:
-    """Whether the rules that load a model find it. `needs`: for each rule, what lists the files that are missing."""
+    """Whether the rules that load a model find it.
+
+    `needs`: for each rule, what lists the files that are missing.
+    """
     name, folder, submitted = source.name, source.folder, {job.rule for job in f.jobs}
     lacks = {rule: missing for rule, missing_from in needs.items() if (missing := missing_from(folder))}
     if not lacks:
-        hint = "; HF_HUB_OFFLINE=1 spares jobs without network minutes of trying"
+        hint = "; HF_HUB_OFFLINE=1 saves jobs without a network minutes of retries"
         fits = needs.keys() & submitted and not source.local and not os.environ.get("HF_HUB_OFFLINE")
         return "ok", f"{name}: in {folder}{hint if fits else ''}"
     files = [file for missing in lacks.values() for file in missing][:3]

@@ -1,4 +1,6 @@
-"""The checks of `cbtm doctor` that ask Slurm: whether it answers, would take the jobs, and would leave time to save."""
+"""The checks of `cbtm doctor` that ask Slurm: whether it answers, would take the jobs, and would leave time
+to save.
+"""
 
 import os
 import pwd

@@ -1,4 +1,4 @@
-"""The state of a run as plain text, aligned, at most WIDTH columns wide."""
+"""The state of a run as aligned plain text, at most WIDTH columns wide."""
 
 import os
 import sys
@@ -7,16 +7,21 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from cbtm_pipeline.base.duration import duration
+
 WIDTH = 140
 BAR = 8
 COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "bold red", "unknown": "yellow"}
-STATES = ("done", "running", "waiting", "stopped", "failed", "unknown")  # see status.py
+STATES = ("done", "running", "waiting", "stopped", "failed", "unknown")  # status.py explains them
 
 State = Literal["done", "running", "waiting", "stopped", "failed", "unknown"]
 
 
 class Row(NamedTuple):
-    """A stage or an expert; None is not known. `step` of `n_steps` are optimiser steps, for score_expert experts that are scored."""
+    """A stage or an expert. None means: not known.
+
+    `step` and `n_steps` count optimiser steps; for score_expert, experts that are scored.
+    """
 
     kind: Literal["stage", "expert"]
     name: str
@@ -32,12 +37,14 @@ class Row(NamedTuple):
     job_state: str | None = None
     reason: str | None = None  # why the job waits, or ended
     node: str | None = None
-    n_restarts: int | None = None  # of its jobs
+    n_restarts: int | None = None  # of its Slurm jobs
     error: str | None = None
 
 
 class Status(NamedTuple):
-    """A run: which process holds its folder, its stages and experts, and what could not be found out."""
+    """A run: the process that holds its folder (`active`), its stages and experts, notes on what is not
+    known.
+    """
 
     outdir: str
     active: str | None
@@ -45,7 +52,7 @@ class Status(NamedTuple):
     notes: list[str]
 
 
-# Title, alignment, content. A column that is empty for every expert is left out.
+# Title, alignment, content of each column. A column that is empty for all experts is left out.
 COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("expert", "<", lambda row: row.name),
     ("state", "<", lambda row: row.state),
@@ -64,7 +71,7 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
 
 
 def render(status: Status) -> str:
-    """All that is known of a run: its stages, its experts line by line, what failed, a summary."""
+    """The text for a run: its stages, a table of its experts, a summary, the errors, the notes."""
     stages = [row for row in status.rows if row.kind == "stage"]
     experts = [row for row in status.rows if row.kind == "expert"]
     who = f"snakemake runs ({status.active})" if status.active else "no snakemake runs"
@@ -85,7 +92,7 @@ def render(status: Status) -> str:
 
 
 def summary(experts: list[Row]) -> str:
-    """How many are in which state, and when the last of those that run will be done."""
+    """How many experts are in each state, and in how much time the last of the running ones will be done."""
     n = Counter(row.state for row in experts)
     etas = [row.eta_s for row in experts if row.eta_s is not None]
     which = "" if n["done"] + len(etas) == len(experts) else " of those that run"
@@ -94,24 +101,15 @@ def summary(experts: list[Row]) -> str:
 
 
 def bar(step: int | None, n_steps: int | None) -> str:
-    """Progress in BAR characters; full only at the end."""
+    """Progress as BAR characters; it is full only at the last step."""
     if step is None or n_steps is None:
         return ""
     n = BAR if step >= n_steps else max(0, BAR * step // n_steps)
     return "#" * n + "." * (BAR - n)
 
 
-def duration(seconds: float) -> str:
-    """45s, 1m30s, 3h05m, 2d04h: two units."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24}d{hours % 24:02d}h"
-    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if minutes else f"{s}s"
-
-
 def show(text: str) -> None:
-    """Print, with colours where people look at it."""
+    """Print the text, with colours on a terminal."""
     encoding = sys.stdout.encoding or "utf-8"
     text = text.encode(encoding, "replace").decode(encoding)
     if sys.stdout.isatty():
@@ -125,18 +123,15 @@ def show(text: str) -> None:
         return
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stage(row: Row) -> str:
     count = f" {row.step}/{row.n_steps}" if row.n_steps and row.state != "done" else ""
-    about = (
-        " ".join(filter(None, [row.job and f"job {row.job}", row.job_state, row.reason, row.node]))
-        if row.state != "done"
-        else ""
-    )
-    return f"{row.name}{count}{f' ({about})' if about else ''}"
+    job = [row.job and f"job {row.job}", row.job_state, row.reason, row.node] if row.state != "done" else []
+    words = " ".join(filter(None, job))
+    return f"{row.name}{count}{f' ({words})' if words else ''}"
 
 
 def _steps(row: Row) -> str:
