@@ -1,22 +1,27 @@
-"""What orchestration costs: the plan of a large run, and the waits of a small one on a Slurm cluster in a box.
+"""What orchestration costs: the plan of a large run, and the waits of a small one on a Slurm in a box.
 
-    python benchmarks/orchestration.py            # plan and box (needs Slurm's packages; as root it installs them)
+    python benchmarks/orchestration.py            # plan and box (installs Slurm's packages, which needs root)
     python benchmarks/orchestration.py --plan     # the plan only
 
-Plan: 128 experts on clusters and as many on random ones, a corpus of 1 000 files; seconds until Snakemake knows its jobs.
-Box: the small project of the tests. From the command to the first training (seed included) and to the first expert, from the last
-expert's end to the final report, the commands that asked Slurm something, and the memory of the launchers.
+Plan: 128 experts on clusters, 128 on random clusters, and a corpus of 1 000 files. Prints the seconds until
+Snakemake knows its jobs.
+
+Box: the small project of the tests. Prints the seconds from the command to the first training (seed included)
+and to the first expert, and from the last expert's end to the final report. Also prints how often Slurm was
+asked, and the memory of the launchers.
 """
 
 import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -24,14 +29,15 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
 
-from slurm.box import Box, install  # noqa: E402
+from slurm.box import Box  # noqa: E402
+from slurm.machine import install  # noqa: E402
 from slurm.runs import write_profile  # noqa: E402
 
 from made_project import make_project, snakemake_command, write_corpus  # noqa: E402
 
 
 def plan(folder: Path) -> None:
-    """Print the size of a large plan and how long it takes to make."""
+    """Print the number of jobs of a large run, and the time in which Snakemake plans them."""
     project = make_project(folder, cluster={"k": 128}, train={"batch_size": 128})
     corpus = project / "corpus"
     corpus.mkdir()
@@ -54,14 +60,12 @@ def plan(folder: Path) -> None:
         seconds.append(time.monotonic() - began)
     counts = dict(re.findall(r"^(\w+) +(\d+)$", run.stdout + run.stderr, re.M))
     n_jobs = int(counts["total"]) - 1  # all
-    print(
-        f"plan, k = 128, 1 000 files: {min(seconds):.1f} s (best of 3; worst {max(seconds):.1f}), {n_jobs} Slurm jobs: {counts}",
-        flush=True,
-    )
+    times = f"{min(seconds):.1f} s (best of 3; worst {max(seconds):.1f})"
+    print(f"plan, k = 128, 1 000 files: {times}, {n_jobs} Slurm jobs: {counts}", flush=True)
 
 
 def counting(folder: Path, box: Box) -> dict[str, str]:
-    """An environment in which every call of a Slurm command leaves a line in `folder`/asked."""
+    """An environment in which each call of a Slurm command appends a line to `folder`/asked."""
     bin = folder / "bin"
     bin.mkdir()
     for name in ("squeue", "sacct", "scontrol", "sbatch", "scancel"):
@@ -73,7 +77,7 @@ def counting(folder: Path, box: Box) -> dict[str, str]:
 
 
 def on_box(folder: Path) -> None:
-    """Print the waits of a whole run."""
+    """Run the small project on a box, and print the waits."""
     box = Box(folder / "box")
     box.start()
     try:
@@ -100,47 +104,41 @@ def on_box(folder: Path) -> None:
         }
     finally:
         box.stop()
+    asked = (folder / "asked").read_text().split()
+    print(f"whole run: {ended - began:.0f} s, {len(happened)} jobs")
+    print_waits(happened, began, ended)
+    minutes = (ended - began) / 60
+    print(
+        f"asked Slurm: { {name: asked.count(name) for name in sorted(set(asked))} } in {minutes:.1f} minutes"
+    )
+    n, rss, pss = max(memory)
+    print(f"{n} launchers at once: {rss / n / 2**20:.0f} MB RSS, {pss / n / 2**20:.1f} MB PSS each")
+
+
+def print_waits(happened: dict[str, list[dict[str, Any]]], began: float, ended: float) -> None:
+    """Print how long a run waited. `happened`: the events of each job; `began` and `ended` are unix times."""
     first = {
         name: next(row["time"] for row in rows if row["event"] == "started") - began
         for name, rows in happened.items()
     }
-    last = max(
-        row["time"]
-        for name, rows in happened.items()
-        if name.startswith("expert-")
-        for row in rows
-        if row["event"] == "ended"
-    )
-    ran = sum(
-        row["time"] * (1 if row["event"] == "ended" else -1)
-        for row in happened["report"]
-        if row["event"] in ("started", "ended")
-    )
-    waits = [
-        rows[1]["time"] - rows[0]["time"]
-        for rows in happened.values()
-        if [row["event"] for row in rows[:2]] == ["submitted", "started"]
-    ]
-    taken = [
-        rows[-1]["time"] - rows[-2]["time"] for rows in happened.values() if rows[-1]["event"] == "taken"
-    ]
-    asked = (folder / "asked").read_text().split()
-    n, rss, pss = max(memory)
-    print(f"whole run: {ended - began:.0f} s, {len(happened)} jobs")
-    print(
-        f"command -> first training: {first['expert-seed']:.1f} s, -> first expert: {min(first['expert-0'], first['expert-1']):.1f} s"
-    )
-    print(f"last training's end -> report there: {ended - last:.1f} s (report itself {ran:.1f} s)")
-    print(f"submission -> start on the node: median {sorted(waits)[len(waits) // 2]:.2f} s")
-    print(f"end -> result taken: median {sorted(taken)[len(taken) // 2]:.2f} s")
-    print(
-        f"asked Slurm: { {name: asked.count(name) for name in sorted(set(asked))} } in {(ended - began) / 60:.1f} minutes"
-    )
-    print(f"{n} launchers at once: {rss / n / 2**20:.0f} MB RSS, {pss / n / 2**20:.1f} MB PSS each")
+    experts = [rows for name, rows in happened.items() if name.startswith("expert-")]
+    last = max(row["time"] for rows in experts for row in rows if row["event"] == "ended")
+    times = {row["event"]: row["time"] for row in happened["report"]}
+    report = times["ended"] - times["started"]
+    starts = ["submitted", "started"]
+    on_time = [rows for rows in happened.values() if [row["event"] for row in rows[:2]] == starts]
+    waits = [rows[1]["time"] - rows[0]["time"] for rows in on_time]
+    ends = [rows[-2:] for rows in happened.values() if rows[-1]["event"] == "taken"]
+    taken = [taken["time"] - before["time"] for before, taken in ends]
+    first_expert = min(first["expert-0"], first["expert-1"])
+    print(f"command -> first training: {first['expert-seed']:.1f} s, -> first expert: {first_expert:.1f} s")
+    print(f"last training's end -> report there: {ended - last:.1f} s (report itself {report:.1f} s)")
+    print(f"submission -> start on the node: median {statistics.median_high(waits):.2f} s")
+    print(f"end -> result taken: median {statistics.median_high(taken):.2f} s")
 
 
 def launchers() -> tuple[int, int, int]:
-    """How many launchers run now, their RSS and their proportional share of memory in bytes."""
+    """The number of launchers that run now, their resident and their proportional memory in bytes."""
     n = rss = pss = 0
     for process in psutil.process_iter(["cmdline"]):
         if "cbtm_pipeline.slurm.launch" in (process.info["cmdline"] or [])[:3]:
@@ -156,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plan", action="store_true", help="no cluster")
+    parser.add_argument("--plan", action="store_true", help="only the plan, no cluster")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         plan(Path(folder, "plan"))

@@ -1,21 +1,25 @@
-"""Training speed: ours, a plain loop and Hugging Face's Trainer, in turn on the same machine, with the same model and the same tokens.
+"""Training speed: ours, a plain loop and Hugging Face's Trainer, on the same machine, model and tokens.
 
     pip install -e '.[bench]'
-    python benchmarks/train.py                                        # a model of 10 M parameters, each way of computing
-    python benchmarks/train.py --preset 125m --vocab-size 50304 --seq-len 1024 --batch-size 32 --ways bf16,compiled    # on a GPU
+    python benchmarks/train.py    # a model of 10 M parameters, each way of computing
+    # on a GPU
+    python benchmarks/train.py --preset 125m --vocab-size 50304 --seq-len 1024 --batch-size 32 \\
+        --ways bf16,compiled
 
-* ours: `loop.train`, what the rule train_expert runs, with what it chooses by itself.
-* plain: what nanoGPT's loop does, written anew: autocast, whole logits, fused AdamW, clipping, next batch read beforehand.
+* ours: `loop.train`, as the rule train_expert runs it, with its own choices.
+* plain: nanoGPT's loop, written anew: autocast, whole logits, fused AdamW, clipping, next batch read ahead.
 * trainer: transformers.Trainer with the fused optimiser, pinned memory and no logging.
 
-Each run is a process of its own and trains the same number of steps; the first of them, in which memory is allocated and kernels are made,
-are not counted. Rounds go through all of them in turn, and ratios are taken within a round, as machines are noisy. MFU counts
-6 N + 12 L d T operations per token.
+Each run is a process of its own and trains the same number of steps. The first steps do not count: they
+allocate memory and compile kernels. Each round runs all of them in turn. Ratios are taken within a round,
+because machines are noisy. MFU counts 6 N + 12 L d T operations per token.
 
-Cost model: that many operations per token, so on H100 (989 TFLOP/s) at best 790 k tokens/s for 125m and 101 k for 1.3b.
+Cost model: 6 N + 12 L d T operations per token. So an H100 (989 TFLOP/s) reaches at best 790 k tokens/s with
+125m and 101 k with 1.3b.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -28,7 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbtm_pipeline import config, presets, train_expert
+from cbtm_pipeline import config, plan, presets, train_expert
+from cbtm_pipeline.base import device as devices
 from cbtm_pipeline.training import batches, loop, micro_batch, model, training_log
 
 ROOT = Path(__file__).parents[1]
@@ -41,37 +46,35 @@ WAYS = {  # bf16, compiled
 
 
 def text(vocab_size: int, n_tokens: int) -> np.ndarray:
-    """Token ids as uneven as those of a text."""
+    """Token ids whose frequencies are as uneven as those of a text."""
     return np.minimum(np.random.default_rng(0).zipf(1.2, n_tokens), vocab_size - 1).astype(
         np.uint16 if vocab_size <= 1 << 16 else np.uint32
     )
 
 
 def ours(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Path) -> list[float]:
-    """When each step ended."""
+    """The time at which each step ended (seconds)."""
     cfg = config.read(ROOT / "config.yaml")
-    how = plan.train_expert(cfg, "dense") | {
-        **{
-            "n_steps": args.steps,
-            "batch_size": args.batch_size,
-            "seq_len": args.seq_len,
-            "lr": 3e-4,
-            "validations": 0,
-        },
-        **{
-            "micro_batch_size": args.micro_batch_size,
-            "precision": "bf16" if args.bf16 else "float32",
-            "compile": args.compiled,
-        },
-    }
+    how = dataclasses.replace(
+        plan.train_expert(cfg, "dense"),
+        n_steps=args.steps,
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        lr=3e-4,
+        validations=0,
+        micro_batch_size=args.micro_batch_size,
+        precision="bf16" if args.bf16 else "float32",
+        compile=args.compiled,
+    )
     train_expert.make_deterministic(torch.get_num_threads())
-    loop.train(net, stream, how, cfg.run, folder / "state", "0" * 32, lambda: False)
+    task = loop.Task(how, cfg.run, stream, None, folder / "state", "0" * 32)
+    loop.train(net, task, lambda: False)
     return [row["time"] for row in training_log.read(folder / "state/metrics.jsonl")]
 
 
 def plain(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Path) -> list[float]:
-    """The same."""
-    device = device.move(net.train())
+    """The time at which each step of a plain loop ended (seconds)."""
+    device = devices.move(net.train())
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(net) if args.compiled else net
     micro = args.micro_batch_size or min(args.batch_size, max(1, micro_batch.CPU_TOKENS // args.seq_len))
@@ -97,7 +100,7 @@ def plain(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Pa
 
 
 def trainer(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: Path) -> list[float]:
-    """The same."""
+    """The time at which each step of Hugging Face's Trainer ended (seconds)."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     blocks = [stream.read(i * args.seq_len, args.seq_len) for i in range(args.steps * args.batch_size)]
@@ -128,12 +131,12 @@ def trainer(net: Any, stream: batches.Stream, args: argparse.Namespace, folder: 
         use_cpu=not torch.cuda.is_available(),
     )
     net.config.use_cache = False
-    Trainer(net, how, train_dataset=examples, callbacks=[Clock()]).train()  # pyright: ignore[reportArgumentType] (a list is a dataset)
+    Trainer(net, how, train_dataset=examples, callbacks=[Clock()]).train()  # pyright: ignore[reportArgumentType]
     return times
 
 
 def one(who: str, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens/s after the first steps, MFU where the peak is known, peak memory in GB."""
+    """Tokens/s after the first steps, MFU (0 if the peak is not known), peak memory (GB), and FLOP/s."""
     if args.threads:
         torch.set_num_threads(args.threads)
     stream = batches.Stream([text(args.vocab_size, args.steps * args.batch_size * args.seq_len + 1)])
@@ -142,7 +145,7 @@ def one(who: str, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         times = {"ours": ours, "plain": plain, "trainer": trainer}[who](net, stream, args, Path(folder))
     rate = (len(times) - 1 - args.warmup) * args.batch_size * args.seq_len / (times[-1] - times[args.warmup])
-    progress = training_log.Progress(1, 0, 1, flops, 1)
+    progress = training_log.TrainingProgress(1, 0, 1, flops, 1)
     return {
         "rate": rate,
         "mfu": progress.mfu(rate) or 0.0,
@@ -160,10 +163,10 @@ def main() -> None:
     p.add_argument(
         "--micro-batch-size",
         type=int,
-        help="sequences per forward pass, of all; without it ours chooses, the others take 4096 tokens",
+        help="sequences per forward pass; default: ours chooses, the others take 4096 tokens",
     )
     p.add_argument("--steps", type=int, default=13, help="of each run")
-    p.add_argument("--warmup", type=int, default=3, help="of them, not counted")
+    p.add_argument("--warmup", type=int, default=3, help="first steps of a run that do not count")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--ways", default=",".join(WAYS), help="which of " + ", ".join(WAYS))
     p.add_argument("--who", default=",".join(WHO))
@@ -190,16 +193,16 @@ def main() -> None:
                     continue
                 found = json.loads(run.stdout.splitlines()[-1])
                 rates.setdefault((who, way), []).append(found["rate"])
-                numbers = f"{found['rate']:8.0f} {100 * found['mfu']:5.1f} % {found['flops'] / 1e12:8.3f} {found['memory']:6.2f} GB"
+                numbers = f"{found['rate']:8.0f} {100 * found['mfu']:5.1f} % "
+                numbers += f"{found['flops'] / 1e12:8.3f} {found['memory']:6.2f} GB"
                 print(f"{who:>9} {way:<10} {numbers}", flush=True)
     for way in args.ways.split(","):
         for who in args.who.split(","):
             pairs = list(zip(rates.get(("ours", way), []), rates.get((who, way), []), strict=False))
             if who != "ours" and pairs:
                 ratios = [a / b for a, b in pairs]
-                print(
-                    f"ours / {who}, {way}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                )
+                spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+                print(f"ours / {who}, {way}: {statistics.median(ratios):.2f} {spread}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_batches_hold_every_window_and_no_more_tokens_than_allowed():
 
 @pytest.fixture(scope="module")
 def outdir(tmp_path_factory) -> Path:
-    """A corpus and a seed model that has learned something."""
+    """A corpus, and a seed model that is better than a guess."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("scoring")
     made.write_corpus(out)
@@ -97,7 +97,7 @@ def test_short_documents_equal_the_definition(net, documents):
     assert len(short) >= 3
     expected = np.concatenate([alone(net, document) for document in short])
     assert np.abs(score(net, short, CONTEXT, STRIDE) - expected).max() < 1e-5
-    assert expected.mean() > -np.log(300) + 0.1  # the model has learned, so a shift by one token would show
+    assert expected.mean() > -np.log(300) + 0.1  # better than a guess, so a shift by one token would show
 
 
 def test_long_documents_equal_the_definition_window_by_window(net, documents):
@@ -126,7 +126,7 @@ def test_rows_follow_the_documents(net, documents):
     assert len(score(net, [np.array([0])], CONTEXT, STRIDE)) == 0  # a document of no tokens has no rows
 
 
-def test_no_token_sees_itself_or_what_comes_after(net):
+def test_no_token_sees_itself_or_later_ones(net):
     rng = np.random.default_rng(0)
     document = np.r_[0, rng.integers(1, 300, CONTEXT)]
     (before,) = logprobs(net, list(cut([document], CONTEXT, STRIDE)))
@@ -194,7 +194,8 @@ def test_command_line(outdir, net, documents):
 def main(monkeypatch, outdir: Path) -> None:
     monkeypatch.chdir(outdir)
     monkeypatch.setattr(score_expert.cli, "start_logging", lambda *args: None)
-    argv = "score_expert --config config.json --expert-weights experts/seed/model.safetensors --shards shards/manifest.json --out x.npz"
+    argv = "score_expert --config config.json --expert-weights experts/seed/model.safetensors"
+    argv += " --shards shards/manifest.json --out x.npz"
     monkeypatch.setattr(sys, "argv", argv.split())
     score_expert.main()
 
@@ -207,7 +208,7 @@ def main(monkeypatch, outdir: Path) -> None:
         ("shards/eval-00000.arrow", r"not the file that its manifest speaks of"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(outdir, monkeypatch, path, message):
+def test_files_that_do_not_belong_together_are_refused(outdir, monkeypatch, path, message):
     good = (outdir / path).read_bytes()
     try:
         (outdir / path).write_bytes(good + b"\n")

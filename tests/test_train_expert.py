@@ -1,5 +1,3 @@
-import json
-import math
 import resource
 import shutil
 from pathlib import Path
@@ -8,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import made_hub
 import made_training as made
-from cbtm_pipeline import config, score_expert, train_expert
+from cbtm_pipeline import plan, score_expert
 from cbtm_pipeline.base import artifact, lock
-from cbtm_pipeline.training import batches, checkpoint, expert_folder, loss, model, training_log
-from cbtm_pipeline.training import step as train_step
+from cbtm_pipeline.training import batches, checkpoint, data, expert_folder, model, training_log
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +21,11 @@ def outdir(tmp_path_factory) -> Path:
     return out
 
 
-def plan(name: str) -> dict:
+def make_plan(name: str) -> plan.TrainingPlan:
     return plan.train_expert(made.make_config(), name)
 
 
-# --- a training as it should be ---------------------------------------------------------------------------------------
+# --- a training as it should be -------------------------------------------------------------------
 
 
 def test_published_folder(outdir):
@@ -58,7 +56,7 @@ def test_published_folder(outdir):
     assert rows[0]["loss"] > rows[-1]["loss"]
     assert rows[-1]["n_tokens"] == card["n_train_tokens"]
     assert rows[-1]["lr"] == pytest.approx(0.1 * 0.01)
-    assert {row["mfu"] for row in rows} == {None}  # nobody knows the peak of a CPU
+    assert {row["mfu"] for row in rows} == {None}  # the peak of a CPU is not known
     readme = where.out.with_name("README.md").read_text()
     assert "# Expert 0" in readme
     assert card["weights"] in readme
@@ -109,7 +107,7 @@ def test_precisions_differ(outdir):
 
 
 @pytest.mark.parametrize("name", made.MODELS)
-def test_any_model_trains_resumes_and_is_trained_on_and_is_what_transformers_loads(outdir, name):
+def test_any_model_trains_resumes_branches_and_loads_in_transformers(outdir, name):
     scratch = made.MODELS[name] | (
         {"resid_pdrop": 0.1} if name == "gpt2" else {}
     )  # dropout resumes exactly, too
@@ -144,17 +142,41 @@ def test_pretrained_seed_is_published_as_it_is(outdir):
     assert (card["n_train_tokens"], card["train_flops"], card["final_loss"]) == (0, 0, None)
 
 
-def test_a_text_shorter_than_a_block_trains_and_its_repeats_are_told(tmp_path):
+def test_a_seed_from_the_hub_has_its_commit_on_its_card_and_no_path_in_any_file(
+    outdir, tmp_path, monkeypatch
+):
+    cache = tmp_path / "hub"
+    snapshot = made_hub.snapshot(cache, "me/tiny", made_hub.NEW, "main")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(outdir / "experts/seed" / name, snapshot)
+    made_hub.use(monkeypatch, cache)
+    where = made.files(outdir, "seed", to="from-hub")
+    weights = made.train(made.make_config(pretrained="me/tiny", revision="main"), where, "seed")
+    assert weights == (outdir / "experts/seed/model.safetensors").read_bytes()
+    card = expert_folder.read_card(where.out)
+    assert card["pretrained_commit"] == made_hub.NEW
+    assert (card["plan"]["pretrained"], card["plan"]["revision"]) == ("me/tiny", "main")
+
+    child = made.files(outdir, "0", to="from-hub")._replace(seed_model=where.out)
+    made.train(made.make_config(steps=1), child, "0")
+    assert "pretrained_commit" not in expert_folder.read_card(child.out)
+    # a path would make the files of one training differ between machines
+    for folder, source in ((where.out.parent, cache), (child.out.parent, outdir)):
+        for name in ("config.json", "generation_config.json"):
+            assert str(source) not in (folder / name).read_text()
+
+
+def test_a_text_shorter_than_a_block_trains_with_a_warning(tmp_path):
     made.write_corpus(tmp_path, n_train=(2,), longest=10)
     cfg = made.make_config(k=1, steps=3)
     made.train(cfg, made.files(tmp_path, "seed"), "seed")
     where = made.files(tmp_path, "0", data="one")
-    assert data.read(where.data, plan("0")).stream.n_tokens < made.SEQ_LEN
+    assert data.read(where.data, make_plan("0")).stream.n_tokens < made.SEQ_LEN
     with made.log_lines() as lines:
         assert made.train(cfg, where, "0")
     assert any("reads its text" in line and "more than 4 times" in line for line in lines)
     with pytest.raises(ValueError, match=r"no tokens\. .*Lower cluster\.k"):
-        data.read(made.write_empty_cluster(tmp_path), plan("1"))
+        data.read(made.write_empty_cluster(tmp_path), make_plan("1"))
 
 
 def test_full_disk_while_publishing_leaves_no_weights(outdir):
@@ -172,54 +194,7 @@ def test_full_disk_while_publishing_leaves_no_weights(outdir):
     made.check_published(where, 2)
 
 
-# --- one step ---------------------------------------------------------------------------------------------------------
-
-
-def test_learning_rate():
-    def rates(n_steps, **how):
-        how = {"lr": 1.0, "schedule": "linear", "final_lr_ratio": 0.1, "warmup_ratio": 0.0} | how
-        return [train_step.learning_rate(step, n_steps, **how) for step in range(n_steps)]
-
-    assert rates(3) == pytest.approx([0.7, 0.4, 0.1])
-    assert rates(1) == pytest.approx([0.1])
-    assert rates(5, warmup_ratio=0.4, final_lr_ratio=0.0) == pytest.approx([0.5, 1.0, 2 / 3, 1 / 3, 0.0])
-    assert rates(2, schedule="cosine", final_lr_ratio=0.0) == pytest.approx([0.5, 0.0])
-    assert rates(3, schedule="cosine") == pytest.approx(
-        [0.1 + 0.9 * (1 + math.cos(math.pi * x)) / 2 for x in (1 / 3, 2 / 3, 1)]
-    )
-    assert rates(4, warmup_ratio=1.0) == pytest.approx([0.25, 0.5, 0.75, 1.0])
-
-
-def test_accumulated_gradient_is_that_of_the_whole_batch():
-    net = model.scratch(made.LLAMA, made.VOCAB_SIZE, 0, made.SEQ_LEN, 0)
-    tokens_BT = torch.randint(
-        made.VOCAB_SIZE, (16, made.SEQ_LEN + 1), generator=torch.Generator().manual_seed(0)
-    )
-
-    def gradient(micro_batch_size: int) -> tuple[float, torch.Tensor]:
-        net.zero_grad()
-        total = train_step.accumulate(
-            loss.NextToken(net), tokens_BT, 16 * made.SEQ_LEN, micro_batch_size, False
-        )
-        return total.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-
-    mean, whole = gradient(16)
-    assert mean == pytest.approx(net(input_ids=tokens_BT, labels=tokens_BT).loss.item(), abs=1e-5)
-    for micro_batch_size in (8, 5):
-        other_loss, other = gradient(micro_batch_size)
-        assert other_loss == pytest.approx(mean, abs=1e-5)
-        assert torch.allclose(other, whole, rtol=1e-4, atol=1e-7)
-
-
-def test_weight_decay_is_for_matrices_only():
-    net = model.scratch({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, 300, 0, 32, 0)
-    decayed, free = train_step.make_optimizer(
-        net, {"weight_decay": 0.1, "lr": 1, "betas": [0.9, 0.95]}
-    ).param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
-    assert {p.ndim for p in decayed["params"]} == {2}
-    assert {p.ndim for p in free["params"]} == {1}
-    assert len(decayed["params"]) + len(free["params"]) == len(list(net.parameters()))
+# --- one step -------------------------------------------------------------------------------------
 
 
 def test_seed_and_experts_read_in_different_orders(outdir, monkeypatch):
@@ -236,7 +211,7 @@ def test_seed_and_experts_read_in_different_orders(outdir, monkeypatch):
     assert asked[0] != asked[-1]
 
 
-def test_no_finite_loss_stops_before_the_step(outdir):
+def test_a_loss_that_is_not_finite_stops_before_the_step(outdir):
     cfg = made.make_config(lr=1e30, run=made.NOW)
     where = made.files(outdir, "0", to="nan")
     with pytest.raises(ValueError, match=r"expert 0, step \d: loss .*Lower train\.lr") as error:
@@ -248,7 +223,7 @@ def test_no_finite_loss_stops_before_the_step(outdir):
 
 
 @pytest.mark.parametrize(("run", "n_saved"), [(made.NOW, 2), (made.NEVER, 0)])
-def test_who_was_taken_over_writes_nothing_more(outdir, monkeypatch, run, n_saved):
+def test_a_training_that_lost_its_lock_writes_nothing_more(outdir, monkeypatch, run, n_saved):
     monkeypatch.setattr(lock, "_held", [])
     where = made.files(outdir, "0", to=f"successor-{n_saved}")
     lock.hold(where.work)
@@ -265,53 +240,13 @@ def test_who_was_taken_over_writes_nothing_more(outdir, monkeypatch, run, n_save
     assert not where.out.exists()
 
 
-def test_mfu(monkeypatch):
-    monkeypatch.setattr(training_log, "_peak_flops", lambda: 1e12)
-    progress = training_log.Progress(
-        10, 0, n_tokens=1000, flops_per_token=6_000_000, every_s=1e9, n_devices=2
-    )
-    assert progress.mfu(1e5) == pytest.approx(0.3)
-    with made.log_lines() as lines:
-        assert progress.say(progress.complete({"step": 10, "loss": 1.0, "lr": 0.1, "data_wait_s": 0.0}))
-    assert "  MFU " in lines[0]
-    monkeypatch.setattr(training_log, "_peak_flops", lambda: None)
-    assert training_log.Progress(10, 0, 1000, 6_000_000, 1e9, 2).mfu(1e5) is None
-
-
-# --- what does not belong together ------------------------------------------------------------------------------------
-
-
-def test_data_of_another_kind_is_refused(outdir):
-    with pytest.raises(ValueError, match=r"shards/manifest\.json: shards\. Expected assignments"):
-        data.read(outdir / "shards/manifest.json", plan("0"))
-    with pytest.raises(ValueError, match=r"random/manifest\.json: other clusters\. Expected clusters"):
-        data.read(outdir / "random/manifest.json", plan("0"))
-    with pytest.raises(ValueError, match=r"assignments/manifest\.json: other clusters\. Expected random"):
-        data.read(outdir / "assignments/manifest.json", plan("random-0"))
-
-
-def test_shards_of_another_run_are_refused(outdir, tmp_path):
-    shutil.copytree(outdir / "assignments", tmp_path / "assignments")
-    shutil.copy(outdir / "one/train-00001.arrow", tmp_path / "assignments")
-    with pytest.raises(ValueError, match=r"train-00001\.arrow: made from something else than its manifest"):
-        data.read(tmp_path / "assignments/manifest.json", plan("0"))
-
-
-def test_missing_tokens_are_noticed(outdir, tmp_path):
-    shutil.copytree(outdir / "shards", tmp_path / "shards")
-    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
-    del manifest["shards"][1]["split"]  # not a training shard any more
-    manifest["shards"][0]["n_tokens"] += 1
-    manifest["shards"][1]["split"] = "train"
-    (tmp_path / "shards/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"\d+ tokens in its files\. Expected \d+"):
-        data.read(tmp_path / "shards/manifest.json", plan("dense"))
+# --- inputs that do not belong together ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("experts/seed/model.safetensors", r"not the weights that card\.json speaks of"),
+        ("experts/seed/model.safetensors", r"not the weights that card\.json names"),
         ("tokenizer/tokenizer.json", r"not the tokenizer of the seed model|not the tokenizer of"),
         ("assignments/manifest.json", r"made from another shards"),
     ],
@@ -323,9 +258,8 @@ def test_a_seed_of_something_else_is_refused(outdir, tmp_path, path, message):
     corpus = artifact.identity(outdir / "shards/manifest.json").encode()
     (tmp_path / path).write_bytes(text.replace(corpus, b"0" * 32) if corpus in text else text + b" ")
     for name in ("train-00000.arrow", "train-00001.arrow"):
-        data = (tmp_path / "assignments" / name).read_bytes()
-        (tmp_path / "assignments" / name).write_bytes(
-            data.replace(corpus, b"0" * 32) if "assignments" in path else data
-        )
+        tokens = (tmp_path / "assignments" / name).read_bytes()
+        if "assignments" in path:
+            (tmp_path / "assignments" / name).write_bytes(tokens.replace(corpus, b"0" * 32))
     with pytest.raises(ValueError, match=message):
         made.train(made.make_config(), made.files(tmp_path, "0"), "0")

@@ -1,11 +1,13 @@
-"""Score the held-out text with one expert: the natural log-probability of every token, given the separator and all tokens before it.
+"""Score the held-out text with one expert.
 
-    python -m cbtm_pipeline.score_expert --config results/config.json --expert-weights results/experts/0/model.safetensors \\
-        --shards results/shards/manifest.json --out results/scores/0.npz --threads 1
+    python -m cbtm_pipeline.score_expert --config results/config.json \\
+        --expert-weights results/experts/0/model.safetensors --shards results/shards/manifest.json \\
+        --out results/scores/0.npz --threads 1
 
-Rows are those of heldout.py. In float32 throughout, on CPU and GPU alike.
+The score of a token is its natural log-probability, given the separator and the tokens before it. The rows
+are those of corpus/heldout.py. All computation is in float32, on CPUs and GPUs alike.
 
-Shapes: B windows, T inputs of the longest of them, V tokens in the vocabulary, N held-out tokens.
+Shapes: B windows, T inputs of the longest one, V tokens in the vocabulary, N held-out tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,11 +29,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 4096  # in one forward pass
-LOGIT_BYTES = 1 << 28  # of one forward pass, which a large vocabulary makes smaller
+LOGIT_BYTES = 1 << 28  # in one forward pass: with a large vocabulary, it has fewer tokens
 
 
 class Window(NamedTuple):
-    """Inputs `tokens` and the tokens after them, of which those from the `n_context`-th on are scored into `rows`."""
+    """A piece of a document: `tokens` are its inputs and the token after the last one.
+
+    The targets of inputs `n_context`, `n_context` + 1, ... are scored, and go to `rows` of the result.
+    """
 
     tokens: np.ndarray
     n_context: int
@@ -39,10 +44,12 @@ class Window(NamedTuple):
 
 
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, first, stop): inputs start ... stop - 1 of a document are read, and from input `first` on what follows is scored.
+    """Yield (start, first, stop) for each window of a document with `n_tokens` tokens.
 
-    Input t predicts token x_t, t < n_tokens; input 0 is the separator. Every token is scored exactly once, from at least
-    context - stride + 1 inputs (the separator counted) or all there are; no window has more than `context` inputs.
+    The model reads inputs start ... stop - 1; the predictions of inputs first ... stop - 1 are scored. Input t
+    predicts token x_t, t < n_tokens; input 0 is the separator. Every token is scored exactly once. No window
+    has more than `context` inputs. A token is predicted from at least context - stride + 1 inputs (the
+    separator counts), or from all inputs before it if there are fewer.
     """
     first, stop = 0, min(n_tokens, context)
     while first < stop:
@@ -61,7 +68,10 @@ def cut(documents: Sequence[np.ndarray], context: int, stride: int) -> Iterator[
 
 
 def batched(all_windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Batches of windows of similar length, the longest first, with at most `batch_tokens` inputs each, padding counted."""
+    """Batches of windows of similar length, the longest first.
+
+    A batch has at most `batch_tokens` inputs, with padding, or a single window.
+    """
     order = sorted(all_windows, key=lambda window: -len(window.tokens))
     while order:
         n = max(1, batch_tokens // (len(order[0].tokens) - 1))
@@ -70,9 +80,9 @@ def batched(all_windows: Sequence[Window], batch_tokens: int) -> Iterator[list[W
 
 
 def logprobs(net: "PreTrainedModel", batch: Sequence[Window]) -> np.ndarray:
-    """Log-probability of what follows each input (float32, (B, T)); beyond a window's end it means nothing.
+    """The log-probability of the token after each input (float32, (B, T)); undefined after a window's end.
 
-    Windows are padded on the right: a causal model never looks there, so no mask is needed.
+    Windows are padded on the right. A causal model never looks there, so no mask is needed.
     """
     tokens_BT = np.zeros((len(batch), len(batch[0].tokens)), np.int64)
     for row, window in zip(tokens_BT, batch, strict=True):
@@ -91,7 +101,10 @@ def score(
     stride: int,
     batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:
-    """Log-probability of every token of the documents `[sep, x_0, ..., x_(n-1)]`, separators left out, in order (float32, (N,))."""
+    """The log-probability of each token of documents `[sep, x_0, ..., x_(n-1)]`, in order (float32, (N,)).
+
+    Separators have no score.
+    """
     n_tokens = sum(len(document) - 1 for document in documents)
     batch_tokens = min(batch_tokens, LOGIT_BYTES // (4 * net.config.get_text_config().vocab_size))
     logprob_N = np.full(n_tokens, np.nan, np.float32)
@@ -123,8 +136,8 @@ def main() -> None:
     manifest, shards = artifact.read_json(args.shards, "shards"), artifact.identity(args.shards)
     if card["corpus"] != shards:
         raise ValueError(
-            f"{args.expert_weights}: trained on the corpus of another {args.shards} ({card['corpus']}). Expected {shards}. "
-            f"{make_again(args.expert_weights)}"
+            f"{args.expert_weights}: trained on the corpus of another {args.shards} ({card['corpus']}). "
+            f"Expected {shards}. {make_again(args.expert_weights)}"
         )
     for entry in shard_files.entries(args.shards, manifest, "eval"):
         shard_files.check_file(
@@ -139,7 +152,7 @@ def main() -> None:
     logprob_N = score(net, documents, plan.context, plan.stride)
     if not np.isfinite(logprob_N).all():
         raise ValueError(
-            f"{args.expert_weights}: its log-probabilities are no finite numbers. Expected finite ones. Lower train.lr."
+            f"{args.expert_weights}: some log-probabilities are not finite. Expected finite ones. Lower train.lr."
         )
     meta = artifact.make_meta(
         "scores", {"expert": card["weights"], "shards": shards}, expert=card["expert"], **plan.content()

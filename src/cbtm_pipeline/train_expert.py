@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     if plan.batch_size < group.world_size:
         raise ValueError(
             f"WORLD_SIZE: {group.world_size} processes for expert {args.expert}. Expected at most "
-            f"{plan.batch_size}, the sequences of its batches. Start fewer processes, or raise train.batch_size "
+            f"{plan.batch_size}, the sequences of a batch. Start fewer processes, or raise train.batch_size "
             "(for the seed, train.seed_batch_size)."
         )
     if group.rank == 0:

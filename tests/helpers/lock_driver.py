@@ -1,5 +1,4 @@
-"""A process that asks for a folder's lock as if on another host, and then follows commands on its standard
-input.
+"""A process that asks for a folder's lock as if on another host, and then follows its standard input.
 
     python lock_driver.py FOLDER '{"host": "node1", "wait": true, "locks": "shared", "PATIENCE_S": 0.5, ...}'
 

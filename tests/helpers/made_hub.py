@@ -1,6 +1,4 @@
-"""A hub for tests: folders laid out as its cache, and a server that answers instead of it and counts the
-requests.
-"""
+"""A hub for tests: folders laid out as its cache, and a server in its place that counts the requests."""
 
 import threading
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ def snapshot(cache: Path, name: str, commit: str = NEW, *refs: str) -> Path:
 def use(monkeypatch: pytest.MonkeyPatch, cache: Path, endpoint: str = NOBODY) -> None:
     """Use this cache and this hub.
 
-    Both constants hold what the environment said when huggingface_hub was imported.
+    Both constants are set from the environment when huggingface_hub is imported.
     """
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)

@@ -1,4 +1,4 @@
-"""A small project folder in which the real workflow runs end to end in about a minute."""
+"""A small project folder. The real workflow runs in it from end to end in a minute."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TOPICS = {
     "harbour": "ship anchor mast sail captain tide deck rope cargo crew wave storm port helm compass",
     "garden": "rose soil seed prune water bloom leaf root spade worm compost hedge lawn petal stem",
 }
-# A model that trains in a second, and every control.
+# A model that trains in a second, and all controls.
 SMALL = {
     "corpus": {"train": ["corpus.jsonl"], "eval_fraction": 0.3, "shard_bytes": 4096},
     "tokenizer": {"vocab_size": 300},
@@ -47,7 +47,7 @@ SMALL = {
 
 
 def write_corpus(path: Path, n_documents: int = 90, rng_seed: int = 0) -> None:
-    """Rows id, text, domain: bags of words of three topics."""
+    """Write documents with the keys id, text and domain. Each is a bag of words of one of three topics."""
     rng = random.Random(rng_seed)
     with path.open("w", encoding="utf-8") as file:
         for i in range(n_documents):
@@ -59,7 +59,10 @@ def write_corpus(path: Path, n_documents: int = 90, rng_seed: int = 0) -> None:
 
 
 def make_project(folder: Path, **sections: dict) -> Path:
-    """A folder that holds a small corpus, the default config, the small one in small.yaml, and links to the workflow and the profiles."""
+    """A folder with a small corpus, the default config, small.yaml, links to the workflow and the profiles.
+
+    `sections` change keys of small.yaml.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("workflow", "profiles", "config.yaml"):
         (folder / name).symlink_to(ROOT / name)

@@ -1,4 +1,4 @@
-"""What a training starts from, made small: a tokenizer, shards, assignments, a config. And trainings of it in this process."""
+"""Small inputs of a training (tokenizer, shards, assignments, config), and trainings in this process."""
 
 import itertools
 import json
@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from cbtm_pipeline import config, plan, train_expert
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.config import Config
-from cbtm_pipeline.corpus import token_files
-from cbtm_pipeline.training import expert_folder, training_log, validation
+from cbtm_pipeline.corpus import heldout, token_files
+from cbtm_pipeline.training import expert_folder, training_log
 
 VOCAB_SIZE, SEQ_LEN = 300, 32
 LLAMA = {
@@ -51,10 +51,8 @@ MODELS: dict[str, dict[str, Any]] = {  # one of each kind of architecture
         **{"num_attention_heads": 2, "tie_word_embeddings": False},
     },
 }
-NOW, NEVER = (
-    {"checkpoint_seconds": 1e-9},
-    {"checkpoint_seconds": 600},
-)  # section run: save after every step, or not at all
+# section run: save after every step, or not at all
+NOW, NEVER = {"checkpoint_seconds": 1e-9}, {"checkpoint_seconds": 600}
 CONFIG = Path(__file__).parents[2] / "config.yaml"
 
 
@@ -62,13 +60,14 @@ def make_config(
     k: int = 2,
     scratch: dict[str, Any] = LLAMA,
     pretrained: str | None = None,
+    revision: str | None = None,
     run: dict[str, Any] | None = None,
     **train: Any,
 ) -> Config:
     """The default config for a tiny model: 10 steps of 4 sequences for each expert."""
     content = config.read(CONFIG).model_dump()
     content["cluster"]["k"] = k
-    content["model"] = {"pretrained": pretrained, "preset": None, "scratch": scratch}
+    content["model"] |= {"pretrained": pretrained, "preset": None, "scratch": scratch, "revision": revision}
     content["train"] |= {
         "seq_len": SEQ_LEN,
         "batch_size": 4 * k,
@@ -86,7 +85,7 @@ def make_config(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of 300 words, the separator first, as the rule leaves it."""
+    """A tokenizer of 300 words, the separator first, with the files that the rule writes."""
     vocabulary = {"<sep>": 0} | {f"w{i}": i for i in range(1, VOCAB_SIZE)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<sep>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -105,7 +104,10 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def documents(n: int, rng: np.random.Generator, longest: int = 80) -> token_files.Documents:
-    """n documents of 1 to `longest` tokens, each a walk along neighbouring words, so that there is something to learn."""
+    """n documents of 1 to `longest` tokens.
+
+    Each is a walk along neighbouring words, so that a model can learn something.
+    """
     lengths = rng.integers(1, longest + 1, n)
     texts = [
         np.r_[0, 1 + (rng.integers(299) + np.cumsum(rng.integers(0, 3, length))) % 299] for length in lengths
@@ -114,7 +116,10 @@ def documents(n: int, rng: np.random.Generator, longest: int = 80) -> token_file
 
 
 def write_corpus(outdir: Path, n_train: tuple[int, ...] = (40, 30), longest: int = 80) -> None:
-    """Write tokenizer/, shards/, assignments/ (two clusters: every third document, the others), one/ (one cluster) and random/."""
+    """Write tokenizer/, shards/ and the groups of their documents.
+
+    assignments/ and random/ have two groups (every third document; the others), one/ has one.
+    """
     rng = np.random.default_rng(0)
     write_tokenizer(outdir / "tokenizer")
     meta = artifact.make_meta("tokens", {"tokenizer": artifact.identity(outdir / "tokenizer/tokenizer.json")})
@@ -172,14 +177,10 @@ def write_validation(outdir: Path) -> None:
     pq.write_table(names, shards.with_name("eval-00000.parquet"))
     manifest = artifact.read_json(outdir / "assignments/manifest.json", "assignments")
     chosen = heldout.select_validation(shards, artifact.read_json(shards, "shards"), 1.0, 0)
-    some = heldout.read_validation(shards, chosen)
-    heldout.write_validation(
-        outdir / "assignments/manifest.json",
-        some,
-        [np.arange(len(d)) % 2 for d in some],
-        2,
-        manifest["made_from"],
-    )
+    documents = heldout.read_validation(shards, chosen)
+    labels = [np.arange(len(d)) % 2 for d in documents]
+    out = outdir / "assignments/manifest.json"
+    heldout.write_validation(out, documents, labels, 2, manifest["made_from"])
     manifest["identity_validation"] = artifact.identity(outdir / "assignments" / heldout.VALIDATION_FILE)
     artifact.write_json(outdir / "assignments/manifest.json", manifest)
 
@@ -192,7 +193,7 @@ def write_empty_cluster(outdir: Path) -> Path:
 
 
 def files(outdir: Path, name: str, data: str | None = None, to: str = "experts") -> train_expert.Files:
-    """Where the workflow would put things; `data` overrides the folder of the data, `to` that of the experts."""
+    """The paths that the workflow would use. `data` is another folder of data, `to` one of experts."""
     folder = (
         data or {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data_of(name)[0]]
     )
@@ -206,14 +207,14 @@ def files(outdir: Path, name: str, data: str | None = None, to: str = "experts")
 
 
 def place(outdir: Path, name: str) -> train_expert.Files:
-    """Files of expert 0 in a folder of their own, work/ and all."""
+    """Paths of expert 0 in a folder of its own, work/ included."""
     root = outdir / name
     return files(outdir, "0")._replace(out=root / "experts/0/model.safetensors", work=root / "work/0")
 
 
 @contextmanager
 def log_lines() -> Iterator[list[str]]:
-    """What the project's log says meanwhile."""
+    """The lines that the project logs inside this context."""
     lines: list[str] = []
 
     class Handler(logging.Handler):
@@ -234,9 +235,9 @@ def log_lines() -> Iterator[list[str]]:
 def train(
     cfg: Config, where: train_expert.Files, name: str, stop: Callable[[], Any] = lambda: False
 ) -> bytes:
-    """Train in this process; return the bytes of the weights, none if it was stopped before the end."""
-    how = plan.train_expert(cfg, name)
-    return where.out.read_bytes() if train_expert.train_and_publish(how, cfg.run, where, stop) else b""
+    """Train in this process; return the bytes of the weights, none if the training was stopped."""
+    finished = train_expert.train_and_publish(plan.train_expert(cfg, name), cfg.run, where, stop)
+    return where.out.read_bytes() if finished else b""
 
 
 def write_seed(outdir: Path) -> None:
@@ -247,13 +248,13 @@ def write_seed(outdir: Path) -> None:
 
 
 def stop_after(n_steps: int) -> Callable[[], bool]:
-    """What tells a training to stop after so many steps."""
+    """A `stop` that stops a training after so many steps."""
     calls = itertools.count(1)
     return lambda: next(calls) >= n_steps
 
 
 def check_published(where: train_expert.Files, n_steps: int) -> None:
-    """The folder is complete and consistent, its log has every step once, and nothing is left over."""
+    """Check that the folder is complete, its log has each step once, and no temporary file is left."""
     expert_folder.read_card(where.out)
     assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == list(
         range(1, n_steps + 1)

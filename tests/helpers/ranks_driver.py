@@ -1,25 +1,28 @@
 """Runs processes that train together, forked from this one, which saves each of them the imports.
 
-Reads one JSON command per line, {"what", "args", "log", "world_size"}: every rank calls the function `what` below with `args` (a list for
-each rank, or one for all). Answers {"pids"} at once and {"status"} when all have ended: exit statuses, negative for a signal. What rank r
-prints goes to `log`.r.
+Reads one JSON command per line: {"what", "args", "log", "world_size", "signals"}. Each process calls the
+function `what` below with `args`: a list for each process, or one for all. `signals` says which process gets
+which signal right before which of its steps: {"2": [5, "SIGTERM"]}. Answers {"status"} when all have ended:
+exit statuses, negative for a signal. The output of process r goes to `log`.r.
 """
 
 import json
 import os
+import signal
 import socket
 import sys
-import time
+import threading
 
 import torch
 
 import made_training as made
-from cbtm_pipeline import config, train_expert
+from cbtm_pipeline import plan, train_expert
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.training import checkpoint, distributed, loss, micro_batch, model, placement
 from cbtm_pipeline.training import step as train_step
+from counted import at_call, optimizer_step
 from crash_driver import IMPORTED_ONCE
-from made_driver import told
+from made_driver import commands
 
 
 def train(*args: str) -> None:
@@ -29,7 +32,10 @@ def train(*args: str) -> None:
 
 
 def gradients() -> None:
-    """Print the summed gradients of parameters that all, one or none of the processes use, in buckets of three and less."""
+    """Print the summed gradients of parameters that all, one or none of the processes use.
+
+    A bucket has at most three numbers.
+    """
     distributed.BUCKET = 3
     group = distributed.from_environment(os.environ)
     net = torch.nn.ParameterList([torch.ones(n) for n in (2, 1, 4, 2, 1)])
@@ -45,7 +51,10 @@ def gradients() -> None:
 
 
 def share() -> None:
-    """Print process 0's state as all have it, and what it alone has done."""
+    """Print process 0's state as each process has it, and the answer of an act that process 0 alone does.
+
+    Process 0 answers after the others have asked.
+    """
     group = distributed.from_environment(os.environ)
     tensors = {
         "a": torch.arange(6).reshape(2, 3),
@@ -58,19 +67,23 @@ def share() -> None:
     def act() -> bool:
         nonlocal n_calls
         n_calls += 1
-        time.sleep(1)
+        group.store.wait([f"asks {rank}" for rank in range(1, group.world_size)])
         return True
 
     with distributed.joined(group):
         step, shared = group.share(checkpoint.State(7, tensors) if group.rank == 0 else None)
         shared = {name: [str(t.dtype), t.tolist()] for name, t in shared}
         nothing, _ = group.share(None)
+        group.store.set(f"asks {group.rank}", "")
         answer = group.first_does("act", act)
     print(json.dumps([step, nothing, shared, answer, n_calls]))
 
 
 def small_devices() -> None:
-    """Print, for a whole model and a sharded one on devices that are too small, how it was placed, and the losses of three steps."""
+    """Train a whole model and a sharded one for three steps, on devices that are too small.
+
+    Print how each was placed, and its losses.
+    """
     group = distributed.from_environment(os.environ)
     train_expert.make_deterministic(1)
     answers = []
@@ -101,8 +114,9 @@ def small_devices() -> None:
 
 
 def one_fails(which: str, how: str) -> None:
-    """Process `which` fails, the others wait for it where nothing wakes them, as they would in NCCL."""
-    distributed.GRACE_S = 1.0
+    """Process `which` fails. The others wait where nothing wakes them, as they would in NCCL."""
+    distributed.GRACE_S = 1.0  # so that the test takes no longer
+    never = threading.Event()
 
     def main() -> None:
         group = distributed.from_environment(os.environ)
@@ -113,18 +127,22 @@ def one_fails(which: str, how: str) -> None:
                     os.kill(os.getpid(), 9)
                 raise ValueError("the disk is full")
             if how == "asked":
-                group.first_does("never", lambda: bool(time.sleep(60)))
-            time.sleep(60)
+                group.first_does("never", never.wait)
+            never.wait()
 
     cli.run(main)
 
 
 def rank(command: dict, index: int, env: dict[str, str]) -> int:
+    """Run process number `index` of a command; return its exit status."""
     log = os.open(f"{command['log']}.{index}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(env, RANK=str(index), LOCAL_RANK=str(index))
     args = command["args"]
+    if str(index) in command["signals"]:
+        step, name = command["signals"][str(index)]
+        at_call(step, optimizer_step, lambda: os.kill(os.getpid(), getattr(signal, name)))
     try:
         globals()[command["what"]](*(args[index] if args and isinstance(args[0], list) else args))
     except SystemExit as end:
@@ -133,7 +151,7 @@ def rank(command: dict, index: int, env: dict[str, str]) -> int:
 
 
 def main() -> None:
-    for command in told(IMPORTED_ONCE):
+    for command in commands(IMPORTED_ONCE):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         env = {"WORLD_SIZE": str(command["world_size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -148,7 +166,6 @@ def main() -> None:
                     sys.stdout.flush()
                     os._exit(status)
             pids.append(pid)
-        print(json.dumps({"pids": pids}), flush=True)
         status = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print(json.dumps({"status": status}), flush=True)
 

@@ -1,7 +1,8 @@
-"""What the doctor finds of pretrained models, encoders and the disk, with a cache and a hub of the test's own."""
+"""What the doctor finds of pretrained models, encoders and the disk, with a made-up cache and hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ WIDE = {**SCRATCH, "hidden_size": 2 * SCRATCH["hidden_size"]}
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub's cache. me/tiny has a model and a file for a tokenizer; its branch `wide` has another model, and none."""
+    """A cache with me/tiny: a model and a tokenizer's file; on its branch `wide` another model, no tokenizer."""
     folder = tmp_path_factory.mktemp("hub")
     main = made_hub.snapshot(folder, "me/tiny", NEW, "main")
     model.scratch(SCRATCH, 300, 0, 256, 0).save_pretrained(main)
@@ -46,9 +47,11 @@ def submitted(*rules: str) -> list[PlannedJob]:
     return [PlannedJob(rule, resources, 8, True) for rule in rules]
 
 
-def models(pretrained: str, *rules: str, revision: str | None = None, **tokenizer: str | None) -> list[Line]:
+def models(
+    pretrained: str, *rules: str, revision: str | None = None, tokenizer: dict[str, Any] | None = None
+) -> list[Line]:
     """The findings for a config with this model and tokenizer, whose `rules` go to Slurm."""
-    config = make_config(model={"pretrained": pretrained, "revision": revision}, tokenizer=tokenizer)
+    config = make_config(model={"pretrained": pretrained, "revision": revision}, tokenizer=tokenizer or {})
     return list(run_checks.check_model(Facts([], None, config, submitted(*rules))))
 
 
@@ -67,8 +70,8 @@ def test_models_have_to_be_here_where_jobs_may_have_no_network() -> None:
     ((level, text),) = models("me/nobody")
     assert level == "FAIL" and "no public me/nobody" in text
     other = {"pretrained": "me/other"}
-    assert levels(models("me/tiny", "tokenizer", **other)) == ["ok", "FAIL", "ok"]
-    assert levels(models("me/tiny", "train_expert", **other)) == ["ok", "ok", "ok"]
+    assert levels(models("me/tiny", "tokenizer", tokenizer=other)) == ["ok", "FAIL", "ok"]
+    assert levels(models("me/tiny", "train_expert", tokenizer=other)) == ["ok", "ok", "ok"]
 
 
 def test_a_model_is_looked_for_at_its_revision() -> None:
@@ -98,7 +101,9 @@ def test_the_advice_names_the_revision() -> None:
 
 
 def test_a_model_and_its_tokenizer_may_have_two_revisions() -> None:
-    first, second, third = models("me/tiny", "tokenizer", "train_expert", revision="wide", **TOKENIZER)
+    first, second, third = models(
+        "me/tiny", "tokenizer", "train_expert", revision="wide", tokenizer=TOKENIZER
+    )
     assert [first[0], second[0], third[0]] == ["ok", "ok", "ok"]
     assert OLD in first[1] and NEW in second[1]
     ((level, text), _) = models("me/tiny", "tokenizer", revision="wide")  # this branch has no tokenizer

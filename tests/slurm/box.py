@@ -4,40 +4,30 @@
     python tests/slurm/box.py status DIR
     python tests/slurm/box.py stop DIR
 
-Four nodes, gpu1 to gpu4, each with 4 CPUs, 8 GB and two GPUs that are none; the partitions are in etc/slurm.conf. Everything lives in
-DIR and talks over the loopback interface: no systemd, nothing of the machine is changed, boxes run side by side. It needs Slurm's Debian
-packages, which `install` gets where it may. Root is needed for them, not for the box: daemons run as whoever starts them.
+The box has four nodes, gpu1 to gpu4. Each has 4 CPUs, 8 GB and two fake GPUs. etc/slurm.conf defines the
+partitions. All files are in DIR, and the daemons talk over the loopback interface. The box needs no systemd
+and changes nothing of the machine, and boxes run side by side. It needs Slurm's Debian packages, which
+`install` installs if it may. Only that needs root: the daemons run as the user who starts them.
 """
 
 import argparse
 import contextlib
-import fcntl
 import os
-import pwd
-import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-ETC = Path(__file__).parent / "etc"
-FILES = (
-    "cgroup.conf",
-    "gres.conf",
-    "mariadb.cnf",
-    "mariadb.sql",
-    "slurmdbd.conf",
-    "slurm.conf",
-)  # the last says that all are there
+if __name__ == "__main__":  # as a script, too, it is a part of its package
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    __package__ = "slurm"
+    import slurm  # noqa: F401
+
+from .configure import configure
+from .machine import PATH, alive, environment, install, kill, wait
+
 NODES = ("gpu1", "gpu2", "gpu3", "gpu4")
 DAEMONS = ("slurmctld", *NODES, "slurmdbd", "mariadbd", "munged")
-PACKAGES = ("slurm-wlm", "slurmctld", "slurmd", "slurmdbd", "slurm-client", "munge", "mariadb-server")
-PROGRAMS = ("sbatch", "slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db")
 SQUEUE_FIELDS = (
     "JobID",
     "Name",
@@ -62,103 +52,13 @@ SACCT_FIELDS = (
     "End",
     "Comment",
 )
-# Daemons live where the PATH of ordinary people does not look.
-PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-
-
-def install() -> str | None:
-    """Install Slurm with apt-get if it is not there. Returns None when it is there, else the reason in one line."""
-    if os.environ.get("CBTM_NO_SLURM"):
-        return "CBTM_NO_SLURM is set"
-    missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
-    if not missing:
-        return None
-    reason = f"{missing[0]} is not installed and apt-get"
-    if shutil.which("apt-get") is None:
-        return f"{reason} is not there"
-    if os.geteuid() != 0:
-        return f"{reason} needs root"
-    policy = Path("/usr/sbin/policy-rc.d")
-    with (Path(tempfile.gettempdir()) / "slurm-box-install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = policy.read_bytes() if policy.exists() else None
-        policy.write_text("#!/bin/sh\nexit 101\n")  # keeps the packages from starting their own daemons
-        policy.chmod(0o755)
-        try:
-            for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-                apt = [
-                    "apt-get",
-                    "-q",
-                    "-o",
-                    "Acquire::Retries=1",
-                    "-o",
-                    "Acquire::http::Timeout=10",
-                    *command,
-                ]
-                run = subprocess.run(
-                    apt,
-                    env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                    capture_output=True,
-                    text=True,
-                )
-                if run.returncode:
-                    return (
-                        f"{reason} {command[0]} failed: {(run.stderr or run.stdout).strip().splitlines()[-1]}"
-                    )
-        finally:
-            if before is None:
-                policy.unlink()
-            else:
-                policy.write_bytes(before)
-    return None
-
-
-def wait(condition: Callable[[], object], timeout: float = 60, what: str = "condition") -> None:
-    """Poll `condition` until it is true; TimeoutError after `timeout` seconds."""
-    end = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not so after {timeout:g} s")
-        time.sleep(0.05)
-
-
-def free_ports() -> int:
-    """A tenth of the first of ten free ports, below those that the system hands out by itself."""
-    while True:
-        tenth = random.SystemRandom().randrange(1000, 3200)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for i in range(10):
-                stack.enter_context(socket.socket()).bind(("", 10 * tenth + i))
-            return tenth
-
-
-def environment(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; empty for none, and for one that is over."""
-    with contextlib.suppress(OSError):
-        content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-        return dict(item.split("=", 1) for item in content.split("\0") if "=" in item)
-    return {}
-
-
-def alive(pid: int) -> bool:
-    """False once all threads are over: a process that nobody has waited for yet keeps no port."""
-    with contextlib.suppress(OSError):
-        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return status[0] not in "ZX" or int(status[17]) > 1  # state, number of threads
-    return False
-
-
-def kill(pids: Iterable[int]) -> None:
-    """SIGKILL, and wait for the end."""
-    pids = list(pids)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait(lambda: not any(map(alive, pids)), 30, f"end of processes {pids}")
 
 
 class Box:
-    """A cluster whose whole state lies in `folder`. With `accounting`, settled by the first start, sacct answers (MariaDB, slurmdbd)."""
+    """A cluster, whose whole state is in `folder`.
+
+    With `accounting`, sacct answers (MariaDB, slurmdbd); the first start decides this.
+    """
 
     def __init__(self, folder: Path | str, accounting: bool = True) -> None:
         self.folder = Path(folder).absolute()
@@ -172,13 +72,14 @@ class Box:
         self.env = {**clean, "PATH": PATH, "SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
-        """Start what does not run and wait until the box is ready for jobs."""
+        """Start all daemons that do not run, and wait until the box is ready for jobs."""
         if len(str(self.folder)) > 70:
             raise ValueError(
-                f"{self.folder}: {len(str(self.folder))} characters. Expected 70 at most (sockets). Take a shorter path."
+                f"{self.folder}: {len(str(self.folder))} characters. Expected 70 at most (sockets). Take a "
+                "shorter path."
             )
         if not self.conf.exists():
-            self._configure()
+            configure(self.folder, self.accounting)
         files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "seed", "log")]
         self._start(
             "munged",
@@ -199,7 +100,10 @@ class Box:
         )
 
     def stop(self) -> None:
-        """End every process of the box, those of its jobs as well. Files stay; a later start finds jobs that ran lost with their nodes."""
+        """End every process of the box and of its jobs.
+
+        Files stay. After a later start, jobs that were running count as lost with their nodes.
+        """
         with contextlib.suppress(TimeoutError):  # it saves its state, mostly in a second
             self.stop_slurmctld(timeout=3)
         kill(pid for name in DAEMONS if (pid := self.pid(name)))
@@ -207,7 +111,7 @@ class Box:
             self.kill_slurmd(node)
 
     def clear(self) -> None:
-        """Back to an idle cluster: start what was killed, cancel all jobs."""
+        """Return to an idle cluster: start the daemons that were killed, and cancel all jobs."""
         for name in DAEMONS:
             self.signal(name, signal.SIGCONT)
         self.start()
@@ -229,25 +133,31 @@ class Box:
         self.signal("slurmctld", signal.SIGTERM, timeout)
 
     def kill_slurmctld(self) -> None:
-        """What the controller learned in the last five seconds can be lost."""
+        """Kill the controller. It may forget what it learned in the last five seconds."""
         self.signal("slurmctld", signal.SIGKILL)
 
     def start_slurmd(self, node: str) -> None:
         self._start("slurmd", "-f", str(self.conf), "-N", node, name=node)
 
     def kill_slurmd(self, node: str, with_jobs: bool = True) -> None:
-        """SIGKILL a node's daemon and, with `with_jobs`, all that its jobs run there. Some 20 s later its jobs end in NODE_FAIL."""
+        """Kill a node's daemon and, if `with_jobs`, all processes of its jobs.
+
+        About 20 s later, its jobs end in NODE_FAIL.
+        """
         self.signal(node, signal.SIGKILL)
         while with_jobs and (pids := self.job_pids(node)):
             kill(pids)
 
     def lose_node(self, node: str) -> None:
-        """`kill_slurmd`, and the controller hears of it at once."""
+        """`kill_slurmd`, and tell the controller at once."""
         self.kill_slurmd(node)
         self.run("scontrol", "update", f"node={node}", "state=down", "reason=lost")
 
     def signal(self, name: str, number: int, timeout: float = 60) -> None:
-        """Signal a daemon (one of DAEMONS), if it runs, and wait for its end if it has to end. SIGSTOP makes it hang until SIGCONT."""
+        """Signal a daemon (one of DAEMONS) if it runs, and wait for its end if the signal ends it.
+
+        SIGSTOP suspends it until SIGCONT.
+        """
         if pid := self.pid(name):
             os.kill(pid, number)
             wait(
@@ -265,19 +175,22 @@ class Box:
         return pid if environment(pid).get("SLURM_CONF") == str(self.conf) else None
 
     def job_pids(self, node: str) -> list[int]:
-        """All processes of jobs on a node: Slurm's step daemons, which inherit from slurmd, and what they started."""
+        """All processes of jobs on a node: Slurm's step daemons, which inherit from slurmd, and their children."""
         here = {"SLURM_CONF": str(self.conf), "SLURMD_NODENAME": node}.items()
         pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
         return [pid for pid in pids if here <= environment(pid).items() and pid != self.pid(node)]
 
     def run(self, *command: str) -> str:
-        """A command's stdout without the last newline; CalledProcessError (with its stderr) if it fails."""
+        """A command's stdout without the last newline.
+
+        Raises CalledProcessError (with its stderr) if it fails.
+        """
         return subprocess.run(
             command, env=self.env, check=True, capture_output=True, text=True
         ).stdout.rstrip("\n")
 
     def squeue(self, *args: str) -> list[dict[str, str]]:
-        """Jobs that wait or run as {field: value}; with "--states=all" also those that ended in the last five minutes."""
+        """Jobs that wait or run, as {field: value}; with "--states=all", also jobs that ended lately."""
         out = self.run(
             "squeue",
             "--noheader",
@@ -288,14 +201,14 @@ class Box:
         return [dict(zip(SQUEUE_FIELDS, line.split("|"), strict=False)) for line in out.splitlines()]
 
     def sacct(self, *args: str) -> list[dict[str, str]]:
-        """Accounting rows as {field: value}, one for each job; without arguments for all jobs since midnight."""
+        """Accounting rows as {field: value}, one per job; without arguments, of all jobs since midnight."""
         out = self.run(
             "sacct", "--noheader", "--parsable2", "--allocations", f"--format={','.join(SACCT_FIELDS)}", *args
         )
         return [dict(zip(SACCT_FIELDS, line.split("|"), strict=True)) for line in out.splitlines()]
 
     def state(self, job_id: str) -> str:
-        """PENDING, RUNNING, COMPLETED, ... as the controller has it."""
+        """The controller's state of a job: PENDING, RUNNING, COMPLETED, ..."""
         return self.squeue("--states=all", f"--jobs={job_id}")[0]["State"]
 
     def idle_nodes(self) -> int:
@@ -306,37 +219,6 @@ class Box:
     def pull_forward(self, job_id: str) -> None:
         """Let a requeued job start now, without its delay."""
         self.run("scontrol", "update", f"jobid={job_id}", "StartTime=now")
-
-    def _configure(self) -> None:
-        for name in ("state", "spool", "dev"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(2):
-            (self.folder / f"dev/nvidia{i}").symlink_to("/dev/null")
-        (self.folder / "munge.key").write_bytes(os.urandom(128))
-        (self.folder / "munge.key").chmod(0o400)
-        address = ""
-        with contextlib.suppress(OSError):
-            address = socket.gethostbyname(socket.gethostname())
-        private = address.startswith(
-            "127."
-        )  # Slurm can listen on one address only if the host's own name leads to it
-        values = {
-            "folder": self.folder,
-            "host": socket.gethostname().partition(".")[0],
-            "address": address if private else "127.0.0.1",
-            "listen": "NoInAddrAny,NoCtldInAddrAny" if private else "",
-            "ports": free_ports(),
-            "user": pwd.getpwuid(os.geteuid()).pw_name,
-            "password": os.urandom(16).hex(),
-            # As on most clusters, jobs are tracked by freezer cgroups (version 1), if these can be made.
-            "proctrack": "cgroup" if os.access("/sys/fs/cgroup/freezer", os.W_OK) else "linuxproc",
-        }
-        for name in FILES:
-            lines = (ETC / name).read_text().format(**values).splitlines(keepends=True)
-            (self.folder / name).touch(mode=0o600)  # slurmdbd insists
-            (self.folder / name).write_text(
-                "".join(x for x in lines if self.accounting or not x.startswith("Accounting"))
-            )
 
     def _start_accounting(self) -> None:
         options = f"--defaults-file={self.folder}/mariadb.cnf"

@@ -1,15 +1,15 @@
-"""One Slurm cluster per test process. Where Slurm cannot be had, the tests of this folder are skipped and counted in the last line."""
+"""One Slurm cluster per test process. Without Slurm, these tests are skipped, and the last line counts them."""
 
 import signal
 from collections.abc import Iterator
 
 import pytest
 
-from .box import Box, install
+from .box import Box
+from .machine import install
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell ignores it for what it starts in the background, as `make test` does
+# A shell that starts a process in the background, as `make test` does, makes it ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 
 @pytest.fixture(autouse=True)
 def clear_box(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test did to the cluster, the next one gets it whole and idle."""
+    """Give the next test a whole and idle cluster, whatever this test did to it."""
     yield
     if "box" in request.fixturenames:
         request.getfixturevalue("box").clear()

@@ -1,9 +1,10 @@
-"""What a cluster does to trainings, done to real ones on the box; each must end with the weights of an undisturbed run.
+"""Faults of a cluster, inflicted on real trainings. Each must end with the weights of an undisturbed run.
 
     python tests/slurm/faults.py          # prints the table: fault, steps lost, seconds lost, outcome
 
-Steps lost: those done before the fault that were done again. Seconds lost: from the fault to the first step beyond where the training was,
-whatever the reason (Slurm's own pauses, the start of Python, steps done again).
+Steps lost: those that had been done before the fault and were done again. Seconds lost: from the fault to the
+first new step, with all that takes time in between (Slurm's own pauses, the start of Python, steps done
+again).
 """
 
 import os
@@ -24,8 +25,9 @@ if __name__ == "__main__":
 
 from made_project import snakemake
 
-from .box import Box, install, wait
-from .runs import Run, alive, make_slurm_project
+from .box import Box
+from .machine import install, wait
+from .runs import Run, alive, is_pending, make_slurm_project
 
 N_STEPS = 1000  # of an expert
 AT = 200  # the step at which the fault comes
@@ -44,7 +46,10 @@ class Outcome(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """`strike` does it, and returns when the training is going on or over; the expert and its resources say where."""
+    """A fault. `strike` inflicts it, and returns when the training goes on or has ended.
+
+    `expert` and `resources` say which training suffers it, and where it runs.
+    """
 
     name: str
     strike: Callable[[Run], None]
@@ -60,15 +65,8 @@ def gone(run: Run, pid: int) -> None:
 def preempted(run: Run) -> None:
     """A job of a higher partition takes both GPUs of the node."""
     pid = run.trainer()
-    command = [
-        "sbatch",
-        "--partition=high",
-        f"--nodelist={run.node}",
-        "--gpus-per-node=2",
-        "--time=1",
-        "--output=/dev/null",
-    ]
-    run.box.run(*command, "--wrap=sleep 2")
+    options = ("--partition=high", f"--nodelist={run.node}", "--gpus-per-node=2", "--time=1")
+    run.box.run("sbatch", *options, "--output=/dev/null", "--wrap=sleep 2")
     gone(run, pid)
 
 
@@ -85,7 +83,7 @@ def trainer_killed(run: Run) -> None:
 
 
 def node_lost(run: Run) -> None:
-    """Power cut: the node's daemon and everything on it ends without a word, and comes back later."""
+    """Power cut: the node's daemon and all its processes are killed, and the daemon starts again later."""
     pid, node = run.trainer(), run.node
     run.box.kill_slurmd(node)
     gone(run, pid)
@@ -104,15 +102,15 @@ def node_cut_off(run: Run) -> None:
 
 
 def three_time_limits(run: Run) -> None:
-    """The training is held up in each job until Slurm has given notice, which it does 15 to 45 s after the start of a job of one minute.
+    """Each job holds the training up until Slurm's notice is there, 15 to 45 s after the start of the job.
 
     Slurm's pause before a requeued job may start is skipped.
     """
     for n in (1, 2, 3):
         run.reach(run.step() + 50)
-        pid, started = run.trainer(), run.events("started")[-1]["time"]
+        pid = run.trainer()
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(max(0.0, started + 48 - time.time()))
+        wait(lambda pid=pid: is_pending(pid, signal.SIGUSR2), 90, "Slurm's notice")
         os.kill(pid, signal.SIGCONT)
         wait(lambda: run.box.state(run.job_id) == "PENDING", 60, "the job's return to the queue")
         run.box.pull_forward(run.job_id)
@@ -144,13 +142,13 @@ def snakemake_killed(run: Run) -> None:
 
 
 def snakemake_killed_until_the_end(run: Run) -> None:
-    """kill -9 to Snakemake and the launcher; they start again when the job is long over."""
+    """Snakemake and the launcher are killed with -9, and start again when the job has long ended."""
     run.kill(signal.SIGKILL, everything=True)
     wait(lambda: run.box.state(run.job_id) == "COMPLETED", 120, "the job's end")
     run.start()
 
 
-# Lanes run side by side, each on nodes of its own; the faults of a lane one after the other.
+# Lanes run side by side, each on its own nodes. The faults of a lane come one after another.
 LIMIT = {"slurm_partition": "short", "runtime": 1, "notice_s": 15, "slurm_extra": "--nodelist=gpu1"}
 TWO_NODES = {"slurm_extra": "--exclude=gpu1,gpu4"}
 ANYWHERE_SAFE = {"gpus": 0, "slurm_extra": "--nodelist=gpu1"}
@@ -190,7 +188,7 @@ LANES = [
 
 
 def suffer(box: Box, original: Path, folder: Path, fault: Fault) -> tuple[Run, str, float]:
-    """Run a training up to step AT, strike, wait for its end; the run, the fault and when it came."""
+    """Run a training to step AT, strike, wait for its end. Returns the run, the fault's name, its time."""
     run = Run.of_copy(box, original, folder, fault.expert, **fault.resources)
     run.start()
     run.reach(AT)
@@ -206,7 +204,7 @@ def outcome(run: Run, original: Path, name: str, struck: float) -> Outcome:
     resumed = [row["step"] or 0 for row in starts[1:]]
     reached = min(run.reached, len(rows) - 1)  # type: ignore[attr-defined]
     seconds = rows[reached]["time"] - struck
-    if len(resumed) > 1:  # several stops, none of which we caused
+    if len(resumed) > 1:  # several stops, which Slurm caused
         reached, seconds = resumed[0], sum(rows[step]["time"] - rows[step - 1]["time"] for step in resumed)
     return Outcome(
         name,
@@ -220,7 +218,7 @@ def outcome(run: Run, original: Path, name: str, struck: float) -> Outcome:
 
 
 def prepare(folder: Path) -> Path:
-    """A project in which everything but the experts is there."""
+    """A project that has all inputs of the experts, and no expert."""
     project = make_slurm_project(folder, N_STEPS)
     (project / "undisturbed").mkdir()
     snakemake(
@@ -230,7 +228,7 @@ def prepare(folder: Path) -> Path:
 
 
 def train_undisturbed(original: Path, folder: Path, experts: Iterable[str]) -> None:
-    """Keep the weights of trainings without Slurm."""
+    """Train without Slurm and without faults, and keep the weights."""
     shutil.copytree(original, folder, symlinks=True)
     for expert in experts:
         target = f"results/experts/{expert}/model.safetensors"
@@ -257,7 +255,7 @@ def all_faults(box: Box, folder: Path) -> Iterator[Outcome]:
 
 
 def controller_faults(box: Box, original: Path, folder: Path) -> list[tuple[Run, str, float]]:
-    """Both at once: a training under way and one to be submitted meet a controller that is away for 15 seconds."""
+    """A running training and one that is to be submitted meet a controller that is away for 15 seconds."""
     under_way = Run.of_copy(box, original, folder / "under-way", "0")
     to_come = Run.of_copy(box, original, folder / "to-come", "0")
     under_way.start()
@@ -286,7 +284,8 @@ def main() -> None:
             for o in all_faults(box, Path(folder)):
                 same = "bit-identical" if o.same else "OTHER WEIGHTS"
                 print(
-                    f"| {o.fault} | {o.steps_lost} | {o.seconds_lost:.0f} | {same}; {o.n_jobs} job(s), {o.n_starts} start(s) |",
+                    f"| {o.fault} | {o.steps_lost} | {o.seconds_lost:.0f} | {same}; {o.n_jobs} job(s), "
+                    f"{o.n_starts} start(s) |",
                     flush=True,
                 )
         finally:

@@ -1,4 +1,4 @@
-"""Runs of the workflow on the box: projects, the profile, and what a test needs to know of a training that is under way."""
+"""Runs of the workflow on the box: projects, the profile, and the state of a training under way."""
 
 import contextlib
 import json
@@ -13,13 +13,14 @@ import yaml
 
 from made_project import ROOT, make_project, snakemake_command
 
-from .box import Box, wait
+from .box import Box
+from .machine import wait
 
 PROFILE = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
 
 
 def write_profile(project: Path, rule: str = "train_expert", **resources: Any) -> None:
-    """The shipped profile in `project`/slurm, made small enough for the box; `resources` are those of one rule."""
+    """The shipped profile in `project`/slurm, small enough for the box. `resources` are those of one rule."""
     content = {**PROFILE, "set-threads": dict.fromkeys(PROFILE["set-threads"], 1)}
     content["default-resources"] = {**PROFILE["default-resources"], "mem_mb": 1000, "runtime": 30}
     rules = {"train_expert": {"gpus": 1}, "score_expert": {"gpus": 1}}
@@ -29,7 +30,10 @@ def write_profile(project: Path, rule: str = "train_expert", **resources: Any) -
 
 
 def make_slurm_project(folder: Path, n_steps: int, **sections: dict) -> Path:
-    """A project whose experts train for n_steps steps of about 6 ms (dense: with 16 times larger batches) and save every two seconds."""
+    """A project whose experts train for `n_steps` steps of about 6 ms and save every two seconds.
+
+    The batches of the dense expert are 16 times larger.
+    """
     train = {
         "steps": n_steps,
         "batch_size": 16,
@@ -82,7 +86,7 @@ class Run:
             self.process.wait()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The training log as far as it is written, of the training or of the published expert."""
+        """The training log so far, of the training or of the published expert."""
         for path in (self.work / "state/metrics.jsonl", self.weights.with_name("metrics.jsonl")):
             with contextlib.suppress(FileNotFoundError):
                 lines = path.read_text().splitlines()
@@ -133,3 +137,10 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal waits for a suspended process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)

@@ -1,4 +1,4 @@
-"""The cluster in a box is a cluster: jobs run, GPUs are dealt out, preemption, lost nodes and accounting are real."""
+"""The box is a real cluster: jobs, GPUs, preemption, lost nodes and accounting work."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .box import DAEMONS, NODES, Box, alive, install, wait
+from .box import DAEMONS, NODES, Box
+from .machine import alive, install, wait
 
 
 def submit(box: Box, script: str, *options: str) -> str:

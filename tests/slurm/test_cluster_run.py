@@ -13,7 +13,8 @@ import yaml
 from cbtm_pipeline.slurm import events
 from made_project import make_project, snakemake_command
 
-from .box import Box, wait
+from .box import Box
+from .machine import wait
 from .runs import Run, make_slurm_project, write_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

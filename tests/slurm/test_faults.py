@@ -1,4 +1,4 @@
-"""Every fault of faults.py, done to real trainings on a real Slurm, ends with the weights of an undisturbed run."""
+"""Each fault of faults.py, inflicted on real trainings, ends with the weights of an undisturbed run."""
 
 import signal
 
@@ -37,7 +37,8 @@ def outcomes(box: Box, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ou
 @pytest.mark.parametrize("name", [*NAMES, *AWAY])
 def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
     o = outcomes[name]
-    story = f"{o}\n{o.run.printed()}\n{(o.run.project / 'results/slurm' / f'expert-{o.run.expert}' / 'events.jsonl').read_text()}"
+    history = o.run.project / "results/slurm" / f"expert-{o.run.expert}" / "events.jsonl"
+    story = f"{o}\n{o.run.printed()}\n{history.read_text()}"
     assert o.same, story
     assert o.n_jobs == (2 if name in SUBMITTED_AGAIN else 1), story
     assert o.n_starts == (1 if name in STARTED_ONCE else 2) or ("time limits" in name and o.n_starts >= 4), (

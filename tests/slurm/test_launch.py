@@ -1,11 +1,10 @@
-"""One launcher and its job, on the box: results, failures, what a second launcher finds, and how little it asks of Slurm."""
+"""One launcher and its job on the box: results, failures, a second launcher, and how often Slurm is asked."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 
 from cbtm_pipeline.slurm import events, request
 
-from .box import Box, wait
+from .box import Box
+from .machine import wait
 
 Start = Callable[..., subprocess.Popen]
 RESOURCES = {"slurm_partition": "gpu", "runtime": 5, "mem_mb": 200}
@@ -44,10 +44,22 @@ def start(box: Box, tmp_path: Path) -> Start:
     return launcher
 
 
-def said(launcher: subprocess.Popen, status: int) -> str:
+def end_of(launcher: subprocess.Popen, status: int) -> str:
+    """Wait for the end of a launcher, which has to have this exit status. Returns what it printed."""
     printed = launcher.communicate(timeout=90)[1]
     assert launcher.returncode == status, printed
     return printed
+
+
+def says(launcher: subprocess.Popen, words: str) -> str:
+    """Wait for the launcher's next line with these words, and return that line."""
+    assert launcher.stderr
+    return next(line for line in launcher.stderr if words in line)
+
+
+def when(file: str, command: str) -> str:
+    """A script that runs a command as soon as a file is there."""
+    return f"while [ ! -e {file} ]; do sleep 0.1; done; {command}"
 
 
 def submitted(folder: Path) -> list[str]:
@@ -59,7 +71,7 @@ def started(folder: Path) -> list[dict]:
 
 
 def test_a_job_gets_what_it_asked_for_and_leaves_its_log(box: Box, start: Start, tmp_path: Path) -> None:
-    said(
+    end_of(
         start("env > out; echo hello", "--threads", "2", gpus=2, nodes=1, slurm_extra="--exclude=gpu1,gpu2"),
         0,
     )
@@ -76,7 +88,7 @@ def test_a_job_gets_what_it_asked_for_and_leaves_its_log(box: Box, start: Start,
 
 
 def test_a_failing_module_fails_once(start: Start, tmp_path: Path) -> None:
-    printed = said(start("echo the reason; exit 3"), 1)
+    printed = end_of(start("echo the reason; exit 3"), 1)
     assert "exit status 3" in printed
     assert "Traceback" not in printed
     assert len(submitted(tmp_path)) == len(started(tmp_path)) == 1
@@ -84,7 +96,7 @@ def test_a_failing_module_fails_once(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_always_killed_is_given_up(start: Start, tmp_path: Path) -> None:
-    printed = said(start("kill -9 $$"), 1)
+    printed = end_of(start("kill -9 $$"), 1)
     assert f"started {events.MAX_TRIES} times" in printed
     assert len(started(tmp_path)) == events.MAX_TRIES + 1, "the last one only to say so"
     assert len(submitted(tmp_path)) == 1
@@ -96,7 +108,7 @@ def test_a_module_that_makes_progress_is_not_given_up(start: Start, tmp_path: Pa
         [ $n = 6 ] && touch {tmp_path}/out && exit 0
         touch step-0000000$n.safetensors; kill -9 $$
     """
-    said(start(script, "--work", str(tmp_path / "work")), 0)
+    end_of(start(script, "--work", str(tmp_path / "work")), 0)
     assert [row["step"] for row in started(tmp_path)] == [None, 0, 1, 2, 3, 4, 5]
 
 
@@ -112,7 +124,7 @@ def test_a_module_that_makes_progress_is_not_given_up(start: Start, tmp_path: Pa
     ],
 )
 def test_what_slurm_refuses_is_one_line(start: Start, tmp_path: Path, resources: dict, word: str) -> None:
-    printed = said(start("true", **resources), 1)
+    printed = end_of(start("true", **resources), 1)
     assert word in printed.splitlines()[-1]
     assert "Traceback" not in printed
     assert not (tmp_path / "slurm/job/job.json").exists()
@@ -142,35 +154,34 @@ def test_gpus_other_than_asked_for_stop_the_job(box: Box, tmp_path: Path) -> Non
 
 
 def test_a_killed_launcher_finds_its_job_again(box: Box, start: Start, tmp_path: Path) -> None:
-    script = "while [ ! -e go ]; do sleep 0.1; done; touch out"
-    first = start(script)
+    first = start(when("go", "touch out"))
     wait(lambda: submitted(tmp_path))
     first.kill()
-    second = start(script)
-    time.sleep(2)
-    (tmp_path / "go").touch()
-    assert f"waiting again for job {submitted(tmp_path)[0]}" in said(second, 0)
-    assert len(submitted(tmp_path)) == 1
     first.communicate()
+    second = start(when("go", "touch out"))
+    assert says(second, "waiting again").split()[-1] == submitted(tmp_path)[0]
+    (tmp_path / "go").touch()
+    end_of(second, 0)
+    assert len(submitted(tmp_path)) == 1
 
 
 def test_a_launcher_killed_while_it_submits_leaves_one_job(box: Box, start: Start, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    slow = tmp_path / "bin/sbatch"  # Slurm's own, which then takes its time
-    slow.write_text(f'#!/bin/sh\n{box.run("which", "sbatch")} "$@"\nstatus=$?\nsleep 3\nexit $status\n')
+    slow = tmp_path / "bin/sbatch"  # Slurm's own, which does not answer until the file is there
+    slow.write_text(f'#!/bin/sh\n{box.run("which", "sbatch")} "$@"\n{when(f"{tmp_path}/answer", "exit 0")}\n')
     slow.chmod(0o755)
     env = {**box.env, "PATH": f"{tmp_path}/bin:{box.env['PATH']}"}
-    first = start("sleep 5; touch out", env=env)
-    wait(lambda: box.squeue("--name=job"))
+    first = start(when("go", "touch out"), env=env)
+    wait(lambda: jobs_of(box, tmp_path))
     first.kill()
-    said(start("sleep 5; touch out", env=env), 0)
-    assert (
-        len(
-            {row["JobID"] for row in box.squeue("--states=all", "--name=job") if row["Name"] == "job"}
-            & set(jobs_of(box, tmp_path))
-        )
-        == 1
-    )
+    lock = ["flock", "--nonblock", str(tmp_path / "slurm/job/.lock"), "true"]
+    assert subprocess.run(lock).returncode == 1  # sbatch still has the lock: the next launcher waits for it
+    second = start(when("go", "touch out"), env=env)
+    (tmp_path / "answer").touch()
+    assert says(second, "waiting again").split()[-1] in jobs_of(box, tmp_path)
+    (tmp_path / "go").touch()
+    end_of(second, 0)
+    assert len(jobs_of(box, tmp_path)) == 1
     first.communicate()
 
 
@@ -181,16 +192,18 @@ def jobs_of(box: Box, folder: Path) -> list[str]:
 
 
 def test_a_result_that_nobody_took_is_taken_later(start: Start, tmp_path: Path, box: Box) -> None:
-    first = start("sleep 1; echo precious > out")
+    script = when("go", "echo precious > out")
+    first = start(script)
     wait(lambda: submitted(tmp_path))
     first.kill()
     first.communicate()
+    (tmp_path / "go").touch()
     wait(lambda: (tmp_path / "slurm/job/result.json").exists())
     (tmp_path / "out").unlink()  # as Snakemake does with the outputs of a run that it takes for incomplete
-    said(start("sleep 1; echo precious > out"), 0)
+    end_of(start(script), 0)
     assert (tmp_path / "out").read_text() == "precious\n"
     assert len(submitted(tmp_path)) == 1
-    said(start("sleep 1; echo precious > out"), 0)
+    end_of(start(script), 0)
     assert len(submitted(tmp_path)) == 2, "a result that was taken is not taken again"
 
 
@@ -199,7 +212,7 @@ def test_other_work_under_the_same_name_replaces_the_job(box: Box, start: Start,
     wait(lambda: started(tmp_path))
     first.kill()
     first.communicate()
-    said(start("touch out", "--made-from", "new"), 0)
+    end_of(start("touch out", "--made-from", "new"), 0)
     old, _ = submitted(tmp_path)
     assert box.state(old) == "CANCELLED"
 
@@ -208,13 +221,13 @@ def test_ctrl_c_cancels_and_any_other_end_does_not(box: Box, start: Start, tmp_p
     launcher = start("sleep 600")
     wait(lambda: started(tmp_path))
     launcher.send_signal(signal.SIGHUP)
-    said(launcher, 143)
+    end_of(launcher, 143)
     job = submitted(tmp_path)[0]
     assert box.state(job) == "RUNNING"
     launcher = start("sleep 600")
-    time.sleep(2)
+    says(launcher, "waiting again")
     launcher.send_signal(signal.SIGINT)
-    said(launcher, 130)
+    end_of(launcher, 130)
     wait(lambda: box.state(job) == "CANCELLED", 20)
 
 
@@ -236,7 +249,7 @@ def test_an_orphan_leaves_the_job_alone(box: Box, start: Start, tmp_path: Path) 
         wait(lambda: started(tmp_path))
         parent.kill()
     os.set_blocking((fd := os.open(tmp_path / "slurm/job/.lock", os.O_RDWR)), True)
-    subprocess.run(["flock", str(fd)], pass_fds=[fd], timeout=10, check=True)  # the orphan has let go of it
+    subprocess.run(["flock", str(fd)], pass_fds=[fd], timeout=10, check=True)  # the orphan has released it
     os.close(fd)
     assert box.state(submitted(tmp_path)[0]) == "RUNNING"
 
@@ -247,16 +260,22 @@ def test_many_launchers_ask_slurm_as_little_as_one(box: Box, tmp_path: Path) -> 
     counting.write_text(f'#!/bin/sh\necho >> {tmp_path}/asked\nexec {box.run("which", "squeue")} "$@"\n')
     counting.chmod(0o755)
     code = """if True:
-        import sys, time
+        import sys
         from pathlib import Path
         from cbtm_pipeline.slurm import commands
-        commands.QUEUE_AGE_S = 1.0
-        until = time.time() + 4
-        while time.time() < until:
+        commands.QUEUE_AGE_S = float(sys.argv[2])
+        for _ in range(5):
             assert isinstance(commands.shared_queue(Path(sys.argv[1])), dict)
-            time.sleep(0.05)
     """
     env = {**box.env, "PATH": f"{tmp_path}/bin:{box.env['PATH']}"}
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(8)]
-    assert [process.wait(60) for process in processes] == [0] * 8
-    assert 3 <= len((tmp_path / "asked").read_text().splitlines()) <= 7
+
+    def n_asked(queue_age_s: float) -> int:
+        """How often Slurm is asked when eight processes look at the queue five times each."""
+        (tmp_path / "asked").write_text("")
+        command = [sys.executable, "-c", code, str(tmp_path), str(queue_age_s)]
+        processes = [subprocess.Popen(command, env=env) for _ in range(8)]
+        assert [process.wait(60) for process in processes] == [0] * 8
+        return len((tmp_path / "asked").read_text().splitlines())
+
+    assert n_asked(1e6) == 1  # all use the first answer
+    assert n_asked(0.0) == 40  # no answer is young enough

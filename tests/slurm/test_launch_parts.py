@@ -1,4 +1,4 @@
-"""The parts of the launcher that need no Slurm: requests, what passes by itself, the history of a job."""
+"""Parts of the launcher that need no Slurm: requests, temporary errors, the history of a job."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_anything_else_has_one_task_and_no_notice() -> None:
     assert "account" not in asked, "none was given"
 
 
-def test_notice_is_a_quarter_of_a_short_limit_unless_said() -> None:
+def test_notice_is_a_quarter_of_a_short_limit_unless_it_is_set() -> None:
     assert request.sbatch_parameters("x", {**GPU, "runtime": 4}, 1, "", True)["signal_delay_s"] == 60
     assert request.sbatch_parameters("x", {**GPU, "notice_s": 7}, 1, "", True)["signal_delay_s"] == 7
 
@@ -119,7 +119,7 @@ def test_the_shipped_profile_asks_only_for_what_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
         "squeue: error: slurm_receive_msg: Socket timed out on send/recv operation",
@@ -129,12 +129,12 @@ def test_the_shipped_profile_asks_only_for_what_exists() -> None:
         "scontrol: error: Unable to contact slurm controller (connect failure)",
     ],
 )
-def test_what_passes_by_itself_is_waited_for(said: str) -> None:
-    assert commands.is_temporary(said)
+def test_temporary_errors(message: str) -> None:
+    assert commands.is_temporary(message)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "sbatch: error: invalid partition specified: nope",
         "Batch job submission failed: Invalid account or account/partition combination specified",
@@ -144,8 +144,8 @@ def test_what_passes_by_itself_is_waited_for(said: str) -> None:
         "sbatch: error: Batch job submission failed: User's group not permitted to use this partition",
     ],
 )
-def test_what_people_have_to_mend_is_not(said: str) -> None:
-    assert not commands.is_temporary(said)
+def test_errors_that_users_have_to_correct(message: str) -> None:
+    assert not commands.is_temporary(message)
 
 
 def test_a_command_that_hangs_is_unreachable_and_one_that_is_missing_is_not() -> None:

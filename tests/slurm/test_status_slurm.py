@@ -1,4 +1,4 @@
-"""The jobs that `cbtm status` shows are Slurm's, and it shows the rest when Slurm is away."""
+"""`cbtm status` shows Slurm's jobs, and everything else when Slurm is away."""
 
 import json
 import signal
@@ -10,7 +10,8 @@ import made_training as made
 from cbtm_pipeline import config
 from cbtm_pipeline.slurm import events
 
-from .box import Box, wait
+from .box import Box
+from .machine import wait
 
 
 def show(box: Box, outdir: Path, *options: str) -> str:
@@ -61,9 +62,9 @@ def test_jobs_in_the_queue_and_none_when_slurm_is_away(box: Box, tmp_path: Path)
     box.signal(
         "slurmctld", signal.SIGTERM
     )  # it saves what it knows; killed, it may forget jobs of the last seconds
-    said = show(box, tmp_path)
-    assert "Slurm does not answer (squeue: " in said
-    assert "7 experts: 5 waiting, 2 unknown" in said
+    printed = show(box, tmp_path)
+    assert "Slurm does not answer (squeue: " in printed
+    assert "7 experts: 5 waiting, 2 unknown" in printed
     box.start_slurmctld()
 
     box.run("scancel", jobs["0"])

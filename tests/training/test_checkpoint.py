@@ -157,7 +157,7 @@ def test_damage_anywhere_is_noticed(tmp_path, change):
         except ValueError:
             n_noticed += 1
             continue
-        # a byte of no meaning, such as the blanks that fill up the header
+        # a byte without a meaning, such as the blanks that pad the header
         assert state is not None
         assert same(state.tensors, expected.tensors)
     assert n_noticed == len(places) if change == "truncate" else n_noticed > 0.95 * len(places)

@@ -1,4 +1,4 @@
-"""What a training does between its steps: it looks at validation text, notices a loss that explodes, and saves meanwhile."""
+"""What a training does beside its steps: it validates, stops at a loss that explodes, and saves."""
 
 import importlib.util
 import math
@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import made_training as made
-from cbtm_pipeline import config, train_expert
+from cbtm_pipeline import plan, train_expert
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.training import (
     batches,
     checkpoint,
+    data,
     distributed,
     expert_folder,
     loop,
@@ -41,24 +43,24 @@ def rows_of(where: train_expert.Files) -> list[training_log.Row]:
     return training_log.read(where.out.with_name("metrics.jsonl"))
 
 
-# --- validation -------------------------------------------------------------------------------------------------------
+# --- validation -----------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 300), st.integers(1, 20))
-def test_looks_are_even_and_the_last_is_at_the_end(n_steps, n):
-    steps = sorted(loop.looks(n_steps, n))
+def test_validations_are_evenly_spread_and_the_last_is_at_the_end(n_steps, n):
+    steps = sorted(validation.validation_steps(n_steps, n))
     assert steps[-1] == n_steps
     assert len(steps) == min(n, n_steps) or len(steps) == n
     assert np.ptp(np.diff([0, *steps])) <= 1
-    assert loop.looks(n_steps, 0) == set()
+    assert validation.validation_steps(n_steps, 0) == set()
 
 
 def test_validation_loss_is_the_mean_over_the_text(outdir):
     how = plan.train_expert(made.make_config(validations=5), "0")
     net = model.load(outdir / "experts/seed")
     stream = batches.Stream([made.documents(3, np.random.default_rng(1)).values])
-    n = max(1, min(stream.n_blocks(made.SEQ_LEN), int(loop.VALIDATION_SHARE * 10 * 4 / 5)))
-    found = loop.validate(
+    n = max(1, min(stream.n_blocks(made.SEQ_LEN), int(validation.MAX_SHARE * 10 * 4 / 5)))
+    found = validation.validate(
         placement.Placed(loss.NextToken(net), 2, False, torch.device("cpu")), stream, how, distributed.ALONE
     )
     blocks = torch.from_numpy(np.stack([stream.read(i * made.SEQ_LEN, made.SEQ_LEN + 1) for i in range(n)]))
@@ -67,19 +69,19 @@ def test_validation_loss_is_the_mean_over_the_text(outdir):
 
 
 def test_validation_changes_no_weight_and_is_logged(outdir):
-    plain, looked = (made.files(outdir, "0", to=name) for name in ("unvalidated", "validated"))
+    plain, validated = (made.files(outdir, "0", to=name) for name in ("unvalidated", "validated"))
     weights = made.train(made.make_config(), plain, "0")
     with made.log_lines() as lines:
-        assert made.train(made.make_config(validations=5), looked, "0") == weights
-    assert [row["step"] for row in rows_of(looked) if "valid_loss" in row] == [2, 4, 6, 8, 10]
+        assert made.train(made.make_config(validations=5), validated, "0") == weights
+    assert [row["step"] for row in rows_of(validated) if "valid_loss" in row] == [2, 4, 6, 8, 10]
     assert sum("validation " in line for line in lines) == 5
-    card = expert_folder.read_card(looked.out)
-    assert card["validation_loss"] == rows_of(looked)[-1]["valid_loss"]
+    card = expert_folder.read_card(validated.out)
+    assert card["validation_loss"] == rows_of(validated)[-1]["valid_loss"]
     assert expert_folder.read_card(plain.out)["validation_loss"] is None
 
 
-def test_seed_and_dense_models_look_at_all_clusters(outdir):
-    where = made.files(outdir, "dense", to="looks")
+def test_seed_and_dense_models_are_validated_on_all_clusters(outdir):
+    where = made.files(outdir, "dense", to="all-clusters")
     cfg = made.make_config(validations=2, validation_share=0.25, steps=4)
     made.train(cfg, where, "dense")
     assert all(math.isfinite(row["valid_loss"]) for row in rows_of(where) if row["step"] in (2, 4))
@@ -93,12 +95,12 @@ def test_seed_and_dense_models_look_at_all_clusters(outdir):
 
 
 def test_a_training_that_gets_no_better_ends(outdir):
-    """At a rate of next to nothing the weights do not move, and neither does the loss."""
+    """At a learning rate near zero, neither the weights nor the loss change."""
     cfg = made.make_config(validations=10, patience=2, lr=1e-30, steps=20)
     where = made.files(outdir, "0", to="patient")
     with made.log_lines() as lines:
         made.train(cfg, where, "0")
-    assert len(rows_of(where)) == 6  # the first look is the best, two more are no better
+    assert len(rows_of(where)) == 6  # the first validation is the best, two more are no better
     assert any("ends after step 6 of 20" in line for line in lines)
     card = expert_folder.read_card(where.out)
     assert (card["n_steps"], card["n_train_tokens"]) == (6, 6 * 4 * made.SEQ_LEN)
@@ -116,7 +118,7 @@ def test_patience_survives_a_stop(outdir):
 
 def test_stalled():
     def stalled(losses: list[float], patience: int | None) -> bool:
-        return loop.History(10, validation=losses).stalled(patience)
+        return validation.History(10, validation=losses).stalled(patience)
 
     assert not stalled([], 1)
     assert not stalled([1.0], 1)
@@ -129,18 +131,18 @@ def test_stalled():
     assert not stalled([2.0, 3.0, 2.5], None)
 
 
-# --- a loss that explodes ---------------------------------------------------------------------------------------------
+# --- a loss that explodes -------------------------------------------------------------------------
 
 
 def test_usual_loss():
-    assert loop.History(10).usual_loss() == pytest.approx(math.log(10))
-    assert loop.History(10, [5.0]).usual_loss() == 5.0
-    assert loop.History(1000, [2.0] * 50 + [9.0] * 10).usual_loss() == 2.0
-    assert loop.History(1000, [9.0] * 500 + [2.0] * 60).usual_loss() == 2.0  # what is long ago does not count
+    assert validation.History(10).usual_loss() == pytest.approx(math.log(10))
+    assert validation.History(10, [5.0]).usual_loss() == 5.0
+    assert validation.History(1000, [2.0] * 50 + [9.0] * 10).usual_loss() == 2.0
+    assert validation.History(1000, [9.0] * 500 + [2.0] * 60).usual_loss() == 2.0  # old losses do not count
 
 
 def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
-    """A batch on which the model is far worse than usual, as bad data makes it: the weights are those before it, and are saved."""
+    """One batch is nonsense, so its loss is far above the usual one. The state before it is saved."""
     how = plan.train_expert(made.make_config(steps=30, max_loss_jump=0.7), "0")
     stream = data.read(made.files(outdir, "0").data, how).stream
     original = batches.batch
@@ -151,7 +153,7 @@ def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
 
     def train(name: str, stop=lambda: False) -> None:
         net = model.load(outdir / "experts/seed")
-        loop.train(net, stream, how, made.make_config().run, outdir / name, "f" * 32, stop)
+        loop.train(net, loop.Task(how, made.make_config().run, stream, None, outdir / name, "f" * 32), stop)
 
     train("good", made.stop_after(26))
     monkeypatch.setattr(batches, "batch", batch)
@@ -168,13 +170,13 @@ def test_a_loss_that_explodes_stops_before_the_step(outdir, monkeypatch):
     assert len(training_log.read(outdir / "exploded/metrics.jsonl")) == 26
 
 
-# --- saving beside the training ---------------------------------------------------------------------------------------
+# --- saving beside the training -------------------------------------------------------------------
 
 
-def test_a_state_is_that_of_its_moment(tmp_path, monkeypatch):
-    """Weights that move on while a state is written do not get into it; the next save waits for this one."""
+def test_a_state_has_the_weights_of_its_moment(tmp_path):
+    """Weights that change while a state is written do not get into it. The next save waits for this one."""
     net = torch.nn.Linear(3, 3)
-    optimizer = train_step.make_optimizer(net, {"weight_decay": 0, "lr": 0.1, "betas": [0.9, 0.95]})
+    optimizer = train_step.make_optimizer(net, plan.train_expert(made.make_config(), "0"))
     before = net.weight.detach().clone()
     with checkpoint.Saver() as saver:
         saver.save(tmp_path, 1, "f" * 32, checkpoint.capture(net, optimizer))
@@ -192,11 +194,11 @@ def test_a_state_is_that_of_its_moment(tmp_path, monkeypatch):
     assert torch.equal(state.tensors["model.weight"], before)
 
 
-def test_what_went_wrong_while_saving_is_raised(tmp_path):
+def test_an_error_of_saving_is_raised(tmp_path):
     (tmp_path / "state").write_text("a file where a folder should be")
     with pytest.raises(OSError, match="state"), checkpoint.Saver() as saver:
         saver.save(tmp_path / "state", 1, "f" * 32, {})
-    with pytest.raises(KeyError), checkpoint.Saver() as saver:  # of two errors, that of the training
+    with pytest.raises(KeyError), checkpoint.Saver() as saver:  # of two errors, the training's
         saver.save(tmp_path / "state", 1, "f" * 32, {})
         raise KeyError
 
@@ -219,13 +221,13 @@ def test_a_state_that_is_damaged_when_read_back_removes_no_other(tmp_path, monke
     assert state.step == 2
 
 
-# --- Weights & Biases -------------------------------------------------------------------------------------------------
+# --- Weights & Biases -----------------------------------------------------------------------------
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 
 
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
-def test_without_the_package_a_training_that_wants_it_does_not_begin(outdir):
+def test_a_training_that_needs_a_missing_package_does_not_begin(outdir):
     where = made.files(outdir, "0", to="untracked")
     with pytest.raises(
         ValueError,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import made_training as made
+from cbtm_pipeline import plan
 from cbtm_pipeline.training import loss, model
 from cbtm_pipeline.training import step as train_step
 
@@ -24,7 +25,7 @@ def make(scratch: dict[str, Any]):
     return model.scratch(scratch, made.VOCAB_SIZE, 0, SEQ_LEN, 0)
 
 
-def some_tokens(n: int = 4, rng_seed: int = 0) -> torch.Tensor:
+def random_tokens(n: int = 4, rng_seed: int = 0) -> torch.Tensor:
     return torch.randint(made.VOCAB_SIZE, (n, SEQ_LEN + 1), generator=torch.Generator().manual_seed(rng_seed))
 
 
@@ -64,7 +65,7 @@ def test_large_logits_stay_finite():
 
 @pytest.mark.parametrize("name", made.MODELS)
 def test_loss_and_gradients_of_every_kind_of_model(name):
-    net, tokens_BT = make(made.MODELS[name]), some_tokens()
+    net, tokens_BT = make(made.MODELS[name]), random_tokens()
     loss_of = loss.NextToken(net)
     assert loss_of.in_chunks
     total = loss_of(tokens_BT)
@@ -82,8 +83,8 @@ def test_loss_and_gradients_of_every_kind_of_model(name):
         assert loss_of(tokens_BT).item() == pytest.approx(total.item(), rel=1e-6)
 
 
-def test_a_model_that_caps_its_logits_is_not_taken_for_a_plain_one():
-    net, tokens_BT = make(CAPPED), some_tokens()
+def test_a_model_that_caps_its_logits_is_not_treated_as_a_plain_one():
+    net, tokens_BT = make(CAPPED), random_tokens()
     loss_of = loss.NextToken(net)
     assert not loss_of.in_chunks
     assert loss_of(tokens_BT).item() / tokens_BT[:, 1:].numel() == pytest.approx(
@@ -104,7 +105,7 @@ def test_logits_never_exist_whole():
 
 
 class Seen(TorchDispatchMode):
-    """What happens to tensors: the operations, and the largest result."""
+    """Records the operations on tensors, and the size of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,12 +123,12 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("name", made.MODELS)
 def test_the_host_never_waits_for_the_device_in_a_step(name):
     net = make(made.MODELS[name]).train()
-    loss_of, how = loss.NextToken(net), {"weight_decay": 0.1, "lr": 0.1, "betas": [0.9, 0.95]}
-    optimizer, bad = train_step.make_optimizer(net, how), torch.tensor(False)
+    loss_of, bad = loss.NextToken(net), torch.tensor(False)
+    optimizer = train_step.make_optimizer(net, plan.train_expert(made.make_config(), "0"))
     seen = Seen()
     for step in range(2):
         with seen:
-            total = train_step.accumulate(loss_of, some_tokens(rng_seed=step), 4 * SEQ_LEN, 2, True)
+            total = train_step.accumulate(loss_of, random_tokens(rng_seed=step), 4 * SEQ_LEN, 2, True)
             train_step.update(optimizer, total, 0.1, 1.0, 100.0, bad)
     assert "aten::_fused_adamw_" in seen.operations
     # what reads a number from the device, or makes a tensor of a size that depends on one
@@ -143,7 +144,7 @@ def test_the_host_never_waits_for_the_device_in_a_step(name):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs")
 @pytest.mark.filterwarnings("ignore")  # the compiler's, about itself
 def test_compiled_layers_and_chunks_give_the_same_loss():
-    net, tokens_BT = make(made.MODELS["llama"]), some_tokens()
+    net, tokens_BT = make(made.MODELS["llama"]), random_tokens()
     loss_of = loss.NextToken(net)
     plain = loss_of(tokens_BT)
     plain.backward()

@@ -14,17 +14,17 @@ def test_even_micro_batches(batch_size, largest):
     n, fewest = -(-batch_size // size), -(-batch_size // min(batch_size, largest))
     assert n <= 2 * fewest
     if batch_size % fewest == 0:
-        assert (n, batch_size % size) == (fewest, 0)  # never more, or other ones, than needed
+        assert (n, batch_size % size) == (fewest, 0)  # as few and as equal as possible
 
 
-def test_what_a_sequence_leaves_is_what_autograd_keeps():
-    """Of a chain of layers whose memory is known: the input of each product, and the result of each tanh."""
+def test_sequence_bytes_are_what_autograd_keeps():
+    """In a chain of layers, autograd keeps the input of each product, and the result of each tanh."""
     net = torch.nn.Sequential(torch.nn.Linear(7, 50), torch.nn.Tanh(), torch.nn.Linear(50, 3))
     assert micro_batch.sequence_bytes(net, torch.zeros(7), False) == 4 * 50  # which is the second input
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_more_sequences_leave_as_much_more(bf16):
+def test_more_sequences_keep_proportionally_more(bf16):
     net = model.scratch(made.LLAMA, made.VOCAB_SIZE, 0, 64, 0).train()
     loss_of = loss.NextToken(net)
     sequence_T = torch.arange(65)

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import made_hub
 from cbtm_pipeline.training import model
 from made_training import LLAMA
 
@@ -55,7 +55,7 @@ def test_every_token_of_a_model_from_scratch_can_learn():
     }
     table = model.scratch(opt, 300, 7, 32, 0).get_input_embeddings()
     assert isinstance(table, torch.nn.Embedding)
-    assert table.padding_idx is None  # 1 by default, which would keep token 1 from learning
+    assert table.padding_idx is None  # 1 by default, which would never train token 1
 
 
 def test_scratch_is_a_function_of_the_seed():
@@ -105,7 +105,7 @@ def test_flops_leave_out_tables_that_are_only_looked_up():
 
 
 def test_pretrained_from_a_folder(folder):
-    a, b = weights(llama()), weights(model.pretrained(str(folder), 300, 32))
+    a, b = weights(llama()), weights(model.pretrained(str(folder), None, 300, 32)[0])
     assert all(torch.equal(a[name], b[name]) for name in a)
     b = weights(model.load(folder))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -120,14 +120,16 @@ def test_pretrained_from_a_folder(folder):
 )
 def test_pretrained_that_does_not_fit(folder, vocab_size, seq_len, message):
     with pytest.raises(ValueError, match=message):
-        model.pretrained(str(folder), vocab_size, seq_len)
+        model.pretrained(str(folder), None, vocab_size, seq_len)
 
 
 def test_pretrained_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"model\.pretrained: /no/such/model: not found .*Check the name"):
-        model.pretrained("/no/such/model", 300, 32)
-    with pytest.raises(ValueError, match="Unrecognized model"):
-        model.pretrained(str(tmp_path), 300, 32)
+        model.pretrained("/no/such/model", None, 300, 32)
+    with pytest.raises(
+        ValueError, match=r"lacks config\.json, model\.safetensors\. Expected config\.json and"
+    ):
+        model.pretrained(str(tmp_path), None, 300, 32)
 
 
 def test_pretrained_that_is_damaged(folder, tmp_path):
@@ -135,7 +137,7 @@ def test_pretrained_that_is_damaged(folder, tmp_path):
     shutil.copytree(folder, broken)
     (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(ValueError, match="cannot be loaded"):
-        model.pretrained(str(broken), 300, 32)
+        model.pretrained(str(broken), None, 300, 32)
 
 
 def test_weights_that_are_missing_are_not_made_up(folder, tmp_path):
@@ -144,22 +146,48 @@ def test_weights_that_are_missing_are_not_made_up(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"no fitting weights for model\.layers\.2"):
-        model.pretrained(str(deeper), 300, 32)
+        model.pretrained(str(deeper), None, 300, 32)
 
 
 def test_pickled_weights_are_never_read(folder, tmp_path):
     pickled = tmp_path / "pickled"
     shutil.copytree(folder, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="not found"):
-        model.pretrained(str(pickled), 300, 32)
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors\. Expected .* safetensors weights"):
+        model.pretrained(str(pickled), None, 300, 32)
 
 
-def test_lean_imports_hide_nothing_afterwards():
-    hidden = {name: sys.modules.pop(name) for name in ("scipy", "sklearn", "pandas") if name in sys.modules}
-    try:
-        with model._lean_imports():
-            assert sys.modules["scipy"] is None
-        assert "scipy" not in sys.modules
-    finally:
-        sys.modules.update(hidden)
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache with two Llamas, me/tiny at NEW (main) and at OLD (v1). No hub answers."""
+    cache = tmp_path / "hub"
+    for rng_seed, commit, ref in ((0, made_hub.NEW, "main"), (1, made_hub.OLD, "v1")):
+        llama(rng_seed).save_pretrained(made_hub.snapshot(cache, "me/tiny", commit, ref))
+    made_hub.use(monkeypatch, cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("revision", "rng_seed", "commit"),
+    [
+        (None, 0, made_hub.NEW),
+        ("main", 0, made_hub.NEW),
+        ("v1", 1, made_hub.OLD),
+        (made_hub.OLD, 1, made_hub.OLD),
+    ],
+)
+def test_pretrained_from_the_cache_without_network(cache, revision, rng_seed, commit):
+    net, found = model.pretrained("me/tiny", revision, 300, 32)
+    assert found == commit
+    for name, p in weights(llama(rng_seed)).items():
+        assert torch.equal(p, weights(net)[name])
+
+
+def test_pretrained_from_a_folder_has_no_commit(folder):
+    assert model.pretrained(str(folder), None, 300, 32)[1] is None
+
+
+def test_a_revision_that_does_not_exist_is_one_line(cache):
+    with pytest.raises(ValueError, match=r"model\.pretrained: me/tiny: not found .*--revision v2 ") as error:
+        model.pretrained("me/tiny", "v2", 300, 32)
+    assert "\n" not in str(error.value)

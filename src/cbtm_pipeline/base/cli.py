@@ -54,8 +54,7 @@ def start_logging(label: str, log_file: Path | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run `main`. ValueError, OSError and MemoryError, which users can cause, become one line and exit status
-    1.
+    """Run `main`. Its ValueError, OSError or MemoryError becomes one line and exit status 1: users can cause them.
 
     With CBTM_DEBUG=1 in the environment, the error comes with its stack.
     """

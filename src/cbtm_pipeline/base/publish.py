@@ -11,8 +11,7 @@ _HOST = socket.gethostname()
 
 @contextmanager
 def publish(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path. On a clean exit, sync that file to disk and rename it to `path`; else remove
-    it.
+    """Yield a temporary path. On a clean exit, sync the file to disk and rename it to `path`; else remove it.
 
     Also removes temporary files of `path` that dead processes of this host left. Raises OSError with `path`
     as its file name where the file cannot be written.

@@ -78,9 +78,7 @@ def read_config(paths: Sequence[str]) -> Any:
 
 
 def profile_file(name: str) -> Path | None:
-    """The file of a profile as Snakemake finds it: by path, or in the user's or the site's folder of
-    profiles.
-    """
+    """The file of a profile as Snakemake finds it: by path, else in the user's or the site's folder."""
     homes = [
         os.environ.get("XDG_CONFIG_HOME") or "~/.config",
         (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")[0],

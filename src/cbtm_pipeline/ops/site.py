@@ -163,9 +163,7 @@ def wrong_account(
 
 
 def preempt_modes(slurm: Mapping[str, str], partition: Mapping[str, str]) -> set[str]:
-    """What may happen to a job that has to make way in this partition: REQUEUE, CANCEL, SUSPEND, GANG, or
-    nothing.
-    """
+    """What may happen to a preempted job of this partition: a subset of REQUEUE, CANCEL, SUSPEND, GANG."""
     kind = slurm.get("PreemptType", "preempt/none")
     mode = (slurm if kind == "preempt/qos" else partition).get("PreemptMode", "OFF")
     modes = set(mode.split(",")) - {"OFF", "WITHIN"}

@@ -1,6 +1,4 @@
-"""The checks of `cbtm doctor` that ask Slurm: whether it answers, would take the jobs, and would leave time
-to save.
-"""
+"""The checks of `cbtm doctor` that ask Slurm: does it answer, take the jobs, and leave time to save?"""
 
 import os
 import pwd

@@ -42,9 +42,7 @@ class Row(NamedTuple):
 
 
 class Status(NamedTuple):
-    """A run: the process that holds its folder (`active`), its stages and experts, notes on what is not
-    known.
-    """
+    """A run: the process that holds its folder (`active`), its stages and experts, notes on what is unknown."""
 
     outdir: str
     active: str | None

@@ -1,5 +1,4 @@
-"""One job from its submission until its result was taken, however often the job, Slurm or the launcher is
-interrupted.
+"""One job from its submission until its result was taken, whatever is interrupted in between.
 
 Standard library only: one such process waits on the login node for every job.
 """

@@ -1,5 +1,4 @@
-"""What a rule asks of Slurm: Snakemake's resources become the parameters of submitit, and so the options of
-sbatch.
+"""What a rule asks of Slurm: Snakemake's resources become parameters of submitit and options of sbatch.
 
 profiles/slurm/config.yaml explains the names of the resources.
 """
@@ -39,8 +38,7 @@ def command_line(
     outputs: Sequence[str],
     work: str | None,
 ) -> list[str]:
-    """The words to put before a module's command so that it runs on Slurm; none if the profile names no
-    partition.
+    """The words that put a module's command on Slurm; none if the profile names no partition.
 
     `depends_on` and the inputs, which may be thousands, are passed on as one hash, as a command line has a
     maximum length.
@@ -60,9 +58,7 @@ def command_line(
 
 
 def identity(path: str) -> str:
-    """Identity of an input: the content of a small file, which may be made again unchanged; else size and
-    time.
-    """
+    """Identity of an input: of a small file its content, as it may be made again unchanged; else size and time."""
     try:
         stat = Path(path).stat()
     except FileNotFoundError:  # in a dry run, inputs may not exist yet

@@ -1,9 +1,12 @@
-"""The training stream, and batch(step): a pure function, so that a training goes on after any stop without reading what it has read.
+"""The training stream, and `batch`, a pure function of the step.
 
-A stream is the concatenation of an expert's memory-mapped tokens, read as a circle. It is cut into blocks of seq_len inputs and the
-token after them (block b starts at token b * seq_len), so that every token is predicted once per epoch. Each epoch has a keyed permutation
-of the blocks; a batch takes the next blocks of the endless sequence epoch 0, epoch 1, ... and may cross from one epoch into the next.
-Nothing here depends on the expert: equal data gives equal batches.
+So a training that was stopped reads the next batch without reading the earlier ones.
+
+A stream is the concatenation of an expert's memory-mapped tokens, read as a circle. Block b has the seq_len
+inputs from token b * seq_len on, and the token after them. So every token is predicted once per epoch. Each
+epoch has its own keyed permutation of the blocks. Batches take blocks from the endless sequence epoch 0,
+epoch 1, ...; a batch may cross from one epoch into the next. Nothing here depends on the expert: equal data
+gives equal batches.
 
 Shapes: B sequences, T tokens (seq_len).
 """
@@ -16,7 +19,10 @@ _ROUNDS = 6  # of the Feistel network; 4 already pass as a pseudo-random permuta
 
 
 class Stream:
-    """Segments of token ids (uint16 or uint32, memory-mapped or not), one after the other and then from the start again."""
+    """Segments of token ids (uint16 or uint32, memory-mapped or not), concatenated and read as a circle.
+
+    Raises ValueError if there is no token.
+    """
 
     def __init__(self, segments: Sequence[np.ndarray]):
         self.segments = [s for s in segments if len(s)]
@@ -31,19 +37,19 @@ class Stream:
         return int(self.starts[-1])
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """n tokens from position `start` on, around the circle (int64)."""
+        """The n tokens from position `start` on, around the circle (int64)."""
         out = np.empty(n, np.int64)
-        done, at = 0, start % self.n_tokens
-        while done < n:
-            i = int(np.searchsorted(self.starts, at, "right")) - 1
-            piece = self.segments[i][at - self.starts[i] :][: n - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-            at = (at + len(piece)) % self.n_tokens
+        n_read, position = 0, start % self.n_tokens
+        while n_read < n:
+            i = int(np.searchsorted(self.starts, position, "right")) - 1
+            piece = self.segments[i][position - self.starts[i] :][: n - n_read]
+            out[n_read : n_read + len(piece)] = piece
+            n_read += len(piece)
+            position = (position + len(piece)) % self.n_tokens
         return out
 
     def n_blocks(self, seq_len: int) -> int:
-        """Blocks in an epoch. The last one is filled up from the start of the circle."""
+        """The number of blocks in an epoch. The last one takes missing tokens from the start of the circle."""
         return -(-self.n_tokens // seq_len)
 
 
@@ -53,7 +59,10 @@ ALL = slice(None)
 def batch(
     stream: Stream, rng_seed: int, step: int, batch_size: int, seq_len: int, part: slice = ALL
 ) -> np.ndarray:
-    """Tokens of step 0, 1, ... (int64, (B, T + 1)): inputs are all but the last column, targets all but the first. `part`: of its rows."""
+    """The tokens of step 0, 1, ... (int64, (B, T + 1)).
+
+    Inputs are all columns but the last, targets all but the first. `part` selects rows of the batch.
+    """
     n_blocks = stream.n_blocks(seq_len)
     epoch_B, place_B = np.divmod(step * batch_size + np.arange(batch_size), n_blocks)
     blocks_B = permute(place_B, n_blocks, rng_seed, epoch_B)
@@ -61,10 +70,11 @@ def batch(
 
 
 def permute(place_B: np.ndarray, n: int, rng_seed: int, epoch_B: np.ndarray) -> np.ndarray:
-    """Which of n blocks stands at each place (0 ... n - 1) of each epoch's order: a keyed bijection, in constant memory (int64, (B,)).
+    """The block at each place (0 ... n - 1) of each epoch's order of n blocks (int64, (B,)).
 
-    A Feistel network permutes 2 ** (2 * half) >= n numbers; what falls outside 0 ... n - 1 is permuted again until it falls inside.
-    NumPy's own permutation would need memory for all blocks, and may change from one release to the next.
+    For each key this is a bijection, in constant memory. A Feistel network permutes 2 ** (2 * half) >= n
+    numbers; a result outside 0 ... n - 1 is permuted again until it is inside. NumPy's own permutation would
+    need memory for all blocks, and may change from one release to the next.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -81,7 +91,7 @@ def permute(place_B: np.ndarray, n: int, rng_seed: int, epoch_B: np.ndarray) -> 
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,8 +1,10 @@
-"""Resumable state of a training: one safetensors file per saved step, which is whole and of this training, or is not used.
+"""The resumable state of a training: one safetensors file for each saved step.
 
-A file holds the weights and the optimiser's tensors; its metadata says the step, the fingerprint of the training (plan, data, seed model)
-and a hash of all this. There is no random state to save: every step draws from (rng_seed, step). The two newest files are kept, so that a
-damaged one costs some steps and no more. What is saved only ever shortens a training: without it the same weights come out.
+A file holds the weights and the optimiser's tensors. Its metadata has the step, the fingerprint of the
+training (plan, data, seed model), and a hash of all of it. A file is used only if it is whole and of this
+training. No random state is saved, because every step draws from (rng_seed, step). The two newest files are
+kept, so a damaged file costs some steps and no more. A saved state only shortens a training: without it, the
+training ends with the same weights.
 """
 
 import hashlib
@@ -26,7 +28,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class State(NamedTuple):
-    """Tensors after `step` steps."""
+    """The tensors after `step` steps."""
 
     step: int
     tensors: Tensors
@@ -35,9 +37,10 @@ class State(NamedTuple):
 def capture(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, keep: bool = True
 ) -> Tensors:
-    """A copy in the host's memory of weights, buffers and optimiser tensors by name; weights that layers share appear once.
+    """A copy of weights, buffers and optimiser tensors by name, in the host's memory.
 
-    Of a sharded model all processes have to ask; those that do not `keep` it get nothing, and hold one whole tensor at a time.
+    Weights that layers share appear once. For a sharded model, all processes must call this. A process that
+    does not `keep` the copy gets an empty one, and holds one whole tensor at a time.
     """
     tensors = {f"model.{name}": p for name, p in [*model.named_parameters(), *model.named_buffers()]}
     for index, values in (optimizer.state_dict()["state"] if optimizer else {}).items():
@@ -49,7 +52,7 @@ def capture(
 def restore(
     tensors: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put captured tensors back into a model and an optimiser of the same make, one after the other."""
+    """Copy captured tensors, one after the other, into a model and an optimiser of the same structure."""
     places = dict([*model.named_parameters(), *model.named_buffers()])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Tensors] = {}
@@ -68,18 +71,21 @@ def restore(
 
 
 class Saver:
-    """Saves states while the training goes on, one at a time: the host's copy is made at once, hashing and writing are a thread's work."""
+    """Saves states in a thread, one at a time, while the training goes on."""
 
     def __init__(self) -> None:
         self._pool, self._running = ThreadPoolExecutor(1), None
 
     def save(self, folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
-        """Begin to save what `capture` gave, after the save before this one has ended. Raises what that one raised."""
+        """Begin to hash and write the tensors that `capture` gave.
+
+        Waits first for the save before this one, and raises what that one raised.
+        """
         self.wait()
         self._running = self._pool.submit(save, folder, step, fingerprint, tensors)
 
     def wait(self) -> None:
-        """Until what was begun is on the disk. Raises what saving raised."""
+        """Wait until the state is on the disk. Raises what saving raised."""
         running, self._running = self._running, None
         if running:
             running.result()
@@ -91,7 +97,7 @@ class Saver:
         try:
             self.wait()
         except Exception:
-            if kind is None:  # else there is something worse to tell
+            if kind is None:  # else the error of the training matters more
                 raise
         finally:
             self._pool.shutdown()
@@ -100,10 +106,11 @@ class Saver:
 def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
     """Write the state after `step` steps and read it back; then remove all but the newest two.
 
-    Raises OSError when what is read is not what was written; the states before are kept then.
+    Raises OSError if the file cannot be written, or does not read back as it was written. Then the earlier
+    states are kept.
     """
-    about = {"format": artifact.FORMAT, "kind": "state", "step": step, "fingerprint": fingerprint}
-    meta = json.dumps({**about, "hash": _hash(about, tensors)}, sort_keys=True)
+    content = {"format": artifact.FORMAT, "kind": "state", "step": step, "fingerprint": fingerprint}
+    meta = json.dumps({**content, "hash": _hash(content, tensors)}, sort_keys=True)
     path = folder / f"step-{step:08d}.safetensors"
     with artifact.publish(path) as tmp:
         try:
@@ -121,28 +128,29 @@ def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
 
 
 def load(folder: Path, fingerprint: str) -> State | None:
-    """The newest state that is whole, or None where nothing was saved or what was saved belongs to another training, which is then removed.
+    """The newest whole state; None if there is no state of this training.
 
-    Raises ValueError when there are saved states and every one is damaged: starting again is for people to decide.
+    The states of another training are removed. Raises ValueError if there are saved states and all of them
+    are damaged: people have to decide whether to start again.
     """
     damaged: dict[Path, str] = {}
     for path in candidates(folder):
         try:
-            about, tensors = _read(path)
+            meta, tensors = _read(path)
         except ValueError as error:
             log.warning("%s: damaged (%s), looking for the one before", path, error)
             damaged[path] = str(error)
             continue
-        if about["fingerprint"] != fingerprint:
+        if meta["fingerprint"] != fingerprint:
             log.info(
-                "%s: the state of another training (its plan, data or seed model changed), training starts anew",
+                "%s: the state of another training (the plan, data or seed model changed), training starts anew",
                 folder,
             )
             discard(folder)
             return None
         for other in damaged:
             other.unlink()
-        return State(about["step"], tensors)
+        return State(meta["step"], tensors)
     if damaged:
         path, reason = next(iter(damaged.items()))
         raise ValueError(
@@ -153,7 +161,7 @@ def load(folder: Path, fingerprint: str) -> State | None:
 
 
 def discard(folder: Path) -> None:
-    """Remove all state at once: after this, however it ends, none of it is seen again."""
+    """Remove all states. The folder is renamed first, so a kill leaves all of them or none."""
     trash = folder.with_name(f".{folder.name}-discarded")
     shutil.rmtree(trash, ignore_errors=True)
     if folder.exists():
@@ -169,19 +177,20 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict, Tensors]:
+    """Metadata and tensors of a state. Raises ValueError if the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("cbtm", "{}"))
+            meta = json.loads((file.metadata() or {}).get("cbtm", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    if not isinstance(about, dict) or about.pop("hash", None) != _hash(about, tensors):
-        raise ValueError("its hash is another")
-    return artifact.check_meta(path, about, "state"), tensors
+    if not isinstance(meta, dict) or meta.pop("hash", None) != _hash(meta, tensors):
+        raise ValueError("its hash does not fit")
+    return artifact.check_meta(path, meta, "state"), tensors
 
 
-def _hash(about: Mapping, tensors: Tensors) -> str:
-    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
+def _hash(meta: Mapping, tensors: Tensors) -> str:
+    digest = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""The tokens that one expert trains on, and those that validate its training: where they lie, and that they are right.
+"""Finds and checks the tokens that an expert trains on, and the tokens that validate its training.
 
 | data       | manifest                  | tokens                                     |
 |------------|---------------------------|--------------------------------------------|
@@ -32,7 +32,7 @@ class Data(NamedTuple):
 def read(path: Path, plan: TrainingPlan) -> Data:
     """Map the tokens of an expert. `path` is the manifest that belongs to `plan.data`.
 
-    Raises ValueError when a file is not what the manifest says.
+    Raises ValueError if a file is not the one that the manifest names.
     """
     manifest = artifact.read_json(path, "shards" if plan.data == "corpus" else "assignments")
     if plan.data != "corpus" and ("clusterer" in manifest["made_from"]) != (plan.data == "clusters"):
@@ -45,7 +45,8 @@ def read(path: Path, plan: TrainingPlan) -> Data:
         file = path.with_name(f"{entry['name']}.arrow")
         if token_files.read_meta(file)["made_from"] != manifest["made_from"]:
             raise ValueError(
-                f"{file}: made from something else than its manifest. Expected both from one run. Make {path} again."
+                f"{file}: made from something else than its manifest. Expected both from one run. "
+                f"Make {path} again."
             )
         segments.append(token_files.read(file, plan.group).values)
     stream = batches.Stream(segments)
@@ -64,9 +65,10 @@ def read(path: Path, plan: TrainingPlan) -> Data:
 
 
 def read_validation(path: Path, manifest: dict[str, Any], plan: TrainingPlan) -> batches.Stream | None:
-    """The tokens that validate a training; None where the plan asks for none or the cluster has no such document.
+    """The tokens that validate a training; None if the plan asks for none, or the cluster has none.
 
-    `path` and `manifest` are those of the training's data. Raises ValueError for a file that is not the manifest's.
+    `path` and `manifest` are those of the training's data. Raises ValueError if a file is not the one that
+    the manifest names.
     """
     if not plan.validations or not plan.validation_share:
         return None

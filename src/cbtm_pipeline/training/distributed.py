@@ -1,10 +1,10 @@
-"""One training on several processes (torchrun, srun): who they are, what they share, and how they end together.
+"""One training on several processes (torchrun, srun): which there are, what they share, how they end together.
 
-Process 0 holds the lock, reads and writes all state; the others compute. Gradients are summed by `Group.add_gradients` and not by
-torch's DistributedDataParallel, because that one changes the layout of its buckets after the first step, and with the layout the order of
-summation: a training that went on from saved state would end in other bits than one that was never stopped. (Told to look for unused
-parameters it does not, but warns at every start.) It would send while the last micro-batch is computed, which gains little where a batch
-has many of them.
+Process 0 holds the lock, and reads and writes all state; the others only compute. `Group.add_gradients` sums
+the gradients, not torch's DistributedDataParallel, which changes the layout of its buckets after the first
+step. The layout sets the order of summation, so a resumed training would end with other bits than one that
+was never stopped. (With find_unused_parameters the layout stays, but each start logs a warning.)
+DistributedDataParallel overlaps sending with the last micro-batch, which gains little if a batch has many.
 """
 
 import datetime
@@ -24,27 +24,33 @@ from torch.distributed.rendezvous import rendezvous
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.training import checkpoint, sharding
 
-JOIN_S = 600.0  # the nodes of a job do not start in the same moment
-TIMEOUT_S = 1800.0  # of an exchange: the others wait in one while process 0 saves
+JOIN_S = 600.0  # the nodes of a job start at different moments
+TIMEOUT_S = 1800.0  # of an exchange: the others wait in it while process 0 saves
 POLL_S = 0.5
-GRACE_S = 30.0  # for a process to end by itself after another one has ended or failed
-LINGER_S = 5.0  # for process 0 to keep the store after a failure: the others still have to read of it there
-BUCKET = 1 << 24  # gradients (64 MB) that are summed at a time
+GRACE_S = 30.0  # a process has this time to end by itself after another one has ended or failed
+LINGER_S = 5.0  # process 0 keeps the store this long after a failure, so that the others can read the reason
+BUCKET = 1 << 24  # the most gradients (64 MB) in one sum, unless one parameter has more
 
 A = TypeVar("A")
 
 
 class Group:
-    """The processes that train one model together; this is number `rank` of `world_size`, number `local_rank` on its host."""
+    """The processes that train one model together.
+
+    This process has number `rank` of `world_size`, and number `local_rank` on its host.
+    """
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0):
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.device = torch.device("cpu")
-        self.store: Any = None  # small values by name, kept by process 0 or torchrun
+        self.store: Any = None  # small values by name; process 0 or torchrun holds it
         self.known_failure: str | None = None
 
     def first_does(self, name: str, act: Callable[[], A]) -> A:
-        """Let process 0 `act`; return its answer (plain data) in all of them, however long that takes. Each name once."""
+        """Call `act` on process 0, and return its answer (JSON data) on all processes.
+
+        There is no time limit. A name can be used only once. Raises RuntimeError if process 0 has failed.
+        """
         if self.world_size == 1:
             return act()
         if self.rank == 0:
@@ -58,7 +64,7 @@ class Group:
         return json.loads(self.store.get(name))
 
     def failure(self) -> str | None:
-        """Which process failed and why, as far as known."""
+        """The process that failed and the reason; None if none is known to have failed."""
         try:
             if not self.known_failure and self.store.check(["failure"]):
                 self.known_failure = self.store.get("failure").decode()
@@ -67,7 +73,10 @@ class Group:
         return self.known_failure
 
     def leave(self, patience_s: float) -> None:
-        """Need the store no more. With process 0 the store goes, so that it waits for the others."""
+        """Say in the store that this process does not need it any more.
+
+        Process 0 waits up to `patience_s` for the others, because the store ends with it.
+        """
         left = [f"{rank} left" for rank in range(self.world_size)]
         deadline = time.monotonic() + patience_s
         with suppress(RuntimeError):
@@ -76,16 +85,18 @@ class Group:
                 time.sleep(0.01)
 
     def share(self, state: checkpoint.State | None) -> tuple[int, Iterable[tuple[str, torch.Tensor]]]:
-        """Process 0's state in all of them: its step, and its tensors one after the other. `state` is None in the others, and where there
-        is none, which is told as step 0."""
+        """Send process 0's state to all processes; return its step, and its tensors one after the other.
+
+        `state` is None on the others. It is None on process 0 if there is no state; then the step is 0.
+        """
         if self.world_size == 1:
             return (state.step, state.tensors.items()) if state else (0, [])
         entries = [[name, str(t.dtype), t.shape] for name, t in state.tensors.items()] if state else []
-        about = json.dumps([state.step if state else 0, entries]).encode()
-        size = torch.tensor([len(about)], device=self.device)
+        header = json.dumps([state.step if state else 0, entries]).encode()
+        size = torch.tensor([len(header)], device=self.device)
         dist.broadcast(size, 0)
         text = torch.tensor(
-            list(about) if self.rank == 0 else [0] * int(size), dtype=torch.uint8, device=self.device
+            list(header) if self.rank == 0 else [0] * int(size), dtype=torch.uint8, device=self.device
         )
         dist.broadcast(text, 0)
         step, entries = json.loads(bytes(text.tolist()))
@@ -103,17 +114,18 @@ class Group:
         return step, tensors()
 
     def same_weights(self, net: torch.nn.Module) -> None:
-        """Give all processes process 0's weights and buffers; not for a sharded model."""
+        """Copy process 0's weights and buffers to all processes. The model must not be sharded."""
         if self.world_size > 1:
             for tensor in [*net.parameters(), *net.buffers()]:
-                copy = tensor.data.to(self.device)  # of which NCCL needs it
+                copy = tensor.data.to(self.device)  # NCCL sends from GPU memory only
                 dist.broadcast(copy, 0)
                 tensor.data.copy_(copy)
 
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes; a parameter without a gradient in all of them stays without.
+        """Replace every gradient by its sum over the processes.
 
-        The parameters of a sharded model are left alone: its gradients have been summed already.
+        A parameter that has no gradient on any process keeps none. Sharded parameters are skipped, because
+        their gradients are summed already.
         """
         if self.world_size == 1:
             return
@@ -130,11 +142,14 @@ class Group:
             for i, (p, total) in enumerate(zip(bucket, sums, strict=True)):
                 if p.grad is not None:
                     p.grad.copy_(total.view_as(p))
-                elif n_with[i] > 0:  # rarely asked, as it makes the host wait for the device
+                elif n_with[i] > 0:  # makes the host wait for the device, but happens rarely
                     p.grad = total.view_as(p).clone()
 
     def add_up(self, *values: torch.Tensor | float) -> torch.Tensor:
-        """The sum over the processes of each of a few numbers, float32; no process waits for the answer before it looks at it."""
+        """The sum of each number over the processes (float32, one element for each).
+
+        The host does not wait for it here, only when it reads it. At least one number must be a tensor.
+        """
         first = next(v for v in values if isinstance(v, torch.Tensor))
         sums = torch.stack([v if isinstance(v, torch.Tensor) else torch.full_like(first, v) for v in values])
         if self.world_size > 1:
@@ -146,7 +161,7 @@ ALONE = Group()
 
 
 def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Trainable parameters in pieces that are a function of the model alone."""
+    """The trainable parameters in buckets. They depend on the model only, so sums have the same order after a resume."""
     bucket: list[torch.nn.Parameter] = []
     size = 0
     for p in parameters:
@@ -162,7 +177,10 @@ def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn
 
 
 def from_environment(environ: Mapping[str, str]) -> Group:
-    """The group that a launcher speaks of in WORLD_SIZE, RANK and LOCAL_RANK; without WORLD_SIZE, this process alone."""
+    """The group that a launcher describes in WORLD_SIZE, RANK and LOCAL_RANK.
+
+    Without WORLD_SIZE it is this process alone. Raises ValueError if a variable is missing or wrong.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if environ.get("WORLD_SIZE", "1") == "1":
         return Group()
@@ -182,9 +200,9 @@ def from_environment(environ: Mapping[str, str]) -> Group:
 
 @contextmanager
 def joined(group: Group) -> Iterator[None]:
-    """Connect the processes of a group, for as long as the block takes: process 0 leaves last, and if one fails all do.
+    """Connect the processes of a group inside this context. Process 0 leaves last. If one fails, all end.
 
-    Raises ValueError in the processes that end because another one has failed.
+    Raises ValueError on the processes that end because another one has failed.
     """
     if group.world_size == 1:
         yield
@@ -199,12 +217,13 @@ def joined(group: Group) -> Iterator[None]:
     except BaseException as error:
         ended.set()
         why = group.failure()
-        if why is None and "/gloo/" in str(error):  # its process is no more, or it would have said why
+        if why is None and "/gloo/" in str(error):  # a process is gone, and gave no reason
             why = "killed?"
         if why and isinstance(error, RuntimeError):
             group.leave(LINGER_S)
             raise ValueError(
-                f"process {group.rank}: ended, as another one has failed ({why}). Expected all to go on. See there."
+                f"process {group.rank}: ended, as another one has failed ({why}). Expected all to go on. "
+                "See the log of that one."
             ) from error
         with suppress(RuntimeError):
             group.store.set("failure", f"process {group.rank}: {str(error) or type(error).__name__}")
@@ -217,11 +236,13 @@ def joined(group: Group) -> Iterator[None]:
 
 
 def _connect(group: Group) -> None:
+    """Choose the GPU of this process, and join the store and the process group. Raises ValueError on failure."""
     if torch.cuda.is_available():
         n_gpus = torch.cuda.device_count()
         if group.local_rank >= n_gpus > 1:
             raise ValueError(
-                f"LOCAL_RANK: {group.local_rank}. Expected less than {n_gpus}, the GPUs here. Start one process for each GPU."
+                f"LOCAL_RANK: {group.local_rank}. Expected less than {n_gpus}, the GPUs here. "
+                "Start one process for each GPU."
             )
         group.device = torch.device("cuda", group.local_rank if n_gpus > 1 else 0)
         torch.cuda.set_device(group.device)
@@ -237,14 +258,18 @@ def _connect(group: Group) -> None:
             device_id=group.device if on_gpu else None,
         )
     except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
-            f"process {group.rank}: no connection with the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"process {group.rank}: no connection with the others at {address} "
             f"({str(error).splitlines()[0]}). Expected {group.world_size} processes and a free port. Start again."
         ) from error
 
 
 def _watch(group: Group, ended: threading.Event) -> None:
-    """End this process after another one has failed. With gloo it notices by itself, but NCCL waits for whom will never come."""
+    """End this process if another one has failed and this one does not end within GRACE_S.
+
+    With gloo, an exchange with a process that is gone raises an error. With NCCL, it waits for ever.
+    """
     while not ended.wait(POLL_S):
         if why := group.failure():
             group.leave(0)

@@ -1,4 +1,4 @@
-"""A finished expert: a Hugging Face folder with a card that says what its weights are and were made from."""
+"""A finished expert: a Hugging Face folder whose card identifies the weights and all that they were made from."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,8 @@ tags: [cluster-branch-train-merge]
 ---
 # {title}
 
-One model of a Cluster-Branch-Train-Merge run ([Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)): {what}.
+One model of a Cluster-Branch-Train-Merge run ([Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)):
+{what}.
 
 | | |
 |---|---|
@@ -36,8 +37,8 @@ One model of a Cluster-Branch-Train-Merge run ([Gururangan et al. 2023](https://
 | final training loss | {loss} nats per token |
 | weights | {weights} (blake2b of {file}) |
 
-A text is modelled as the separator token followed by the text's own tokens. `card.json` has the complete plan of the training and the
-identities of its inputs; `metrics.jsonl` its log, step by step; `tensorboard/` the same for TensorBoard.
+The model expects the separator token before a text. `card.json` has the complete plan of the training and
+the identities of its inputs. `metrics.jsonl` has one row for each step; `tensorboard/` has the same numbers.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,17 +46,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 ```
 
-The model has learned from its text alone, with whatever is wrong or one-sided in it, and knows nothing of instructions.
+The model was trained on nothing but text: it can repeat the errors and biases of that text. It was not
+trained to follow instructions.
 """
 
 
 def publish(
     out: Path, model: "PreTrainedModel", tokenizer: Path, metrics: Path, card: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write the expert's folder around `out` (its model.safetensors), which comes last; return the card.
+    """Write the expert's folder; return the card. The weights `out` (model.safetensors) come last.
 
-    Everything is prepared in a folder of its own, then moved file by file. A run that is killed in between leaves either no weights or
-    weights that the card does not fit, which readers refuse, and does it all again when it is started again.
+    All files are written to a staging folder, then moved one by one. A run that is killed meanwhile leaves no
+    weights, or weights that do not fit the card. Readers refuse such a folder, and the next start publishes
+    it again. Raises OSError if the disk is full.
     """
     folder = out.parent
     staging = folder / ".staging"
@@ -110,18 +113,19 @@ def _readme(card: dict[str, Any], architecture: str) -> str:
 
 
 def read_card(weights: Path) -> dict[str, Any]:
-    """The card of an expert. Raises ValueError unless it is the card of these weights."""
+    """The card of an expert. Raises ValueError if the card and the weights do not fit together."""
     path = weights.with_name("card.json")
     card = artifact.read_json(path, "expert")
     if artifact.identity(weights) != card["weights"]:
         raise ValueError(
-            f"{weights}: not the weights that card.json speaks of. Expected identity {card['weights']}. {make_again(weights)}"
+            f"{weights}: not the weights that card.json names. Expected identity {card['weights']}. "
+            f"{make_again(weights)}"
         )
     return card
 
 
 def is_published(weights: Path, plan: TrainingPlan, made_from: dict[str, str]) -> bool:
-    """Whether exactly this training has been published, and is whole."""
+    """Whether the folder holds the whole result of exactly this training."""
     try:
         card = read_card(weights)
     except (OSError, ValueError):

@@ -1,8 +1,9 @@
-"""The loss of a causal language model without its logits: the output layer and the cross-entropy together, some tokens at a time.
+"""The loss of a causal language model, without all its logits in memory.
 
-With a vocabulary of V tokens the logits of one token are V numbers, its hidden state only D. Chunk by chunk the logits are made, give the
-loss and both gradients, and are dropped, so that memory holds R x V of them and never N x V, and no product is computed twice. The cost is
-that of the output layer, 6 N D V operations; what is saved is reading and writing N x V numbers about eight times.
+The output layer and the cross-entropy are computed together, chunk by chunk. The hidden state of a token has
+D numbers, but its logits have V. The logits of a chunk give the loss and both gradients, and are dropped. So
+memory holds R x V logits and never N x V, and no product is computed twice. The cost is that of the output
+layer, 6 N D V operations. This saves about eight reads and writes of N x V numbers.
 
 Shapes: B sequences, T tokens, N = B T of them, D hidden size, V tokens in the vocabulary, R tokens of a chunk.
 """
@@ -15,21 +16,22 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = {
-    "cpu": 1 << 21,
-    "cuda": 1 << 28,
-}  # what a processor's cache holds; what keeps a GPU busy (0.5 GB in bf16)
+# The logits of a chunk fit into the cache of a CPU, or keep a GPU busy (0.5 GB in bf16).
+CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:
-    """Tokens whose logits are held at once."""
+    """The number of tokens whose logits are in memory at once."""
     return max(64, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cuda"]) // vocab_size)
 
 
 def _chunk(
     hidden_RD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, target_R: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss, and its gradients with respect to the hidden states and to the logits, in the dtype of the weights."""
+    """The summed loss (float32), and its gradients with respect to hidden states and logits.
+
+    Both gradients have the dtype of the weights.
+    """
     logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V)
     logp_RV = logits_RV.log_softmax(1, dtype=torch.float32)
     loss = -logp_RV.gather(1, target_R[:, None]).sum()
@@ -40,9 +42,17 @@ def _chunk(
 
 
 class _Chunked(torch.autograd.Function):
+    """`cross_entropy` for autograd: the forward pass computes the gradients, the backward pass scales them."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND, weight_VD, bias_V, target_N, n_rows: int, chunk: Callable
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_N: torch.Tensor,
+        n_rows: int,
+        chunk: Callable,
     ) -> torch.Tensor:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
@@ -75,15 +85,16 @@ def cross_entropy(
     n_rows: int,
     chunk: Callable = _chunk,
 ) -> torch.Tensor:
-    """Sum over N tokens of -log softmax(h W^T + b)[target], float32, in chunks of n_rows; matrices are multiplied in autocast's dtype.
+    """The sum over N tokens of -log softmax(h W^T + b)[target] (float32), in chunks of n_rows tokens.
 
-    Differentiable once, with respect to h, W and b. `chunk` is `_chunk` or what a compiler has made of it.
+    Matrices are multiplied in autocast's dtype. Differentiable once, with respect to h, W and b. `chunk` is
+    `_chunk`, compiled or not.
     """
     return _Chunked.apply(hidden_ND, weight_VD, bias_V, target_N, n_rows, chunk)
 
 
 class NextToken(torch.nn.Module):
-    """What a training calls: a causal language model with this loss as its output. The parameters are the model's own."""
+    """A causal language model whose output is its loss. The parameters are the model's own."""
 
     def __init__(self, net: "PreTrainedModel"):
         super().__init__()
@@ -92,7 +103,7 @@ class NextToken(torch.nn.Module):
         self.in_chunks = _has_plain_head(net)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Sum over B (T - 1) tokens of -log p(token | those before it in its sequence), in nats, float32."""
+        """The sum over B (T - 1) tokens of -log p(token | earlier tokens of its sequence) (nats, float32)."""
         ids_BT, target_N = tokens_BT[:, :-1], tokens_BT[:, 1:].flatten()
         if not self.in_chunks:
             logits_NV = self.net(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
@@ -104,7 +115,10 @@ class NextToken(torch.nn.Module):
 
 
 def _has_plain_head(net: "PreTrainedModel") -> bool:
-    """Whether the logits are the output layer of the base model's output and nothing more (some models scale or cap them): tried out."""
+    """Whether the logits are just the output layer of the base model's output. This is tried out.
+
+    Some models scale or cap their logits.
+    """
     head = net.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or net.base_model is net:
         return False

@@ -1,11 +1,12 @@
-"""How many sequences go through the model at once: as many as the memory of a GPU takes, found out before the first step.
+"""The number of sequences in one forward pass: as many as a GPU's memory holds, chosen before the first step.
 
-Of a training the memory holds
-    16 N          weights, gradients and AdamW's two moments in float32 (N / processes of each, if they are sharded)
-     2 N          the weights once more in bf16, under autocast
-    R V (4 + 2)   logits of a chunk, their gradient (see `loss`)
-    M S           what M sequences leave for the backward pass, S bytes each
-S is measured: by how much the tensors that autograd keeps grow from one sequence to two. torch.compile keeps less, so that this is safe.
+The memory of a training holds, in bytes, for N parameters, V tokens in the vocabulary, R tokens in a chunk:
+    16 N          weights, gradients and AdamW's two moments in float32 (N / processes if they are sharded)
+     2 N          a copy of the weights in bf16, under autocast
+    R V (4 + 2)   the logits of a chunk, and their gradient (see `loss`)
+    M S           what the backward pass needs from M sequences, S bytes each
+S is measured: it is the growth of the tensors that autograd keeps, from one sequence to two. torch.compile
+keeps less, so the estimate is safe.
 """
 
 import math
@@ -16,31 +17,34 @@ import torch
 from cbtm_pipeline.training import loss, sharding
 
 PER_PARAMETER = 18  # bytes
-CPU_TOKENS = 4096  # in one forward pass on processors: more do not make it faster, and fewer leave the matrices too small
-USABLE = 0.85  # of a GPU's memory: the rest is for the driver, for fragments and for a layer's own work
+CPU_TOKENS = 4096  # in one forward pass on a CPU: more are no faster, and fewer leave the matrices too small
+USABLE = 0.85  # of a GPU's memory: the rest is for the driver, for fragments and for a layer's temporaries
 
 
 def device_bytes(device: torch.device) -> float:
-    """A GPU's memory. What processors have is not asked: more sequences at once do not make them faster."""
+    """A GPU's memory. It is infinite for a CPU, where more sequences at once train no faster."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
-class Plan(NamedTuple):
-    """Sequences of a forward pass, and whether activations are computed anew in the backward pass instead of kept."""
+class MicroBatch(NamedTuple):
+    """Sequences in a forward pass, and whether the backward pass recomputes activations or finds them kept."""
 
     micro_batch_size: int
     recompute: bool
 
 
 def even(batch_size: int, largest: int) -> int:
-    """Sequences of a micro-batch: at most `largest`, in as few micro-batches as possible, equal ones if that takes few more."""
+    """The size of a micro-batch: at most `largest` sequences, so that there are as few micro-batches as possible.
+
+    Up to twice as many are accepted if all of them are then equal.
+    """
     n = math.ceil(batch_size / min(largest, batch_size))
     equal = next((m for m in range(n, min(2 * n, batch_size) + 1) if batch_size % m == 0), n)
     return math.ceil(batch_size / equal)
 
 
 def kept_bytes(loss_of: torch.nn.Module, tokens_BT: torch.Tensor, bf16: bool) -> int:
-    """Bytes that autograd keeps of a forward pass, parameters and what is there anyway not counted."""
+    """Bytes that autograd keeps of a forward pass. Parameters, buffers and the tokens do not count."""
     known = {
         sharding.own(t).untyped_storage().data_ptr()
         for t in [*loss_of.parameters(), *loss_of.buffers(), tokens_BT]
@@ -58,7 +62,7 @@ def kept_bytes(loss_of: torch.nn.Module, tokens_BT: torch.Tensor, bf16: bool) ->
         torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=bf16),
     ):
         result = loss_of(tokens_BT)
-    result.sum().backward()  # a sharded model goes wrong after a forward pass alone
+    result.sum().backward()  # a forward pass without a backward pass breaks a sharded model
     loss_of.zero_grad(set_to_none=True)
     return sum(seen.values())
 
@@ -77,11 +81,12 @@ def choose(
     kept_recomputing: int,
     total_bytes: float,
     n_shards: int = 1,
-) -> Plan:
-    """The micro-batch for a GPU with `total_bytes`; `batch_size` is this process's share, `kept` the bytes that a sequence leaves for the
-    backward pass, `kept_recomputing` the same with activations computed anew, which is done only where not even one sequence fits without.
+) -> MicroBatch:
+    """The micro-batch for a GPU with `total_bytes` of memory. `batch_size` is this process's part of a batch.
 
-    Raises ValueError where weights and optimiser alone do not fit.
+    `kept` is the bytes that a sequence keeps for the backward pass, `kept_recomputing` the same if activations
+    are recomputed. They are recomputed only if not even one sequence fits otherwise. Raises ValueError if
+    one sequence does not fit even then.
     """
     rows = loss.chunk_rows(vocab_size, "cuda")
     needed = PER_PARAMETER * n_parameters / n_shards + 6 * rows * vocab_size
@@ -89,8 +94,8 @@ def choose(
     recompute = kept > free
     if recompute and kept_recomputing > free:
         raise ValueError(
-            f"model: {n_parameters:,} parameters need {(needed + kept_recomputing) / 1e9:.0f} GB to be trained on one sequence. Expected "
-            f"at most {USABLE * total_bytes / 1e9:.0f} GB, what a GPU here has. Give the experts more GPUs with run.sharded, lower "
-            "train.seq_len, or choose a smaller model."
+            f"model: {n_parameters:,} parameters need {(needed + kept_recomputing) / 1e9:.0f} GB to train on one "
+            f"sequence. Expected at most {USABLE * total_bytes / 1e9:.0f} GB, the usable memory of a GPU here. "
+            "Give the experts more GPUs with run.sharded, lower train.seq_len, or choose a smaller model."
         )
-    return Plan(even(batch_size, int(free / (kept_recomputing if recompute else kept))), recompute)
+    return MicroBatch(even(batch_size, int(free / (kept_recomputing if recompute else kept))), recompute)

@@ -1,6 +1,6 @@
-"""Causal language models through transformers: from scratch, from a folder or the hub, and what a token costs.
+"""Causal language models of transformers: from scratch, from a folder or from the hub, and the cost of a token.
 
-Any model that `AutoModelForCausalLM` knows will do, as long as it is causal: that is tried out, not believed.
+Any model that `AutoModelForCausalLM` knows can be used if it is causal. A test on a few tokens decides that.
 """
 
 import copy
@@ -23,58 +23,73 @@ if TYPE_CHECKING:
 def scratch(
     keys: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int, rng_seed: int
 ) -> "PreTrainedModel":
-    """An untrained model (float32) from the keys of section model.scratch: those of the configuration class of `model_type`.
+    """An untrained model (float32) from the keys of section model.scratch.
 
-    Vocabulary, separator (as begin and end of text) and positions are filled in where `keys` leaves them out, dropout is 0. The weights are
-    a function of the config and rng_seed. Raises ValueError for keys that the class does not know and values that make no model.
+    The keys are those of the configuration class of `model_type`. Where they leave out the vocabulary, the
+    separator (as begin and end of text) or the number of positions, these are filled in; dropout is then 0. The
+    weights are a function of the config and rng_seed. Raises ValueError for keys that the class does not
+    know, and for values that make no model.
     """
     with lean_imports():
         assume_unpacked_sequences()
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from transformers import AutoModelForCausalLM
 
         keys = copy.deepcopy(dict(keys))
         model_type = keys.pop("model_type", None)
-        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            near = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1) or [
-                "llama"
-            ]
-            raise ValueError(
-                f"model.scratch.model_type: {model_type}. Expected a causal language model of transformers. Did you mean {near[0]}?"
-            )
-        config_class = CONFIG_MAPPING[model_type]
-        fields = {field.name: field.default for field in dataclasses.fields(config_class)}
-        known = fields | dict.fromkeys(config_class.attribute_map)
-        for key in keys:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1, 0)[0]
-                raise ValueError(
-                    f"model.scratch.{key}: unknown key. Expected a key of {config_class.__name__} in transformers. Did you mean {near}?"
-                )
-        filled_in: dict[str, Any] = {
-            name: 0.0 for name, default in fields.items() if "drop" in name and isinstance(default, float)
-        }
-        filled_in |= {
-            "vocab_size": vocab_size,
-            "bos_token_id": separator_id,
-            "eos_token_id": separator_id,
-            "pad_token_id": None,
-        }
-        filled_in |= {"max_position_embeddings": seq_len}
-        own_names = {
-            config_class.attribute_map.get(name, name): value
-            for name, value in [*filled_in.items(), *keys.items()]
-        }
+        config_class = _config_class(model_type)
+        values = _config_values(config_class, keys, vocab_size, separator_id, seq_len)
         torch.manual_seed(rng_seed % 2**63)
         try:
-            config = config_class(**{name: value for name, value in own_names.items() if name in fields})
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except Exception as error:  # what a wrong size or type ends in depends on the model
+            model = AutoModelForCausalLM.from_config(config_class(**values), dtype=torch.float32)
+        except Exception as error:  # the error that a wrong size or type causes depends on the model
             raise ValueError(
-                f"model.scratch: no {model_type} model ({first_sentence(error)}). Expected sizes that fit together. Change model.scratch."
+                f"model.scratch: no {model_type} model ({first_sentence(error)}). "
+                "Expected sizes that fit together. Change model.scratch."
             ) from error
         _check(model, "model.scratch", vocab_size, seq_len)
         return model
+
+
+def _config_class(model_type: str | None) -> Any:
+    """The configuration class of a causal language model. Raises ValueError if transformers has none."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+
+    if model_type not in names:
+        near = difflib.get_close_matches(str(model_type), names, 1) or ["llama"]
+        raise ValueError(
+            f"model.scratch.model_type: {model_type}. Expected a causal language model of transformers. "
+            f"Did you mean {near[0]}?"
+        )
+    return CONFIG_MAPPING[model_type]
+
+
+def _config_values(
+    config_class: Any, keys: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int
+) -> dict[str, Any]:
+    """The arguments of a configuration class: `keys`, and values for what they leave out.
+
+    Raises ValueError for an unknown key.
+    """
+    fields = {field.name: field.default for field in dataclasses.fields(config_class)}
+    known = fields | dict.fromkeys(config_class.attribute_map)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0)[0]
+            raise ValueError(
+                f"model.scratch.{key}: unknown key. Expected a key of {config_class.__name__} in transformers. "
+                f"Did you mean {near}?"
+            )
+    filled_in: dict[str, Any] = {
+        name: 0.0 for name, default in fields.items() if "drop" in name and isinstance(default, float)
+    }
+    filled_in |= {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
+    filled_in |= {"bos_token_id": separator_id, "eos_token_id": separator_id, "pad_token_id": None}
+    own_names = {
+        config_class.attribute_map.get(name, name): value
+        for name, value in [*filled_in.items(), *keys.items()]
+    }
+    return {name: value for name, value in own_names.items() if name in fields}
 
 
 def pretrained(
@@ -82,7 +97,7 @@ def pretrained(
 ) -> tuple["PreTrainedModel", str | None]:
     """A model (float32) from a local folder or the hub, and its commit on the hub (None for a folder).
 
-    Raises ValueError when it is not there or does not fit.
+    Raises ValueError if it is not there or does not fit.
     """
     where = f"model.pretrained: {name}"
     with lean_imports():
@@ -94,21 +109,22 @@ def pretrained(
 
 
 def load(folder: Path) -> "PreTrainedModel":
-    """The model (float32) of an expert's folder."""
+    """The model (float32) in an expert's folder. Raises ValueError if it cannot be loaded."""
     with lean_imports():
         return _load(folder, str(folder))
 
 
 def _load(folder: Path, where: str) -> "PreTrainedModel":
+    """The model in a folder. Raises ValueError, which names `where`, if it or one of its weights is missing."""
     from transformers import AutoModelForCausalLM
 
     assume_unpacked_sequences()
     options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
-    except Exception as error:  # transformers, its model classes and safetensors have errors of their own
+    except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
         raise ValueError(
-            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. Get it again."
+            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. Download it again."
         ) from error
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
@@ -119,7 +135,10 @@ def _load(folder: Path, where: str) -> "PreTrainedModel":
 
 
 def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
-    """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and does not look ahead."""
+    """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and is causal.
+
+    To see that it is causal, two texts that differ in their last token alone must get the same earlier logits.
+    """
     embeddings: Any = model.get_input_embeddings()
     n_rows = embeddings.weight.shape[0]
     if n_rows < vocab_size:
@@ -143,12 +162,13 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
             f"{where}: does not run ({first_sentence(error)}). Expected sizes that fit together. Change it."
         ) from error
     model.train(was_training)
-    if embeddings.weight.is_meta:  # a model without numbers runs, but predicts nothing that could be compared
+    if embeddings.weight.is_meta:  # a model on the meta device runs, but its logits have no values to compare
         return
     changed_T = (logits[0] - logits[1]).abs().amax(1)
     if not changed_T[:-1].max() <= 1e-4 * changed_T[-1]:
         raise ValueError(
-            f"{where}: its predictions depend on later tokens. Expected a causal language model. Choose another one."
+            f"{where}: its predictions depend on later tokens. Expected a causal language model. "
+            "Choose another one."
         )
 
 
@@ -159,14 +179,16 @@ def layers(model: "PreTrainedModel") -> torch.nn.ModuleList:
 
 
 def n_parameters(model: "PreTrainedModel") -> int:
-    """All parameters, those shared between layers counted once."""
+    """The number of parameters. Those that layers share count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(model: "PreTrainedModel", seq_len: int) -> int:
-    """Training FLOPs of one token: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B); a forward pass alone is a third.
+    """Training FLOPs of one token: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
-    N leaves out embedding tables that are only looked up (tokens and positions); a token table that is also the output layer counts.
+    N counts the parameters but for embedding tables that are only looked up (tokens and positions). A token
+    table that is also the output layer counts. L is the number of layers, d the hidden size, T is seq_len. A
+    forward pass alone takes a third of this.
     """
     head = model.get_output_embeddings()
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - (

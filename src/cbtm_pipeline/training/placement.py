@@ -1,4 +1,4 @@
-"""A model made ready to train: on its device or spread over several, in micro-batches that fit, compiled where that pays."""
+"""A model made ready to train: put on its device or spread over several, in micro-batches that fit, compiled."""
 
 import math
 import shutil
@@ -17,11 +17,13 @@ from cbtm_pipeline.training.loss import NextToken
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHARDED_ABOVE = 0.6  # of a GPU's memory for weights and optimiser: less is faster whole
+SHARDED_ABOVE = (
+    0.6  # of a GPU's memory for weights and optimiser: a model that needs less is faster unsharded
+)
 
 
 class Placed(NamedTuple):
-    """A model ready to train: what gives its loss, how many sequences it takes at once, and its layers on the device."""
+    """A model ready to train: the module that gives its loss, its micro-batch, its precision and its device."""
 
     loss_of: NextToken
     micro_batch_size: int
@@ -32,7 +34,10 @@ class Placed(NamedTuple):
 def place(
     net: "PreTrainedModel", plan: TrainingPlan, run: config.Run, group: distributed.Group = distributed.ALONE
 ) -> Placed:
-    """Put the model on its device, or its shards on all; choose the micro-batch; compile. Raises ValueError if memory is too small."""
+    """Put the model on its device, or its shards on all devices; choose the micro-batch; compile the layers.
+
+    Raises ValueError if the memory is too small, or if a batch does not divide evenly for a sharded model.
+    """
     bf16, n, world = train_step.use_bf16(plan.precision), model.n_parameters(net), group.world_size
     device = devices.best()
     total_bytes = micro_batch.device_bytes(device)
@@ -43,12 +48,12 @@ def place(
     )
     if sharded and plan.batch_size % world:
         raise ValueError(
-            f"train.batch_size: {plan.batch_size} sequences on {world} processes. Expected a multiple, as the model is sharded. "
-            "Change it, or the number of GPUs."
+            f"train.batch_size: {plan.batch_size} sequences on {world} processes. "
+            f"Expected a multiple of {world}, as the model is sharded. Change it, or the number of GPUs."
         )
     group.same_weights(net.train())
     loss_of, layers = NextToken(net), model.layers(net)
-    if sharded:  # goes to the device piece by piece
+    if sharded:  # this moves the model to the device piece by piece
         sharding.shard(loss_of, layers, bf16, device.type)
     else:
         devices.move(net)
@@ -56,7 +61,7 @@ def place(
         loss_of, plan, bf16, device, total_bytes, -(-plan.batch_size // world), world if sharded else 1
     )
     _recompute(net, chosen.recompute)
-    # without a GPU compiling takes longer than it saves in a small training, so that there people have to ask for it
+    # On a CPU, a small training loses more time to compiling than it gains. So only train.compile asks for it.
     if plan.compile or (
         plan.compile is None and device.type == "cuda" and (shutil.which("cc") or shutil.which("gcc"))
     ):
@@ -66,7 +71,7 @@ def place(
     notes = [f"{group.world_size} processes"] if group.world_size > 1 else []
     notes += [
         f"{chosen.micro_batch_size} sequences at once",
-        *["activations computed anew"] * chosen.recompute,
+        *["activations recomputed"] * chosen.recompute,
         *["sharded"] * sharded,
     ]
     log.info("%s, %s", device, ", ".join(notes))
@@ -81,27 +86,26 @@ def _micro_batch(
     total_bytes: float,
     batch_size: int,
     n_shards: int,
-) -> micro_batch.Plan:
-    """What the config says, or as much as there is memory for."""
-    asked = plan.recompute
+) -> micro_batch.MicroBatch:
+    """The micro-batch that the config sets, or the largest one that the memory holds."""
+    requested = plan.recompute
     if plan.micro_batch_size is not None:
-        return micro_batch.Plan(min(plan.micro_batch_size, batch_size), bool(asked))
+        return micro_batch.MicroBatch(min(plan.micro_batch_size, batch_size), bool(requested))
     if math.isinf(total_bytes):
-        return micro_batch.Plan(
-            micro_batch.even(batch_size, max(1, micro_batch.CPU_TOKENS // plan.seq_len)), bool(asked)
-        )
+        largest = max(1, micro_batch.CPU_TOKENS // plan.seq_len)
+        return micro_batch.MicroBatch(micro_batch.even(batch_size, largest), bool(requested))
     sequence_T, net = torch.zeros(plan.seq_len + 1, dtype=torch.int64, device=device), loss_of.net
     kept = micro_batch.sequence_bytes(loss_of, sequence_T, bf16)
     _recompute(net, True)
-    # what all layers keep in between, and what one of them leaves while it is computed anew
+    # what is kept between all layers, and what one layer keeps while its activations are recomputed
     recomputing = micro_batch.sequence_bytes(loss_of, sequence_T, bf16) + kept // len(model.layers(net))
-    if asked is not None:
-        kept = recomputing = recomputing if asked else kept
+    if requested is not None:
+        kept = recomputing = recomputing if requested else kept
     vocab_size = net.config.get_text_config().vocab_size
     chosen = micro_batch.choose(
         batch_size, model.n_parameters(net), vocab_size, kept, recomputing, total_bytes, n_shards
     )
-    return chosen if asked is None else chosen._replace(recompute=asked)
+    return chosen if requested is None else chosen._replace(recompute=requested)
 
 
 def _recompute(net: "PreTrainedModel", on: bool) -> None:
@@ -112,7 +116,10 @@ def _recompute(net: "PreTrainedModel", on: bool) -> None:
 
 
 def gathered(net: "PreTrainedModel", keep: bool) -> "PreTrainedModel | None":
-    """The whole model: `net` itself or, of a sharded one, a copy on the host; None in processes that do not `keep` it. All have to ask."""
+    """The whole model, or None in processes that do not `keep` it. All processes must call this together.
+
+    It is `net` itself, or a copy on the host if `net` is sharded.
+    """
     if not any(sharding.is_sharded(p) for p in net.parameters()):
         return net if keep else None
     tensors = checkpoint.capture(net, keep=keep)

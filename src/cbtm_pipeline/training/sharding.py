@@ -1,7 +1,8 @@
-"""A model too large for one GPU: weights, gradients and optimiser state spread over the processes of a group (FSDP2).
+"""A model too large for one GPU: its weights, gradients and optimiser state spread over a group (FSDP2).
 
-Each process keeps one slice of every parameter. Before a layer computes, the slices of its weights are gathered; once its gradient is
-known, the sums are scattered back. The equations are those of one process, only sums are rounded in another order.
+Each process keeps one slice of every parameter. Before a layer computes, FSDP2 gathers the slices of its
+weights. Once its gradient is known, FSDP2 sums it over the processes and leaves each with its slice of the
+sum. The equations are those of one process; only the order in which sums are rounded differs.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
 
 
 def shard(loss_of: "NextToken", layers: torch.nn.ModuleList, bf16: bool, device: str) -> None:
-    """Spread the parameters over the devices of all processes: each layer on its own, everything else together. With bf16, weights
-    travel in bf16."""
+    """Spread the parameters over the devices of all processes: each layer by itself, the rest together.
+
+    With `bf16`, the processes send each other the weights in bf16, and gradients in float32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (  # takes most of a second, and few trainings are sharded
-        MixedPrecisionPolicy,
-        fully_shard,
-    )
+
+    # This import takes most of a second, and few trainings are sharded.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     policy = (
@@ -33,35 +35,42 @@ def shard(loss_of: "NextToken", layers: torch.nn.ModuleList, bf16: bool, device:
     sharded: Any = loss_of
     for module in [sharded, *layers]:
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of the whole batch already
-        module.set_force_sum_reduction_for_comms(True)  # gloo can do no other
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
 
 
 def send_gradients(loss_of: torch.nn.Module, now: bool) -> None:
-    """Whether the next backward pass of a sharded model scatters its gradients, or only adds them up."""
+    """Set what the next backward pass of a sharded model does with its gradients.
+
+    With `now`, it sums them over the processes; else it only accumulates them. A model that is not sharded
+    is left as it is.
+    """
     set_sync: Any = getattr(loss_of, "set_requires_gradient_sync", None)
     if set_sync is not None:
         set_sync(now)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this process holds a slice of it only."""
+    """Whether this process holds only a slice of the tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def own(tensor: torch.Tensor) -> torch.Tensor:
-    """The slice that this process holds, or the tensor itself."""
+    """The slice of a sharded tensor that this process holds; any other tensor itself."""
     slices: Any = tensor
     return slices.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor; all processes have to ask."""
+    """All of a tensor. All processes must call this together."""
     slices: Any = tensor
     return slices.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, which all processes have, in the way in which `model` is spread: a slice, or a copy of all of it, on its device."""
+    """A whole tensor, which every process has, spread as `model` is and on its device.
+
+    If `model` is sharded, this is a slice of the tensor, else a copy of it.
+    """
     if not is_sharded(model):
         return tensor.to(model.device, copy=True)
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""How a training went and goes: metrics.jsonl with one row per step, log lines for people, TensorBoard events."""
+"""The log of a training: metrics.jsonl with one row for each step, log lines, and TensorBoard events."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import torch
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.plan import TrainingPlan
 
 Row = dict[str, Any]
@@ -28,7 +29,8 @@ _PLOTTED = (
     "power_w",
 )
 
-# Dense bf16 operations per second of the tensor cores, from the vendor's data sheets; the first name that fits counts.
+# Dense bf16 operations per second of the tensor cores, from the vendor's data sheets. The first name that is
+# part of the GPU's name counts.
 PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
@@ -45,7 +47,11 @@ PEAK_FLOPS = {
 
 
 class Metrics:
-    """metrics.jsonl while it grows. A resumed training keeps the rows of the steps that its state has, so none is lost or there twice."""
+    """metrics.jsonl during a training that starts after `step` steps.
+
+    Keeps the rows of these steps only, so a resumed training has each row once. Raises ValueError if one of
+    them is missing.
+    """
 
     def __init__(self, path: Path, step: int):
         rows = read(path)[:step] if path.exists() else []
@@ -63,7 +69,7 @@ class Metrics:
         self._file.write(_line(row))
 
     def sync(self, durable: bool = True) -> None:
-        """Let readers see every row; with `durable`, on the disk."""
+        """Let readers see every row. With `durable`, wait until the rows are on the disk."""
         self._file.flush()
         if durable:
             os.fsync(self._file.fileno())
@@ -80,7 +86,7 @@ def _line(row: Row) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, up to a line that is cut off or no row."""
+    """The rows of a metrics.jsonl, up to the first line that is not a complete row."""
     rows = []
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
@@ -94,15 +100,16 @@ def read(path: Path) -> list[Row]:
 
 
 def history(path: Path, n: int) -> tuple[list[float], list[float]]:
-    """The losses of the last n steps, and all validation losses, in order."""
+    """The losses of the last n steps, and all validation losses (nats per token), in order."""
     rows = read(path)
     return [row["loss"] for row in rows[-n:]], [row["valid_loss"] for row in rows if "valid_loss" in row]
 
 
 def tracker(project: str | None, plan: TrainingPlan, fingerprint: str, folder: Path) -> Callable[[Row], Any]:
-    """What takes each row to Weights & Biases, if run.wandb names a project; a training that goes on goes on there, too.
+    """A function that sends a row to Weights & Biases; it does nothing if `project` (run.wandb) is None.
 
-    Raises ValueError where that cannot be: before the first step, not after the last one.
+    A resumed training continues its run there. Raises ValueError, before the first step, if the package is
+    missing or nobody is logged in.
     """
     if project is None:
         return lambda row: None
@@ -112,51 +119,57 @@ def tracker(project: str | None, plan: TrainingPlan, fingerprint: str, folder: P
         raise ValueError(
             f"run.wandb: {project}, but the package wandb is missing. Expected it. Run pip install wandb."
         ) from error
-    about: dict[str, Any] = {
-        "project": project,
-        "name": f"expert {plan.expert}",
-        "id": fingerprint,
-        "config": plan.content(),
-    }
     try:
         run = wandb.init(
-            **about, resume="allow", dir=folder, settings=wandb.Settings(console="off", silent=True)
+            project=project,
+            name=f"expert {plan.expert}",
+            id=fingerprint,
+            config=plan.content(),
+            resume="allow",
+            dir=folder,
+            settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.Error as error:
         found = " ".join(str(error).split())
         raise ValueError(
-            f"run.wandb: {project} ({found}). Expected to be logged in. Run wandb login, or set WANDB_MODE=offline."
+            f"run.wandb: {project} ({found}). Expected to be logged in. "
+            "Run wandb login, or set WANDB_MODE=offline."
         ) from error
     return lambda row: run.log(row, step=row["step"])
 
 
-class Progress:
-    """What a step's row says besides the model's numbers, and a log line every few seconds."""
+class TrainingProgress:
+    """Adds speed, memory and power to the row of each step, and logs a line every `every_s` seconds.
+
+    `step` steps are done already; each has `n_tokens` tokens.
+    """
 
     def __init__(
         self, n_steps: int, step: int, n_tokens: int, flops_per_token: int, every_s: float, n_devices: int = 1
     ):
-        self.n_steps, self.step, self.n_tokens, self.flops_per_token, self.every_s = (
-            n_steps,
-            step,
-            n_tokens,
-            flops_per_token,
-            every_s,
-        )
-        self.said = self.completed = time.monotonic()
-        self.waited_s = 0.0  # since the last line
+        self.n_steps, self.n_tokens, self.flops_per_token = n_steps, n_tokens, flops_per_token
+        self.every_s = every_s
+        self.logged_step = step
+        self.logged_at = self.completed_at = time.monotonic()
+        self.waited_s = 0.0  # for data, since the last line
         peak_flops = _peak_flops()
         self.peak_flops = peak_flops and n_devices * peak_flops
 
     def mfu(self, tokens_per_s: float) -> float | None:
-        """The share of the devices' bf16 peak that this rate uses (Chowdhery et al. 2022, appendix B); None where the peak is not known."""
+        """The share of the devices' bf16 peak that this rate uses (Chowdhery et al. 2022, appendix B).
+
+        None if the peak is not known.
+        """
         return tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
     def complete(self, row: Row) -> Row:
-        """The row of a step that has just ended, with tokens, speed, memory (the most so far), power (for a line) and time."""
+        """The row of a step that has just ended, with tokens so far, tokens/s, MFU, peak memory and time.
+
+        Also with power (watts), if the row gets a log line.
+        """
         now = time.monotonic()
-        rate = self.n_tokens / max(now - self.completed, 1e-9)
-        self.completed = now
+        rate = self.n_tokens / max(now - self.completed_at, 1e-9)
+        self.completed_at = now
         self.waited_s += row["data_wait_s"]
         more = {
             "n_tokens": row["step"] * self.n_tokens,
@@ -168,16 +181,15 @@ class Progress:
         return {**row, **more, "time": time.time()}
 
     def _due(self, row: Row) -> bool:
-        return (
-            self.completed - self.said >= self.every_s or row["step"] == self.n_steps or "valid_loss" in row
-        )
+        is_late = self.completed_at - self.logged_at >= self.every_s
+        return is_late or row["step"] == self.n_steps or "valid_loss" in row
 
     def say(self, row: Row) -> bool:
-        """Say how far it is if the last line is old enough, or this step the last, or validated. True when a line was written."""
+        """Log a line if the last one is old enough, or this step is the last or validated; return whether."""
         if not self._due(row):
             return False
-        step, seconds = row["step"], self.completed - self.said
-        n = step - self.step
+        step, seconds = row["step"], self.completed_at - self.logged_at
+        n = step - self.logged_step
         rate = n * self.n_tokens / max(seconds, 1e-9)
         parts = [f"step {step}/{self.n_steps}", f"loss {row['loss']:.4f}"]
         parts += [f"validation {row['valid_loss']:.4f}"] if "valid_loss" in row else []
@@ -188,20 +200,20 @@ class Progress:
             f"data wait {100 * self.waited_s / max(seconds, 1e-9):.0f} %",
         ]
         parts += [f"{row['power_w']:.0f} W"] if "power_w" in row else []
-        log.info("  ".join([*parts, f"ETA {_clock((self.n_steps - step) * seconds / n)}"]))
-        self.said, self.step, self.waited_s = self.completed, step, 0.0
+        log.info("  ".join([*parts, f"ETA {duration((self.n_steps - step) * seconds / n)}"]))
+        self.logged_at, self.logged_step, self.waited_s = self.completed_at, step, 0.0
         return True
 
 
 def memory_bytes() -> int:
-    """The most that was in use: of the GPU's memory by tensors, without a GPU by the process."""
+    """The most memory (bytes) in use so far: by tensors on the GPU, or by the process if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _power() -> float | None:
-    """Watts that the GPU draws, where its driver tells."""
+    """The watts that the GPU draws; None if its driver does not say."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -210,13 +222,8 @@ def _power() -> float | None:
         return None
 
 
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s"
-
-
 def _peak_flops() -> float | None:
+    """The bf16 operations per second of this GPU; None if they are not known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -231,17 +238,11 @@ def write_events(path: Path, rows: Sequence[Row]) -> None:
 
     with path.open("wb") as file:
         writer = RecordWriter(file)
-        writer.write(
-            Event(
-                wall_time=rows[0]["time"] if rows else 0.0, file_version="brain.Event:2"
-            ).SerializeToString()
-        )
+        start = rows[0]["time"] if rows else 0.0
+        writer.write(Event(wall_time=start, file_version="brain.Event:2").SerializeToString())
         for row in rows:
-            values = [
-                Summary.Value(tag=name, simple_value=row[name])
-                for name in _PLOTTED
-                if row.get(name) is not None
-            ]
+            plotted = [name for name in _PLOTTED if row.get(name) is not None]
+            values = [Summary.Value(tag=name, simple_value=row[name]) for name in plotted]
             event = Event(wall_time=row["time"], step=row["step"], summary=Summary(value=values))
             writer.write(event.SerializeToString())
         writer.flush()

@@ -1,0 +1,60 @@
+"""The text that people see."""
+
+from cbtm_pipeline import status
+from cbtm_pipeline.ops import status_table
+from cbtm_pipeline.ops.status_table import Row
+
+HOUR = 3600.0
+
+
+def test_a_wide_table_stays_within_its_width():
+    widest = Row(
+        *(
+            "expert",
+            "random-127",
+            "running",
+            123456,
+            1234567,
+            12.3456,
+            12345678.9,
+            0.9999,
+            99 * HOUR,
+            99 * HOUR,
+        ),
+        *("123456789012", "PENDING", "AssocGrpGRESMinutes", "gpu-a100-[1-128].example", 1234, "x" * 200),
+    )
+    rows = [widest, widest._replace(kind="stage", name="score_expert")] * 20
+    lines = status_table.render(
+        status.Status("results", "process 1 on " + "h" * 200, rows, ["n" * 300])
+    ).splitlines()
+    assert max(map(len, lines)) <= status_table.WIDTH
+
+
+def test_columns_are_aligned_and_empty_ones_left_out():
+    rows = [
+        Row("expert", "seed", "done", 5, 5, 2.0),
+        Row("expert", "random-10", "running", 10, 2000, 3.25, eta_s=75.0),
+    ]
+    table = status_table.render(status.Status("results", None, rows, [])).splitlines()
+    assert table == [
+        "results: no snakemake runs",
+        "",
+        "expert     state                 step   loss    ETA",
+        "seed       done     ########      5/5  2.000",
+        "random-10  running  ........  10/2000  3.250  1m15s",
+        "",
+        "2 experts: 1 done, 1 running. ETA: 1m15s",
+    ]
+    rows.append(Row("expert", "1", "waiting", 0, 2000))
+    assert (
+        status_table.summary(rows) == "3 experts: 1 done, 1 running, 1 waiting. ETA of those that run: 1m15s"
+    )
+
+
+def test_a_bar_is_full_only_at_the_end():
+    bars = [status_table.bar(step, 100) for step in range(101)]
+    assert [n.count("#") for n in bars] == sorted(n.count("#") for n in bars)
+    assert (bars[0], bars[99], bars[100]) == ("........", "#######.", "########")
+    assert status_table.bar(0, 0) == "########"  # a pretrained seed is not trained
+    assert status_table.bar(9, 3) == "########"
+    assert status_table.bar(3, None) == ""
