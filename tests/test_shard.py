@@ -154,6 +154,7 @@ def test_split_depends_on_nothing_but_the_text(
     assert result.train.keys() == {row["id"] for row in rows} - expected
 
 
+@pytest.mark.slow
 def test_shards_are_the_same_for_any_number_of_workers(tmp_path: Path, tokenizer_json: Path) -> None:
     rows = made_texts.rows(300)
     rows[250]["id"] = rows[3]["id"]
@@ -624,6 +625,7 @@ def test_stale_shards_are_removed_and_strangers_stay(tmp_path: Path, tokenizer_j
     assert (tmp_path / "s/notes.txt").exists()
 
 
+@pytest.mark.slow
 def test_killed_run_starts_again(tmp_path: Path, tokenizer_json: Path) -> None:
     run, args, corpus = started(tmp_path, tokenizer_json, 2000, 1, "train-00003.arrow")
     run.kill()

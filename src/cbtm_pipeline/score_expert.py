@@ -46,9 +46,9 @@ class Window(NamedTuple):
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield (start, first, stop) for each window of a document with `n_tokens` tokens.
 
-    The model reads inputs start ... stop - 1; the predictions of inputs first ... stop - 1 are scored. Input t
-    predicts token x_t, t < n_tokens; input 0 is the separator. Every token is scored exactly once. No window
-    has more than `context` inputs. A token is predicted from at least context - stride + 1 inputs (the
+    The model reads inputs start ... stop - 1; the predictions of inputs first ... stop - 1 are scored. Input
+    t predicts token x_t, t < n_tokens; input 0 is the separator. Every token is scored exactly once. No
+    window has more than `context` inputs. A token is predicted from at least context - stride + 1 inputs (the
     separator counts), or from all inputs before it if there are fewer.
     """
     first, stop = 0, min(n_tokens, context)
@@ -116,18 +116,15 @@ def score(
     return logprob_N
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     p = cli.parser(__doc__)
     p.add_argument(
-        "--expert-weights",
-        required=True,
-        type=Path,
-        help="model.safetensors of the expert, its folder around it",
+        "--expert-weights", required=True, type=Path, help="model.safetensors in the folder of the expert"
     )
     p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
     p.add_argument("--out", required=True, type=Path, help="npz to write")
-    p.add_argument("--threads", type=int, default=1)
-    args = p.parse_args()
+    p.add_argument("--threads", type=int, default=1, help="threads that the model computes with on a CPU")
+    args = p.parse_args(argv)
     plan = plans.score_expert(config.read(args.config))
     card = expert_folder.read_card(args.expert_weights)
     cli.start_logging(f"score {card['expert']}", args.log)
@@ -152,7 +149,8 @@ def main() -> None:
     logprob_N = score(net, documents, plan.context, plan.stride)
     if not np.isfinite(logprob_N).all():
         raise ValueError(
-            f"{args.expert_weights}: some log-probabilities are not finite. Expected finite ones. Lower train.lr."
+            f"{args.expert_weights}: some log-probabilities are not finite. Expected finite numbers. "
+            "Lower train.lr."
         )
     meta = artifact.make_meta(
         "scores", {"expert": card["weights"], "shards": shards}, expert=card["expert"], **plan.content()

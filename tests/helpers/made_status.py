@@ -73,7 +73,7 @@ def job(state: str, reason: str = "None", nodes: str = "") -> dict[str, commands
 def submit(
     out: Path, name: str, *kinds: str, job_id: str = "17", fingerprint: str = "f", record: bool = True
 ) -> Path:
-    """The folder of a job with these events, as launchers and tasks write them; "ended 1": with exit status 1."""
+    """The folder of a job with these events, as in a run. "ended 1" is `ended` with exit status 1."""
     folder = out / "slurm" / name
     folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:

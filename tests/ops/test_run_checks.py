@@ -22,7 +22,7 @@ WIDE = {**SCRATCH, "hidden_size": 2 * SCRATCH["hidden_size"]}
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with me/tiny: a model and a tokenizer's file; on its branch `wide` another model, no tokenizer."""
+    """A cache with me/tiny: on `main` a model and a tokenizer's file, on `wide` another model only."""
     folder = tmp_path_factory.mktemp("hub")
     main = made_hub.snapshot(folder, "me/tiny", NEW, "main")
     model.scratch(SCRATCH, 300, 0, 256, 0).save_pretrained(main)

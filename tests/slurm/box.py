@@ -175,7 +175,7 @@ class Box:
         return pid if environment(pid).get("SLURM_CONF") == str(self.conf) else None
 
     def job_pids(self, node: str) -> list[int]:
-        """All processes of jobs on a node: Slurm's step daemons, which inherit from slurmd, and their children."""
+        """All processes of jobs on a node: Slurm's step daemons, children of slurmd, and their children."""
         here = {"SLURM_CONF": str(self.conf), "SLURMD_NODENAME": node}.items()
         pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
         return [pid for pid in pids if here <= environment(pid).items() and pid != self.pid(node)]

@@ -1,4 +1,4 @@
-"""One Slurm cluster per test process. Without Slurm, these tests are skipped, and the last line counts them."""
+"""One Slurm cluster per test process. Without Slurm, these tests are skipped; the last line counts them."""
 
 import signal
 from collections.abc import Iterator

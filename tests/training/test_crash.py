@@ -6,17 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import made_training as made
-from cbtm_pipeline import config, plan, train_expert
+from cbtm_pipeline import config
 from cbtm_pipeline.base import cli, lock
 from cbtm_pipeline.training import checkpoint, expert_folder, training_log
 from interrupted import Change, Crashes, command_line, reference
-from made_training import NEVER, NOW, check_published, place, stop_after
+from made_training import NEVER, NOW, check_published, place
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +83,7 @@ def test_signals_save_and_exit(outdir, driver, life, name):
     check_published(where, 20)
 
 
+@pytest.mark.slow
 def test_killed_anywhere(outdir, driver):
     """Kill at each change that others can see, and start again.
 
@@ -126,6 +126,7 @@ def test_killed_anywhere(outdir, driver):
         check_published(where, 3)
 
 
+@pytest.mark.slow
 def test_killed_while_it_computes_and_saves(outdir, driver):
     """Thirty trainings, each killed before one of its function calls, in any thread, and started again."""
     answer = driver.command(20, place(outdir, "calls"), "calls", 0)
@@ -150,7 +151,17 @@ def test_killed_while_it_computes_and_saves(outdir, driver):
 PAUSED = """
 import os, runpy, sys
 
+def watch(event, args):
+    if event == "os.rename" and "step-00000002" in str(args[1]):
+        os.write(1, b"saving\\n")
+        os.read(0, 1)
 
+sys.addaudithook(watch)
+runpy.run_module("cbtm_pipeline.train_expert", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
 def test_command_line_is_stopped_by_a_signal(outdir):
     where = place(outdir, "cli")
     log = outdir / "cli.log"

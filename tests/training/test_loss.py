@@ -141,6 +141,7 @@ def test_the_host_never_waits_for_the_device_in_a_step(name):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs")
 @pytest.mark.filterwarnings("ignore")  # the compiler's, about itself
 def test_compiled_layers_and_chunks_give_the_same_loss():

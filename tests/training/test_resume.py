@@ -1,22 +1,16 @@
-"""Trainings that are stopped, killed, damaged or deleted: each goes on to the same weights."""
+"""Trainings that are stopped, damaged or deleted: each goes on to the same weights."""
 
-import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 import made_training as made
 from cbtm_pipeline import config, plan, train_expert
-from cbtm_pipeline.base import cli, lock
-from cbtm_pipeline.training import checkpoint, expert_folder, training_log
+from cbtm_pipeline.training import checkpoint
 from interrupted import command_line, reference
-from made_training import NEVER, NOW, check_published, place, stop_after
+from made_training import NOW, check_published, place, stop_after
+
 
 @pytest.fixture(scope="module")
 def outdir(tmp_path_factory) -> Path:
@@ -26,16 +20,6 @@ def outdir(tmp_path_factory) -> Path:
     for n_steps in (3, 20):
         config.write(made.make_config(steps=n_steps, run=NOW), out / f"{n_steps}.json")
     return out
-
-
-def watch(event, args):
-    if event == "os.rename" and "step-00000002" in str(args[1]):
-        os.write(1, b"saving\\n")
-        os.read(0, 1)
-
-sys.addaudithook(watch)
-runpy.run_module("cbtm_pipeline.train_expert", run_name="__main__", alter_sys=True)
-"""
 
 
 def test_stopped_at_the_last_step_is_finished(outdir):

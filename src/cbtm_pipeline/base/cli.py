@@ -54,7 +54,7 @@ def start_logging(label: str, log_file: Path | None) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run `main`. Its ValueError, OSError or MemoryError becomes one line and exit status 1: users can cause them.
+    """Run `main`. Errors that users can cause (ValueError, OSError, MemoryError) become one line, status 1.
 
     With CBTM_DEBUG=1 in the environment, the error comes with its stack.
     """

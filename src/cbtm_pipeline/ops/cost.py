@@ -130,7 +130,7 @@ def n_chained(hours: float, runtime_min: float, notice_s: float) -> int:
 
 
 def seconds_to_save(model: Size, write_rate: float) -> float:
-    """Seconds to save a state: hash it (1 GB/s), write it (`write_rate` in bytes/s), read and hash it again."""
+    """Seconds to save a state: hash it (1 GB/s), write it (`write_rate`, bytes/s), read it, hash it again."""
     return STATE_BYTES * model.n_parameters * (1 / write_rate + 2e-9)
 
 

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Status(NamedTuple):
-    """A run: the process that holds its folder (`active`), its stages and experts, notes on what is unknown."""
+    """A run: the process that holds its folder (`active`), its rows, and notes on what is unknown."""
 
     outdir: str
     active: str | None

@@ -58,7 +58,7 @@ def command_line(
 
 
 def identity(path: str) -> str:
-    """Identity of an input: of a small file its content, as it may be made again unchanged; else size and time."""
+    """Identity of an input: a small file's content, as it may be made again unchanged; else size and time."""
     try:
         stat = Path(path).stat()
     except FileNotFoundError:  # in a dry run, inputs may not exist yet

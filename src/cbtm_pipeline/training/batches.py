@@ -49,7 +49,7 @@ class Stream:
         return out
 
     def n_blocks(self, seq_len: int) -> int:
-        """The number of blocks in an epoch. The last one takes missing tokens from the start of the circle."""
+        """The number of blocks in an epoch. Its last block is completed from the start of the circle."""
         return -(-self.n_tokens // seq_len)
 
 
@@ -91,7 +91,7 @@ def permute(place_B: np.ndarray, n: int, rng_seed: int, epoch_B: np.ndarray) -> 
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
+    """The output of SplitMix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -121,7 +121,7 @@ def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
         _read(path)
     except ValueError as error:
         raise OSError(
-            None, f"damaged as soon as it was written ({error}); the states before are kept", str(path)
+            None, f"damaged as soon as it was written ({error}); the earlier states are kept", str(path)
         ) from error
     for old in candidates(folder)[KEPT:]:
         old.unlink()
@@ -143,7 +143,7 @@ def load(folder: Path, fingerprint: str) -> State | None:
             continue
         if meta["fingerprint"] != fingerprint:
             log.info(
-                "%s: the state of another training (the plan, data or seed model changed), training starts anew",
+                "%s: state of another training (the plan, data or seed model changed), training starts anew",
                 folder,
             )
             discard(folder)
@@ -190,6 +190,7 @@ def _read(path: Path) -> tuple[dict, Tensors]:
 
 
 def _hash(meta: Mapping, tensors: Tensors) -> str:
+    """A hash of metadata, names, dtypes, shapes and values."""
     digest = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

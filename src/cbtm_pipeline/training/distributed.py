@@ -1,9 +1,9 @@
-"""One training on several processes (torchrun, srun): which there are, what they share, how they end together.
+"""One training on several processes (torchrun, srun): their group, what they share, how they end together.
 
 Process 0 holds the lock, and reads and writes all state; the others only compute. `Group.add_gradients` sums
-the gradients, not torch's DistributedDataParallel, which changes the layout of its buckets after the first
-step. The layout sets the order of summation, so a resumed training would end with other bits than one that
-was never stopped. (With find_unused_parameters the layout stays, but each start logs a warning.)
+the gradients. torch's DistributedDataParallel is not used: it changes the layout of its buckets after the
+first step. The layout sets the order of summation, so a resumed training would end with other bits than one
+that was never stopped. (With find_unused_parameters the layout stays, but each start logs a warning.)
 DistributedDataParallel overlaps sending with the last micro-batch, which gains little if a batch has many.
 """
 
@@ -26,7 +26,7 @@ from cbtm_pipeline.training import checkpoint, sharding
 
 JOIN_S = 600.0  # the nodes of a job start at different moments
 TIMEOUT_S = 1800.0  # of an exchange: the others wait in it while process 0 saves
-POLL_S = 0.5
+POLL_S = 0.5  # between two checks for a failure
 GRACE_S = 30.0  # a process has this time to end by itself after another one has ended or failed
 LINGER_S = 5.0  # process 0 keeps the store this long after a failure, so that the others can read the reason
 BUCKET = 1 << 24  # the most gradients (64 MB) in one sum, unless one parameter has more
@@ -49,7 +49,7 @@ class Group:
     def first_does(self, name: str, act: Callable[[], A]) -> A:
         """Call `act` on process 0, and return its answer (JSON data) on all processes.
 
-        There is no time limit. A name can be used only once. Raises RuntimeError if process 0 has failed.
+        There is no time limit. A name can be used only once. Raises RuntimeError if another process fails.
         """
         if self.world_size == 1:
             return act()
@@ -77,11 +77,11 @@ class Group:
 
         Process 0 waits up to `patience_s` for the others, because the store ends with it.
         """
-        left = [f"{rank} left" for rank in range(self.world_size)]
+        names = [f"{rank} left" for rank in range(self.world_size)]
         deadline = time.monotonic() + patience_s
         with suppress(RuntimeError):
-            self.store.set(left[self.rank], "")
-            while self.rank == 0 and not self.store.check(left) and time.monotonic() < deadline:
+            self.store.set(names[self.rank], "")
+            while self.rank == 0 and not self.store.check(names) and time.monotonic() < deadline:
                 time.sleep(0.01)
 
     def share(self, state: checkpoint.State | None) -> tuple[int, Iterable[tuple[str, torch.Tensor]]]:
@@ -161,7 +161,10 @@ ALONE = Group()
 
 
 def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """The trainable parameters in buckets. They depend on the model only, so sums have the same order after a resume."""
+    """The trainable parameters in buckets.
+
+    The buckets depend on the model only, so sums have the same order after a resume.
+    """
     bucket: list[torch.nn.Parameter] = []
     size = 0
     for p in parameters:
@@ -236,7 +239,7 @@ def joined(group: Group) -> Iterator[None]:
 
 
 def _connect(group: Group) -> None:
-    """Choose the GPU of this process, and join the store and the process group. Raises ValueError on failure."""
+    """Choose this process's GPU; join the store and the process group. Raises ValueError if that fails."""
     if torch.cuda.is_available():
         n_gpus = torch.cuda.device_count()
         if group.local_rank >= n_gpus > 1:
@@ -261,7 +264,8 @@ def _connect(group: Group) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
             f"process {group.rank}: no connection with the others at {address} "
-            f"({str(error).splitlines()[0]}). Expected {group.world_size} processes and a free port. Start again."
+            f"({str(error).splitlines()[0]}). Expected {group.world_size} processes and a free port. "
+            "Start again."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A finished expert: a Hugging Face folder whose card identifies the weights and all that they were made from."""
+"""A finished expert: a Hugging Face folder. Its card identifies the weights and all they were made from."""
 
 import shutil
 from pathlib import Path
@@ -46,8 +46,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 ```
 
-The model was trained on nothing but text: it can repeat the errors and biases of that text. It was not
-trained to follow instructions.
+The model was trained on its text alone, and can repeat the errors and biases of that text. It was not trained
+to follow instructions.
 """
 
 
@@ -91,21 +91,16 @@ def publish(
 
 
 def _readme(card: dict[str, Any], architecture: str) -> str:
+    """The README.md of an expert's folder."""
     name, plan = card["expert"], card["plan"]
-    what = {
-        "clusters": f"the expert on cluster {plan['group']}",
-        "random": f"the expert on random cluster {plan['group']}, a control",
-        "corpus": "the seed model that every expert starts from"
-        if name == "seed"
-        else "a dense model on the whole corpus, the baseline",
-    }[plan["data"]]
-    title = (
-        "Seed model"
-        if name == "seed"
-        else f"Expert {name}"
-        if plan["data"] != "corpus"
-        else f"Dense model ({name})"
-    )
+    if name == "seed":
+        title, what = "Seed model", "the seed model that every expert starts from"
+    elif plan["data"] == "corpus":
+        title, what = f"Dense model ({name})", "a dense model on the whole corpus, the baseline"
+    elif plan["data"] == "clusters":
+        title, what = f"Expert {name}", f"the expert on cluster {plan['group']}"
+    else:
+        title, what = f"Expert {name}", f"the expert on random cluster {plan['group']}, a control"
     loss = "none" if card["final_loss"] is None else f"{card['final_loss']:.4f}"
     return README.format(
         title=title, what=what, architecture=architecture, loss=loss, file=WEIGHTS, **{**plan, **card}

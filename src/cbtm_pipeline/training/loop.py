@@ -171,8 +171,8 @@ class Training:
         raise ValueError(
             f"expert {self.plan.expert}, step {flight.step}: loss {numbers.loss:.4g}, gradient norm "
             f"{numbers.grad_norm:.4g}. Expected finite numbers, and a loss up to {flight.limit:.4g}, "
-            "train.max_loss_jump above the usual one. Lower train.lr or train.clip_norm; the last good state is "
-            f"kept in {self.task.state}."
+            "train.max_loss_jump above the usual one. Lower train.lr or train.clip_norm; the last good state "
+            f"is kept in {self.task.state}."
         )
 
     def log(self, metrics: training_log.Metrics, flight: InFlight, numbers: Numbers) -> None:

@@ -5,7 +5,7 @@ D numbers, but its logits have V. The logits of a chunk give the loss and both g
 memory holds R x V logits and never N x V, and no product is computed twice. The cost is that of the output
 layer, 6 N D V operations. This saves about eight reads and writes of N x V numbers.
 
-Shapes: B sequences, T tokens, N = B T of them, D hidden size, V tokens in the vocabulary, R tokens of a chunk.
+Shapes: B sequences, T tokens, N = B T of them, D hidden size, V tokens in the vocabulary, R in a chunk.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The logits of a chunk fit into the cache of a CPU, or keep a GPU busy (0.5 GB in bf16).
+# The logits of a chunk: they fit into the cache of a CPU, and are enough to keep a GPU busy (0.5 GB in bf16).
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
@@ -42,7 +42,7 @@ def _chunk(
 
 
 class _Chunked(torch.autograd.Function):
-    """`cross_entropy` for autograd: the forward pass computes the gradients, the backward pass scales them."""
+    """`cross_entropy` for autograd: the forward pass computes gradients, the backward pass scales them."""
 
     @staticmethod
     def forward(

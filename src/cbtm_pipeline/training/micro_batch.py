@@ -27,16 +27,16 @@ def device_bytes(device: torch.device) -> float:
 
 
 class MicroBatch(NamedTuple):
-    """Sequences in a forward pass, and whether the backward pass recomputes activations or finds them kept."""
+    """The sequences of a forward pass, and whether the backward pass recomputes activations."""
 
     micro_batch_size: int
     recompute: bool
 
 
 def even(batch_size: int, largest: int) -> int:
-    """The size of a micro-batch: at most `largest` sequences, so that there are as few micro-batches as possible.
+    """The size of a micro-batch: at most `largest` sequences, in as few micro-batches as possible.
 
-    Up to twice as many are accepted if all of them are then equal.
+    Up to twice as many micro-batches are accepted if all of them are then equal.
     """
     n = math.ceil(batch_size / min(largest, batch_size))
     equal = next((m for m in range(n, min(2 * n, batch_size) + 1) if batch_size % m == 0), n)
@@ -84,9 +84,9 @@ def choose(
 ) -> MicroBatch:
     """The micro-batch for a GPU with `total_bytes` of memory. `batch_size` is this process's part of a batch.
 
-    `kept` is the bytes that a sequence keeps for the backward pass, `kept_recomputing` the same if activations
-    are recomputed. They are recomputed only if not even one sequence fits otherwise. Raises ValueError if
-    one sequence does not fit even then.
+    `kept` counts the bytes that a sequence keeps for the backward pass; `kept_recomputing` counts them if
+    activations are recomputed. That is done only if not even one sequence fits otherwise. Raises ValueError
+    if one sequence does not fit even then.
     """
     rows = loss.chunk_rows(vocab_size, "cuda")
     needed = PER_PARAMETER * n_parameters / n_shards + 6 * rows * vocab_size
@@ -94,8 +94,9 @@ def choose(
     recompute = kept > free
     if recompute and kept_recomputing > free:
         raise ValueError(
-            f"model: {n_parameters:,} parameters need {(needed + kept_recomputing) / 1e9:.0f} GB to train on one "
-            f"sequence. Expected at most {USABLE * total_bytes / 1e9:.0f} GB, the usable memory of a GPU here. "
-            "Give the experts more GPUs with run.sharded, lower train.seq_len, or choose a smaller model."
+            f"model: {n_parameters:,} parameters need {(needed + kept_recomputing) / 1e9:.0f} GB to train "
+            f"on one sequence. Expected at most {USABLE * total_bytes / 1e9:.0f} GB, the usable memory of a "
+            "GPU here. Give the experts more GPUs with run.sharded, lower train.seq_len, or choose a smaller "
+            "model."
         )
     return MicroBatch(even(batch_size, int(free / (kept_recomputing if recompute else kept))), recompute)

@@ -1,4 +1,4 @@
-"""Causal language models of transformers: from scratch, from a folder or from the hub, and the cost of a token.
+"""Causal language models of transformers: from scratch, a folder or the hub; and the cost of a token.
 
 Any model that `AutoModelForCausalLM` knows can be used if it is causal. A test on a few tokens decides that.
 """
@@ -23,73 +23,76 @@ if TYPE_CHECKING:
 def scratch(
     keys: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int, rng_seed: int
 ) -> "PreTrainedModel":
-    """An untrained model (float32) from the keys of section model.scratch.
+    """An untrained model (float32) from section model.scratch: the keys of the class that `model_type` names.
 
-    The keys are those of the configuration class of `model_type`. Where they leave out the vocabulary, the
-    separator (as begin and end of text) or the number of positions, these are filled in; dropout is then 0. The
-    weights are a function of the config and rng_seed. Raises ValueError for keys that the class does not
-    know, and for values that make no model.
+    If `keys` leave them out, the vocabulary, the separator (as begin and end of text) and the number of
+    positions are filled in, and dropout is 0. The weights are a function of the config and rng_seed. Raises
+    ValueError for keys that the class does not have, and for values that do not make a model.
     """
     with lean_imports():
         assume_unpacked_sequences()
-        from transformers import AutoModelForCausalLM
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
         keys = copy.deepcopy(dict(keys))
-        model_type = keys.pop("model_type", None)
-        config_class = _config_class(model_type)
-        values = _config_values(config_class, keys, vocab_size, separator_id, seq_len)
+        model_type = _check_model_type(keys.pop("model_type", None))
+        config_class = CONFIG_MAPPING[model_type]
+        fields = {field.name: field.default for field in dataclasses.fields(config_class)}
+        _check_keys(keys, fields, config_class)
+        filled_in = _filled_in(fields, vocab_size, separator_id, seq_len)
+        own_names = {
+            config_class.attribute_map.get(name, name): value
+            for name, value in [*filled_in.items(), *keys.items()]  # a later name of the same field counts
+        }
         torch.manual_seed(rng_seed % 2**63)
         try:
-            model = AutoModelForCausalLM.from_config(config_class(**values), dtype=torch.float32)
-        except Exception as error:  # the error that a wrong size or type causes depends on the model
+            config = config_class(**{name: value for name, value in own_names.items() if name in fields})
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as error:  # the type of the error depends on the model
             raise ValueError(
-                f"model.scratch: no {model_type} model ({first_sentence(error)}). "
-                "Expected sizes that fit together. Change model.scratch."
+                f"model.scratch: no {model_type} model ({first_sentence(error)}). Expected sizes that fit "
+                "together. Change model.scratch."
             ) from error
         _check(model, "model.scratch", vocab_size, seq_len)
         return model
 
 
-def _config_class(model_type: str | None) -> Any:
-    """The configuration class of a causal language model. Raises ValueError if transformers has none."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+def _check_model_type(model_type: Any) -> str:
+    """The model type. Raises ValueError if transformers has no causal language model of this type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if model_type not in names:
-        near = difflib.get_close_matches(str(model_type), names, 1) or ["llama"]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1) or ["llama"]
         raise ValueError(
             f"model.scratch.model_type: {model_type}. Expected a causal language model of transformers. "
             f"Did you mean {near[0]}?"
         )
-    return CONFIG_MAPPING[model_type]
+    return model_type
 
 
-def _config_values(
-    config_class: Any, keys: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int
-) -> dict[str, Any]:
-    """The arguments of a configuration class: `keys`, and values for what they leave out.
-
-    Raises ValueError for an unknown key.
-    """
-    fields = {field.name: field.default for field in dataclasses.fields(config_class)}
-    known = fields | dict.fromkeys(config_class.attribute_map)
+def _check_keys(keys: Mapping[str, Any], fields: Mapping[str, Any], config_class: Any) -> None:
+    """Raise ValueError for a key that is neither a field of the class nor another name of one."""
+    known = dict(fields) | dict.fromkeys(config_class.attribute_map)
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0)[0]
             raise ValueError(
-                f"model.scratch.{key}: unknown key. Expected a key of {config_class.__name__} in transformers. "
-                f"Did you mean {near}?"
+                f"model.scratch.{key}: unknown key. Expected a key of {config_class.__name__} in "
+                f"transformers. Did you mean {near}?"
             )
-    filled_in: dict[str, Any] = {
+
+
+def _filled_in(fields: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int) -> dict[str, Any]:
+    """The values of the keys that people need not give."""
+    values: dict[str, Any] = {
         name: 0.0 for name, default in fields.items() if "drop" in name and isinstance(default, float)
     }
-    filled_in |= {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
-    filled_in |= {"bos_token_id": separator_id, "eos_token_id": separator_id, "pad_token_id": None}
-    own_names = {
-        config_class.attribute_map.get(name, name): value
-        for name, value in [*filled_in.items(), *keys.items()]
+    return values | {
+        "vocab_size": vocab_size,
+        "bos_token_id": separator_id,
+        "eos_token_id": separator_id,
+        "pad_token_id": None,
+        "max_position_embeddings": seq_len,
     }
-    return {name: value for name, value in own_names.items() if name in fields}
 
 
 def pretrained(
@@ -97,7 +100,7 @@ def pretrained(
 ) -> tuple["PreTrainedModel", str | None]:
     """A model (float32) from a local folder or the hub, and its commit on the hub (None for a folder).
 
-    Raises ValueError if it is not there or does not fit.
+    Raises ValueError if the model is not there, is damaged, or does not fit the tokenizer and seq_len.
     """
     where = f"model.pretrained: {name}"
     with lean_imports():
@@ -115,7 +118,7 @@ def load(folder: Path) -> "PreTrainedModel":
 
 
 def _load(folder: Path, where: str) -> "PreTrainedModel":
-    """The model in a folder. Raises ValueError, which names `where`, if it or one of its weights is missing."""
+    """Load a model (float32). Raises ValueError, which names `where`, if it is damaged or lacks a weight."""
     from transformers import AutoModelForCausalLM
 
     assume_unpacked_sequences()
@@ -124,12 +127,14 @@ def _load(folder: Path, where: str) -> "PreTrainedModel":
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
         raise ValueError(
-            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. Download it again."
+            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. "
+            "Download it again."
         ) from error
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise ValueError(
-            f"{where}: no fitting weights for {', '.join(wrong[:3])}. Expected every weight. Check config.json."
+            f"{where}: no fitting weights for {', '.join(wrong[:3])}. Expected every weight. "
+            "Check config.json."
         )
     return model
 
@@ -137,7 +142,7 @@ def _load(folder: Path, where: str) -> "PreTrainedModel":
 def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
     """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and is causal.
 
-    To see that it is causal, two texts that differ in their last token alone must get the same earlier logits.
+    It is causal if two texts that differ only in their last token get the same logits before it.
     """
     embeddings: Any = model.get_input_embeddings()
     n_rows = embeddings.weight.shape[0]
@@ -149,7 +154,8 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if n_positions is not None and n_positions < seq_len:
         raise ValueError(
-            f"{where}: {n_positions} positions. Expected at least train.seq_len, {seq_len}. Lower train.seq_len."
+            f"{where}: {n_positions} positions. Expected at least train.seq_len, {seq_len}. "
+            "Lower train.seq_len."
         )
     ids_2T = torch.arange(min(seq_len, 8)).repeat(2, 1) % vocab_size
     ids_2T[1, -1] = (ids_2T[1, -1] + 1) % vocab_size
@@ -159,7 +165,7 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
             logits = [model.eval()(input_ids=ids[None], use_cache=False).logits[0].float() for ids in ids_2T]
     except Exception as error:
         raise ValueError(
-            f"{where}: does not run ({first_sentence(error)}). Expected sizes that fit together. Change it."
+            f"{where}: does not run ({first_sentence(error)}). Expected sizes that fit together. Change them."
         ) from error
     model.train(was_training)
     if embeddings.weight.is_meta:  # a model on the meta device runs, but its logits have no values to compare
@@ -191,9 +197,8 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> int:
     forward pass alone takes a third of this.
     """
     head = model.get_output_embeddings()
-    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} - (
-        {head.weight} if head is not None else set()
-    )
+    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables -= {head.weight} if head is not None else set()
     n = n_parameters(model) - sum(table.numel() for table in tables)
     config = model.config.get_text_config()
     return 6 * n + 12 * config.num_hidden_layers * config.hidden_size * seq_len

@@ -1,4 +1,4 @@
-"""A model made ready to train: put on its device or spread over several, in micro-batches that fit, compiled."""
+"""A model made ready to train: on its device or spread over several, in micro-batches that fit, compiled."""
 
 import math
 import shutil
@@ -23,7 +23,7 @@ SHARDED_ABOVE = (
 
 
 class Placed(NamedTuple):
-    """A model ready to train: the module that gives its loss, its micro-batch, its precision and its device."""
+    """A model ready to train: the module that gives its loss, its micro-batch, precision and device."""
 
     loss_of: NextToken
     micro_batch_size: int
@@ -61,7 +61,7 @@ def place(
         loss_of, plan, bf16, device, total_bytes, -(-plan.batch_size // world), world if sharded else 1
     )
     _recompute(net, chosen.recompute)
-    # On a CPU, a small training loses more time to compiling than it gains. So only train.compile asks for it.
+    # On a CPU, compiling takes longer than it saves in a small training. There, people must ask for it.
     if plan.compile or (
         plan.compile is None and device.type == "cuda" and (shutil.which("cc") or shutil.which("gcc"))
     ):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def learning_rate(step: int, plan: TrainingPlan) -> float:
     """The learning rate of a step, 0 <= step < n_steps.
 
-    It rises linearly to lr during the warm-up. Then it falls, linearly or on a cosine, to final_lr_ratio * lr at
-    the last step.
+    It rises linearly to lr during the warm-up. Then it falls, linearly or on a cosine, to final_lr_ratio * lr
+    at the last step.
     """
     n_warmup = math.ceil(plan.warmup_ratio * plan.n_steps)
     if step < n_warmup:
@@ -51,11 +51,11 @@ def make_optimizer(net: torch.nn.Module, plan: TrainingPlan) -> torch.optim.Opti
 def accumulate(
     loss_of: "NextToken", tokens_BT: torch.Tensor, n_targets: int, micro_batch_size: int, bf16: bool
 ) -> torch.Tensor:
-    """Add to the gradients what sequences (int64, (B, T + 1)) contribute to the mean loss of n_targets tokens.
+    """Add the gradient of sequences (int64, (B, T + 1)): their part of the mean loss of n_targets tokens.
 
-    Returns their contribution to that loss (nats per token, float32). If n_targets counts a whole batch, the
-    losses and gradients of its parts add up to those of the batch. Sharded models exchange their gradients
-    in the last micro-batch.
+    Returns their part of that loss (nats per token, float32). If n_targets counts a whole batch, the
+    losses and gradients of its parts add up to those of the batch. Sharded models exchange gradients in the
+    last micro-batch.
     """
     total = torch.zeros((), device=tokens_BT.device)
     micro_batches = tokens_BT.split(micro_batch_size)
@@ -78,9 +78,9 @@ def update(
 ) -> torch.Tensor:
     """Take one optimiser step with gradients clipped to the norm `clip_norm`. Return their norm before that.
 
-    `bad` (bool, one number on the device) becomes true if the loss exceeds `limit`, or if the loss or the norm
-    is not finite. It then stays true, and the optimiser changes nothing any more. The host never waits for
-    the device: the fused kernel divides gradients by grad_scale, and does nothing if found_inf is 1.
+    `bad` (bool, one number on the device) becomes true if the loss exceeds `limit`, or if the loss or the
+    norm is not finite. It then stays true, and the optimiser changes nothing any more. The host never waits
+    for the device: the fused kernel divides gradients by grad_scale, and does nothing if found_inf is 1.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = sharding.whole(torch.nn.utils.get_total_norm(gradients))
