@@ -29,7 +29,7 @@ test: setup  ## all tests; those on a real Slurm where its packages are or can b
 	wait $$slurm || status=1; cat slurm-tests.log; exit $$status
 
 test-fast: setup  ## the fast tests, in parallel: under two minutes
-	$(BIN)/python -m pytest -q -n auto -m "not slow" --ignore=tests/slurm
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" --ignore=tests/slurm
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff check
