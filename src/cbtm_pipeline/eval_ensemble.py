@@ -1,8 +1,7 @@
-"""Rule `eval_ensemble`: mix the experts on held-out text, and compare the systems.
+"""Mix the experts on held-out text, and compare the systems.
 
-    python -m cbtm_pipeline.eval_ensemble --config config.yaml --distances route/distances.npz \\
-        --scores scores/seed.npz scores/0.npz ... --experts experts/seed/card.json experts/0/card.json ... \\
-        --out eval/metrics.json
+    python -m cbtm_pipeline.eval_ensemble --config config.yaml --distances results/route/distances.npz \\
+        --scores results/scores/*.npz --experts results/experts/*/card.json --out results/eval/metrics.json
 
 It writes metrics.json, and table.txt beside it. One part of the held-out documents serves to choose the
 routers' settings. The numbers are of the other part.

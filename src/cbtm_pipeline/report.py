@@ -1,9 +1,9 @@
-"""Rule `report`: write the result for people, one page that needs no network and no JavaScript.
+"""Write the result for people: one page that needs no network and no JavaScript.
 
-    python -m cbtm_pipeline.report --config config.yaml --metrics eval/metrics.json \\
-        --top-terms cluster/top_terms.json --assignments assignments/manifest.json \\
-        --shards shards/manifest.json --training experts/seed/metrics.jsonl experts/0/metrics.jsonl ... \\
-        --out report.html
+    python -m cbtm_pipeline.report --config config.yaml --metrics results/eval/metrics.json \\
+        --top-terms results/cluster/top_terms.json --assignments results/assignments/manifest.json \\
+        --shards results/shards/manifest.json --training results/experts/*/metrics.jsonl \\
+        --out results/report.html
 """
 
 import itertools

@@ -5,9 +5,10 @@
         --tokenizer results/tokenizer/tokenizer.json --out results/route/distances.npz
 
 Row t of a document serves the prediction of x_t and depends on x_0 ... x_(t-1) alone. With the linear tf-idf,
-it depends on all of them. With an encoder, it depends on the text of those before the last multiple of
-route.window_tokens. The distances do not include the prices: these make the clusters equally heavy, which
-says nothing about one text. Only `cluster`, the cluster of the whole document, includes them, as in `assign`.
+it depends on all of them. With an encoder, it depends on the text of the first floor(t / window_tokens) *
+window_tokens of them (route.window_tokens). The distances do not include the prices: these make the clusters
+equally heavy, which says nothing about one text. Only `cluster`, the cluster of the whole document, includes
+them, as in `assign`.
 
 Shapes: T tokens of one document, N held-out tokens, R rows of one chunk, D dimensions, K clusters.
 """

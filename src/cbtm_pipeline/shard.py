@@ -1,7 +1,7 @@
-"""Rule `shard`: read the corpus once, and check, split and tokenise it into shards of bounded size.
+"""Read the corpus once, and check, split and tokenise it into shards of bounded size.
 
-    python -m cbtm_pipeline.shard --config config.yaml --tokenizer tokenizer/tokenizer.json \\
-        --out shards/manifest.json
+    python -m cbtm_pipeline.shard --config config.yaml --tokenizer results/tokenizer/tokenizer.json \\
+        --out results/shards/manifest.json
 
 One process reads the corpus and cuts it into blocks of records, in order. The workers turn each block into a
 shard of training documents, a shard of held-out documents, or one of each. So the shards do not depend on the

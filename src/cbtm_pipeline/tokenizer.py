@@ -1,6 +1,6 @@
-"""Rule `tokenizer`: load a tokenizer from a folder or the hub, or train a byte-level BPE on the corpus.
+"""Load a tokenizer from a folder or the hub, or train a byte-level BPE on the corpus.
 
-    python -m cbtm_pipeline.tokenizer --config config.yaml --out tokenizer/tokenizer.json
+    python -m cbtm_pipeline.tokenizer --config config.yaml --out results/tokenizer/tokenizer.json
 
 The rule writes the files that `AutoTokenizer.from_pretrained` loads, and card.json. The card names the token
 that separates documents: the tokenizer's bos token, else its eos token. A trained tokenizer has

@@ -91,13 +91,13 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = {
+    content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<sep>",
         "eos_token": "<sep>",
         "unk_token": "<sep>",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
     artifact.write_json(
         folder / "card.json", artifact.make_meta("tokenizer", {}, separator_id=0, vocab_size=VOCAB_SIZE)
     )

@@ -19,7 +19,9 @@ log = logging.getLogger("cbtm")
 
 def parser(description: str | None, config: bool = True) -> argparse.ArgumentParser:
     """An argument parser with the options that modules share: `--log`, and `--config` if `config` is true."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog=_command(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if config:
         p.add_argument(
             "--config",
@@ -29,6 +31,17 @@ def parser(description: str | None, config: bool = True) -> argparse.ArgumentPar
         )
     p.add_argument("--log", type=Path, help="also write the log lines to this file")
     return p
+
+
+def _command() -> str | None:
+    """How this process was started: `python -m <module>`; None (the name of the program) otherwise."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = getattr(spec, "name", "")
+    return (
+        f"python -m {name}"
+        if name.startswith("cbtm_pipeline.") and name != "cbtm_pipeline.__main__"
+        else None
+    )
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):

@@ -45,10 +45,10 @@ class Task(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What the device says of a step, summed over the processes."""
+    """The numbers of a step, computed on the device and summed over the processes."""
 
     loss: float  # nats per token
-    stop_requested: float  # processes that were told to stop
+    stop_requested: float  # the number of processes that got a signal to stop
     save_due: float  # 1 if process 0 wants to save
     grad_norm: float
     is_bad: float  # 1 if this step or an earlier one was bad

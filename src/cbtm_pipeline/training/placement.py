@@ -17,9 +17,8 @@ from cbtm_pipeline.training.loss import NextToken
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHARDED_ABOVE = (
-    0.6  # of a GPU's memory for weights and optimiser: a model that needs less is faster unsharded
-)
+# The share of a GPU's memory for weights and optimiser. A model that needs less is faster unsharded.
+SHARDED_ABOVE = 0.6
 
 
 class Placed(NamedTuple):
@@ -109,6 +108,7 @@ def _micro_batch(
 
 
 def _recompute(net: "PreTrainedModel", on: bool) -> None:
+    """Set whether the backward pass recomputes activations."""
     if on:
         net.activation_checkpointing_enable({"use_reentrant": False})
     else:
