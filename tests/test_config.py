@@ -72,6 +72,10 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ),
         ({"model__preset": "1.3B"}, "model.preset: '1.3B'. Expected '10m'"),
         ({"corpus": None}, "corpus: None. Expected"),
+        ({"route__routers": []}, r"route.routers: \[\]. Expected at least one value"),
+        ({"model__pretrained": ""}, "model.pretrained: ''. Expected a name, or null"),
+        ({"model__revision": "v2"}, "model.revision: v2 without model.pretrained. Expected the name"),
+        ({"embed__revision": "v2"}, "embed.revision: v2 without embed.encoder"),
     ],
 )
 def test_bad_config_is_one_clear_line(change: dict[str, Any], message: str) -> None:
@@ -84,6 +88,13 @@ def test_all_errors_are_told_at_once() -> None:
     with pytest.raises(ValueError) as error:
         config.validate(changed(cluster__k=0, train__lr="fast"))
     assert len(str(error.value).splitlines()) == 2
+
+
+def test_the_config_of_an_older_version_is_read() -> None:
+    content = changed()
+    for section in ("tokenizer", "embed", "model"):
+        del content[section]["revision"]
+    assert config.validate(content) == config.validate(changed())
 
 
 def test_missing_key() -> None:

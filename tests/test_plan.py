@@ -115,7 +115,7 @@ def test_a_revision_that_is_not_set_leaves_old_plans_as_they_were() -> None:
 
 
 def test_the_tokenizer_of_the_model_has_the_revision_of_the_model() -> None:
-    c = validated(model__pretrained="me/model", model__revision="v2", tokenizer__revision="v1")
+    c = validated(model__pretrained="me/model", model__revision="v2")
     assert (plan.tokenizer(c).source, plan.tokenizer(c).revision) == ("me/model", "v2")
     own = validated(model__pretrained="me/model", model__revision="v2", tokenizer__pretrained="me/words")
     assert (plan.tokenizer(own).source, plan.tokenizer(own).revision) == ("me/words", None)

@@ -69,7 +69,6 @@ CHANGES = {
     "corpus: {eval_fraction: 0.2}": CORPUS,
     "corpus: {max_bad_share: 0.5}": CORPUS - {"tokenizer"},
     "tokenizer: {vocab_size: 310}": CORPUS,
-    "tokenizer: {revision: v2}": set(),  # of a name that is not given
     "seed: 1": CORPUS - {"tokenizer", "shard"},
     "run: {log_seconds: 1.0}": set(),
 }

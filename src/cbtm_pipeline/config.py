@@ -17,6 +17,8 @@ from cbtm_pipeline import presets
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.mixture.routers import ROUTERS
 
+LATER_KEYS = (("tokenizer", "revision"), ("embed", "revision"), ("model", "revision"))  # since 0.2.0
+
 
 def _number(value: Any) -> Any:
     """Take `2e-4` as a number, which YAML 1.1 reads as text."""
@@ -34,6 +36,7 @@ Positive = Annotated[Float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+Name = Annotated[str, Field(pattern=r"\S")]  # a folder or a name on the hub, or a revision there
 Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
 
 
@@ -64,15 +67,15 @@ class Corpus(_Section):
 
 
 class Tokenizer(_Section):
-    pretrained: str | None
-    revision: str | None
+    pretrained: Name | None
+    revision: Name | None
     vocab_size: Annotated[int, Field(ge=257)]
     train_bytes: Count
 
 
 class Embed(_Section):
-    encoder: str | None
-    revision: str | None
+    encoder: Name | None
+    revision: Name | None
     windows: Count
     n_components: Count
     idf_power: Annotated[Float, Field(ge=0)]
@@ -90,8 +93,8 @@ class Cluster(_Section):
 
 
 class Model(_Section):
-    pretrained: str | None
-    revision: str | None
+    pretrained: Name | None
+    revision: Name | None
     preset: Literal[presets.NAMES] | None  # pyright: ignore[reportInvalidTypeForm]
     scratch: dict[str, Any]
 
@@ -179,7 +182,7 @@ def validate(content: Any) -> Config:
             f"config: {_show(content)}. Expected sections such as corpus and train. Start from config.yaml."
         )
     try:
-        config = Config.model_validate(dict(content))
+        config = Config.model_validate(_with_later_keys(content))
     except ValidationError as error:
         raise ValueError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
     if config.eval.stride > config.train.seq_len:
@@ -193,7 +196,32 @@ def validate(content: Any) -> Config:
             f"route.calibration_share, {config.route.calibration_share}. Lower it, or documents that a "
             "training has seen would be reported on."
         )
+    _check_revisions(config)
     return config
+
+
+def _check_revisions(config: Config) -> None:
+    """Raise ValueError for a revision of a name that is not given."""
+    for key, name, revision in (
+        ("tokenizer.pretrained", config.tokenizer.pretrained, config.tokenizer.revision),
+        ("model.pretrained", config.model.pretrained, config.model.revision),
+        ("embed.encoder", config.embed.encoder, config.embed.revision),
+    ):
+        if revision is not None and name is None:
+            section = key.partition(".")[0]
+            raise ValueError(
+                f"{section}.revision: {revision} without {key}. Expected the name that it belongs to. "
+                f"Set {key}, or remove {section}.revision."
+            )
+
+
+def _with_later_keys(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with null for the keys that the config.json of an older version does not have."""
+    complete = dict(content)
+    for section, key in LATER_KEYS:
+        if isinstance(complete.get(section), Mapping):
+            complete[section] = {key: None, **complete[section]}
+    return complete
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -221,6 +249,10 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: missing. Expected a value. Copy it from config.yaml."
     expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    if error["type"] == "too_short":
+        expected = "at least one value"
+    if error["type"] == "string_pattern_mismatch":
+        expected = "a name, or null"
     return f"{key}: {found}. Expected {expected}. Change it in your config."
 
 

@@ -202,3 +202,27 @@ def test_only_this_module_reaches_the_hub() -> None:
             for name in names & {getattr(node, key, None) for key in ("id", "attr", "arg", "name")}:
                 found.setdefault(str(path.relative_to(SOURCE)), set()).add(name)
     assert found == {"base/hub.py": names - {"hf_hub_download"}}
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "~/models/x", "/no/such/folder", "a b"])
+def test_a_path_that_does_not_exist_gets_no_advice_about_the_hub(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no such folder\. Expected weights in it\. Correct the path\.$"):
+        fetch(name)
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {}}', '{"weight_map": {"a": 3}}', "[1]", "{"])
+def test_a_broken_index_counts_as_missing_files(tmp_path: Path, index: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert hub.lacks_weights(tmp_path)
+
+
+def test_the_advice_works_where_the_hub_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.problem("me/tiny") == "HF_HUB_OFFLINE is set"
+    assert (
+        hub.advice("me/tiny", "my branch")
+        == "env HF_HUB_OFFLINE=0 hf download me/tiny --revision 'my branch'"
+    )

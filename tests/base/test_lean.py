@@ -98,3 +98,14 @@ print(n_before, n_packed, len(results), torch.equal(before, after), torch.equal(
 def test_logits_are_bit_equal_without_the_check_for_packed_sequences():
     """Fails when transformers renames the check, or no longer calls it in a forward pass."""
     assert run(PATCH).split() == ["1", "2", "2", "True", "False"]
+
+
+def test_a_model_can_be_made_after_transformers_has_seen_every_package() -> None:
+    code = (
+        "from transformers.utils import is_sklearn_available; is_sklearn_available()\n"
+        "from cbtm_pipeline.base.lean import lean_imports\n"
+        "with lean_imports():\n    from transformers import LlamaForCausalLM\n"
+        "print(LlamaForCausalLM.__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "LlamaForCausalLM\n", run.stderr

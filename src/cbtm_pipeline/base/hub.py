@@ -6,9 +6,12 @@ functions `lacks_...` decide that, for the pipeline and for `cbtm doctor` alike.
 read. Code that comes with a model is never run.
 """
 
+import http.client
 import json
 import re
+import shlex
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +61,8 @@ def fetch(
     if a file of `optional` is not here, because the repository may have it. Raises ValueError if the model
     cannot be had.
     """
+    if not Path(name).is_dir() and not could_be_on_the_hub(name):
+        raise ValueError(f"{key}: {name!r}: no such folder. Expected {expected} in it. Correct the path.")
     folder = local_folder(name, revision)
     unsure = folder is None or any(not (folder / file).exists() for file in optional)
     if not Path(name).is_dir() and (lacks(folder) or unsure):
@@ -100,9 +105,24 @@ def _download(
         return folder
 
 
+def could_be_on_the_hub(name: str) -> bool:
+    """Whether a name has the form of a repository's: `model` or `owner/model`."""
+    return (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None and not Path(name).exists()
+    )
+
+
 def advice(name: str, revision: str | None) -> str:
     """The command that downloads a model by hand."""
-    return f"hf download {name}{f' --revision {revision}' if revision else ''}"
+    offline = "env HF_HUB_OFFLINE=0 " if _is_offline() else ""
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
+    return f"{offline}hf download {shlex.quote(name)}{at}"
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def load(auto_class: Any, folder: Path, **options: Any) -> Any:
@@ -120,8 +140,10 @@ def lacks_weights(folder: Path | None) -> list[str]:
     index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     try:
         if index.exists():
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            names = {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
+        names = set()
+    if not names:
         return [f"a whole {index.name}"]
     return [name for name in ["config.json", *sorted(names)] if not (folder / name).exists()]
 
@@ -145,7 +167,9 @@ def problem(name: str, revision: str | None = None) -> str | None:
     """The reason why a model cannot be had from the hub now; None if it can."""
     from huggingface_hub import constants
 
-    at = f"/revision/{revision}" if revision else ""
+    if _is_offline():
+        return "HF_HUB_OFFLINE is set"
+    at = f"/revision/{urllib.parse.quote(revision, safe='')}" if revision else ""
     url = f"{constants.ENDPOINT}/api/models/{name}{at}"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S):
@@ -153,5 +177,5 @@ def problem(name: str, revision: str | None = None) -> str | None:
     except urllib.error.HTTPError as error:
         gone = f"no public {name}{f' at {revision}' if revision else ''}"
         return gone if error.code in (401, 403, 404) else f"{url} answers {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"

@@ -16,9 +16,11 @@ def lean_imports() -> Iterator[None]:
 
     transformers loads these packages if it finds them, for object detection, assisted generation and table
     questions. No job here needs them, and they take a quarter of every job's start. Packages that were
-    imported before stay visible. After this context, all packages can be imported again.
+    imported before stay visible. After this context, all packages can be imported again. If transformers is
+    imported already, it knows which packages it can use, so that nothing is hidden from it.
     """
-    hidden = {name for name in HIDDEN if name not in sys.modules}
+    first = "transformers" not in sys.modules
+    hidden = {name for name in HIDDEN if name not in sys.modules} if first else set()
     modules: dict[str, Any] = sys.modules
     collecting = gc.isenabled()
     gc.disable()
