@@ -124,7 +124,7 @@ def test_pretrained_that_does_not_fit(folder, vocab_size, seq_len, message):
 
 
 def test_pretrained_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"model\.pretrained: /no/such/model: not found .*Check the name"):
+    with pytest.raises(ValueError, match=r"model\.pretrained: /no/such/model: no such folder"):
         model.pretrained("/no/such/model", None, 300, 32)
     with pytest.raises(
         ValueError, match=r"lacks config\.json, model\.safetensors\. Expected config\.json and"

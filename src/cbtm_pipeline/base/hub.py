@@ -62,7 +62,7 @@ def fetch(
     cannot be had.
     """
     if not Path(name).is_dir() and not could_be_on_the_hub(name):
-        raise ValueError(f"{key}: {name!r}: no such folder. Expected {expected} in it. Correct the path.")
+        raise ValueError(f"{key}: {name}: no such folder. Expected {expected} in it. Correct the path.")
     folder = local_folder(name, revision)
     unsure = folder is None or any(not (folder / file).exists() for file in optional)
     if not Path(name).is_dir() and (lacks(folder) or unsure):
