@@ -231,7 +231,7 @@ encoding._CACHE_BYTES, encoding._CHECK_BYTES = int(sys.argv[2]), 1 << 22
 encoder = encoding.TokenEncoder(Path(sys.argv[1]))
 letters = bytes(b"abcdefghijklmnop"[i % 16] for i in range(256))
 before = largest = encoding._memory()
-for i in range(24):
+for i in range(40):
     text = random.Random(i).randbytes(1 << 20).translate(letters)
     encoder.encode(b" ".join(text[j : j + 8] for j in range(0, len(text), 8)), fast=True)
     largest = max(largest, encoding._memory())
