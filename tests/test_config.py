@@ -1,4 +1,3 @@
-import copy
 import re
 import subprocess
 import sys
@@ -6,24 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from cbtm_pipeline import config
+from changed_config import changed
 
 ROOT = Path(__file__).parents[1]
-DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())
-
-
-def changed(**keys: Any) -> dict[str, Any]:
-    """The default config with dotted keys (section__key) replaced or added."""
-    content = copy.deepcopy(DEFAULT)
-    for key, value in keys.items():
-        *sections, last = key.split("__")
-        node = content
-        for section in sections:
-            node = node[section]
-        node[last] = value
-    return content
 
 
 def test_default_config_is_valid_and_every_key_is_explained() -> None:

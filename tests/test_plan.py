@@ -1,18 +1,15 @@
 """Plans: what each rule depends on, and that every phase-two system spends the same compute."""
 
-import copy
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from cbtm_pipeline import config, plan
+from changed_config import DEFAULT, changed
 
-DEFAULT = yaml.safe_load((Path(__file__).parents[1] / "config.yaml").read_text())
 PRETRAINED = {
     "model__pretrained": "me/model",
     "tokenizer__pretrained": "me/words",
@@ -22,21 +19,15 @@ PRETRAINED = {
 
 def validated(**keys: Any) -> config.Config:
     """The default config with dotted keys (section__key) replaced."""
-    content = copy.deepcopy(DEFAULT)
-    for key, value in keys.items():
-        *sections, last = key.split("__")
-        node = content
-        for section in sections:
-            node = node[section]
-        node[last] = value
-    return config.validate(content)
+    return config.validate(changed(**keys))
 
 
 def plans(c: config.Config) -> dict[str, str]:
     """`depends_on` of every rule and every training."""
-    experts = ["seed", *plan.experts(c)]
     found = {rule: plan.depends_on(c, rule) for rule in plan.RULES if rule != "train_expert"}
-    return found | {f"expert {expert}": plan.depends_on(c, "train_expert", expert) for expert in experts}
+    return found | {
+        f"expert {expert}": plan.depends_on(c, "train_expert", expert) for expert in plan.trained(c)
+    }
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 12, 64, 200])

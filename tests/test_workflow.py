@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -184,39 +183,53 @@ def test_dag_shows_every_expert(finished: Path) -> None:
     assert all(f"expert: {expert}" in printed for expert in EXPERTS)
 
 
+# A run is killed when it has published such a file. In every order of jobs, each point comes after the one
+# before it.
 KILL_POINTS = [
-    "results/tokenizer/.tokenizer.json.*",
-    "results/shards/*.arrow",
-    "results/embed/embedder.npz",
-    "results/work/seed/*",
-    "results/work/1/*",
-    "results/experts/0/config.json",
-    "results/scores/dense.npz",
-    "results/eval/.metrics.json.*",
+    "tokenizer/tokenizer.json",
+    "shards/*.arrow",
+    "embed/embedder.npz",
+    "work/seed/state/step-*",
+    "work/1/state/step-*",
+    "experts/1/config.json",
+    "scores/1.npz",
+    "eval/table.txt",
 ]
+
+# Python imports a module of this name at every start: here, each job kills the whole run at its kill point.
+KILL = """
+import fnmatch, os, pathlib, signal
+
+replace = pathlib.Path.replace
+
+
+def replace_and_kill(self, target):
+    replace(self, target)
+    if fnmatch.fnmatch(os.path.abspath(target), "*/results/" + os.environ["KILL_POINT"]):
+        os.killpg(0, signal.SIGKILL)
+
+
+pathlib.Path.replace = replace_and_kill
+"""
 
 
 def test_killed_at_many_points_and_started_again_ends_with_the_same_bytes(
     finished: Path, tmp_path: Path
 ) -> None:
     project = make_project(tmp_path / "project")
-    n_killed = 0
-    for pattern in KILL_POINTS:
-        run = subprocess.Popen(
+    (project / "killed").mkdir()
+    (project / "killed/sitecustomize.py").write_text(KILL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "killed")}
+    for point in KILL_POINTS:
+        run = subprocess.run(
             snakemake_command("--cores", "2"),
             cwd=project,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**environment, "KILL_POINT": point},
         )
-        while run.poll() is None and not any(project.glob(pattern)):
-            time.sleep(0.001)
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-            n_killed += 1
-        run.wait()
-    assert n_killed >= 5, "the run was over before it could be killed"
+        assert run.returncode == -signal.SIGKILL, f"not killed at {point}"
     snakemake(project, "--cores", "2")
     for name in ["eval/metrics.json", "eval/table.txt"]:
         assert (project / "results" / name).read_bytes() == (finished / "results" / name).read_bytes(), name

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
 
-    experts, k = ["seed", *plans.experts(cfg)], cfg.cluster.k
+    experts, k = plans.trained(cfg), cfg.cluster.k
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
     expected = scored.Expected(cfg.outdir, experts, k, route, score)
     held_out, cards, made_from = scored.read(expected, args.distances, args.scores, args.experts)

@@ -31,9 +31,7 @@ Data = Literal["corpus", "clusters", "random"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a rule depends on besides its input files. This base class is the plan of a rule that reads no
-    config key.
-    """
+    """What a rule depends on besides its input files. The base class itself: no config key at all."""
 
     def content(self) -> dict[str, Any]:
         """The plan as JSON types, for `depends_on` and for cards.
@@ -43,7 +41,8 @@ class Plan:
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         optional = {field.name for field in dataclasses.fields(self) if field.default is None}
-        return {name: _plain(v) for name, v in values.items() if v is not None or name not in optional}
+        kept = {name: v for name, v in values.items() if v is not None or name not in optional}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -228,6 +227,11 @@ def experts(config: Config) -> list[str]:
     return [*cluster_experts(config), *dense_experts(config), *random_experts(config)]
 
 
+def trained(config: Config) -> list[str]:
+    """Ids of everything that is trained, the seed first."""
+    return ["seed", *experts(config)]
+
+
 def data_of(expert: str) -> tuple[Data, int]:
     """Which documents an expert reads: (`corpus`, 0), (`clusters`, i) or (`random`, i)."""
     if expert.isdecimal():
@@ -242,9 +246,6 @@ def scratch(config: Config) -> dict[str, Any]:
     one.
     """
     return presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
-
-
-# The plan of each rule, by the name of the rule.
 
 
 def tokenizer(c: Config) -> TokenizerPlan:
@@ -298,6 +299,11 @@ def train_expert(c: Config, expert: str) -> TrainingPlan:
     return TrainingPlan(**about, n_steps=k * n_steps if data == "corpus" else n_steps, batch_size=batch_size)
 
 
+def trainings(c: Config) -> dict[str, TrainingPlan]:
+    """The plan of every training by id, the seed first."""
+    return {expert: train_expert(c, expert) for expert in trained(c)}
+
+
 def score_expert(c: Config) -> ScorePlan:
     return ScorePlan(c.eval.max_document_tokens, c.eval.stride, c.train.seq_len)
 
@@ -332,8 +338,7 @@ def depends_on(config: Config, rule: str, expert: str | None = None) -> str:
     """A rule's plan (for train_expert: that expert's) as JSON text. Snakemake reruns the rule when this text
     changes.
     """
-    make = RULES[rule]
-    plan = make(config, expert) if rule == "train_expert" else make(config)
+    plan = RULES[rule](config) if expert is None else train_expert(config, expert)
     return json.dumps(plan.content(), sort_keys=True)
 
 
@@ -341,7 +346,3 @@ def _values(section: BaseModel, without: set[str] | None = None) -> dict[str, An
     """The keys of a section; lists become tuples."""
     values = section.model_dump(exclude=without)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

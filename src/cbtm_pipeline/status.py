@@ -55,7 +55,7 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
     began = lenient.changed(path)
     try:
         cfg = config.validate(orjson.loads(path.read_bytes()))
-        plans = {name: plan.train_expert(cfg, name) for name in ["seed", *plan.experts(cfg)]}
+        plans = plan.trainings(cfg)
         if corpus_files.DEMO not in [*cfg.corpus.train, *(cfg.corpus.eval or [])]:
             left_out.add("demo_corpus")
         if not plan.random_experts(cfg):

@@ -211,7 +211,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
     p.add_argument("--threads", type=int, default=1, help="threads of each process")
     args = p.parse_args(argv)
     cfg = config.read(args.config)
-    names = ["seed", *plans.experts(cfg)]
+    names = plans.trained(cfg)
     if args.expert not in names:
         p.error(f"--expert: {args.expert}. Expected one of {', '.join(names)}.")
     if (args.seed_model is None) != (args.expert == "seed"):

@@ -94,7 +94,7 @@ def test_a_saved_state_has_the_reckoned_size(tmp_path: Path) -> None:
 
 
 def test_disk_follows_its_causes() -> None:
-    size, text = cost.Size(10**9, 6 * 10**9, 50_000), cost.Corpus(7e9, 3e9)
+    size, text = cost.Size(10**9, 6 * 10**9, 50_000), cost.TextBytes(7e9, 3e9)
     config = make_config()
     parts = cost.disk(config, size, text, 100, 3)
     n_models = 1 + len(plan.experts(config))

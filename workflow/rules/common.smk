@@ -33,7 +33,7 @@ except (ValueError, OSError) as error:
 OUT = CONFIG.outdir.rstrip("/")
 RUN_CONFIG = f"{OUT}/config.json"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
-EXPERTS = ["seed", *plan.experts(CONFIG)]
+EXPERTS = plan.trained(CONFIG)
 MANIFESTS = {
     "corpus": f"{OUT}/shards/manifest.json",
     "clusters": f"{OUT}/assignments/manifest.json",

@@ -36,12 +36,7 @@ def parser(description: str | None, config: bool = True) -> argparse.ArgumentPar
 def _command() -> str | None:
     """How this process was started: `python -m <module>`; None (the name of the program) otherwise."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = getattr(spec, "name", "")
-    return (
-        f"python -m {name}"
-        if name.startswith("cbtm_pipeline.") and name != "cbtm_pipeline.__main__"
-        else None
-    )
+    return f"python -m {spec.name}" if spec else None
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):

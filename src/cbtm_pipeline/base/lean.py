@@ -26,13 +26,7 @@ def lean_imports() -> Iterator[None]:
     gc.disable()
     modules.update(dict.fromkeys(hidden))  # find_spec does not find a module whose entry is None
     try:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        getLogger("huggingface_hub").setLevel(
-            "ERROR"
-        )  # one final error is enough; it logs each of five retries
+        be_quiet()
         yield
     finally:
         for name in hidden:
@@ -40,6 +34,15 @@ def lean_imports() -> Iterator[None]:
         gc.freeze()  # modules live as long as the process: later collections skip them
         if collecting:
             gc.enable()
+
+
+def be_quiet() -> None:
+    """Let transformers and the hub's library report errors only, without progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    getLogger("huggingface_hub").setLevel("ERROR")  # one final error is enough; it logs each of five retries
 
 
 def never_packed(position_ids: Any) -> None:

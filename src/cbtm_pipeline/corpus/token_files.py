@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import make_again
 
 
 class Documents(NamedTuple):
@@ -95,7 +96,7 @@ def read(path: str | Path, group: int) -> Documents:
     if not 0 <= group < reader.num_record_batches:
         raise ValueError(
             f"{path}: {reader.num_record_batches} groups. Expected group {group} to exist. "
-            f"Run assign again: snakemake --force {path}"
+            f"{make_again(Path(path).with_name('manifest.json'))}"
         )
     column = reader.get_batch(group).column(0)
     assert isinstance(column, pa.LargeListArray)

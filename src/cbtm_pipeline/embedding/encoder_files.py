@@ -21,6 +21,7 @@ import torch
 from cbtm_pipeline.base import artifact, device, hub
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.base.errors import first_sentence
+from cbtm_pipeline.base.lean import be_quiet
 from cbtm_pipeline.embedding import encoder, sentence_modules
 
 if TYPE_CHECKING:
@@ -124,10 +125,8 @@ def _load(folder: Path, where: str) -> tuple["PreTrainedModel", "PreTrainedToken
         AutoModelForTextEncoding,
         AutoTokenizer,
     )
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    be_quiet()
     try:
         config = hub.load(AutoConfig, folder)
         # the text encoding class of T5 leaves out its decoder

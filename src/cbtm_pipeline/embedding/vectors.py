@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from scipy import sparse
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import encoder, encoder_files, tfidf
 
@@ -88,7 +89,7 @@ def read_embedder(path: Path, shards: Path) -> Embedder:
         raise ValueError(
             f"embed.encoder: {loaded.name}: its files have changed ({loaded.identity}). "
             f"Expected those that the vectors were made with, {record['identity']}. "
-            f"Bring them back, or run embed again: snakemake --cores 2 --force {path}"
+            f"Bring them back. {make_again(path)}"
         )
     return loaded
 

@@ -4,7 +4,9 @@ Shapes: D reported documents, K cluster experts.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,8 @@ NO_VALUES: Row = {
 }
 
 
-class Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Inputs:
     """What the systems are made of."""
 
     calibration: Scored  # documents on which settings are chosen
@@ -46,6 +49,11 @@ class Inputs(NamedTuple):
     @property
     def k(self) -> int:
         return len(self.clusters)
+
+    @cached_property
+    def reported_clusters(self) -> HeldOut:
+        """The reported documents under the cluster experts: a copy of N x K numbers, made once."""
+        return _held_out(self.reported, self.clusters)
 
     def all_train_flops(self, experts: Iterable[str]) -> float:
         """Training FLOPs of these experts and of the seed."""
@@ -103,7 +111,7 @@ def _random_mixtures(inputs: Inputs) -> Iterator[System]:
 
 def _uniform_mixture(inputs: Inputs) -> System:
     """The cluster experts with equal weights."""
-    nll_D = sweep.mixture_nll(_held_out(inputs.reported, inputs.clusters), _uniform)
+    nll_D = sweep.mixture_nll(inputs.reported_clusters, _uniform)
     return _mixture_row(inputs, "uniform", inputs.clusters), nll_D
 
 
@@ -114,7 +122,7 @@ def _ensembles(inputs: Inputs) -> Iterator[System]:
     are chosen on the calibration documents.
     """
     calibration = _held_out(inputs.calibration, inputs.clusters)
-    results = sweep.sweep(calibration, _held_out(inputs.reported, inputs.clusters), inputs.grid)
+    results = sweep.sweep(calibration, inputs.reported_clusters, inputs.grid)
     calibrated = sweep.best(results, lambda setting: (setting.router, setting.top_k))
     headlines = sweep.best(results, lambda setting: setting.router)
     for setting, calibration_nll, nll_D in results:
@@ -131,8 +139,8 @@ def _ensembles(inputs: Inputs) -> Iterator[System]:
 
 def _oracle(inputs: Inputs) -> System:
     """The best single cluster expert of each document. The choice needs the document's nll: it is a bound."""
-    reported = inputs.reported
-    logprob_N = ensemble.oracle(reported.experts(inputs.clusters), reported.offsets)
+    reported = inputs.reported_clusters
+    logprob_N = ensemble.oracle(reported.logprob_NK, reported.offsets)
     row = {"system": "oracle", "k": inputs.k, "train_flops": inputs.all_train_flops(inputs.clusters)}
     return row, -ensemble.document_sums(logprob_N, reported.offsets)
 

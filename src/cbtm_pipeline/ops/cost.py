@@ -34,7 +34,7 @@ class Size(NamedTuple):
     vocab_size: int
 
 
-class Corpus(NamedTuple):
+class TextBytes(NamedTuple):
     """About how many bytes of text a corpus has."""
 
     train: float
@@ -68,14 +68,12 @@ def n_jobs(config: Config) -> dict[str, int]:
 
 def batches(config: Config) -> dict[str, int]:
     """Sequences per step of each expert that is trained, the seed first."""
-    plans = {name: plan.train_expert(config, name) for name in ["seed", *plan.experts(config)]}
-    return {name: p.batch_size for name, p in plans.items() if p.n_steps}
+    return {name: p.batch_size for name, p in plan.trainings(config).items() if p.n_steps}
 
 
 def n_tokens(config: Config) -> dict[str, int]:
     """Training tokens of each expert, the seed first."""
-    plans = {name: plan.train_expert(config, name) for name in ["seed", *plan.experts(config)]}
-    return {name: p.n_steps * p.step_tokens for name, p in plans.items()}
+    return {name: p.n_steps * p.step_tokens for name, p in plan.trainings(config).items()}
 
 
 def text_bytes(files: Iterable[str]) -> float:
@@ -89,15 +87,15 @@ def text_bytes(files: Iterable[str]) -> float:
     return total
 
 
-def corpus(config: Config) -> Corpus:
+def corpus(config: Config) -> TextBytes:
     """The split that rule `shard` will make. Raises what corpus_files.find raises."""
     train = text_bytes(corpus_files.find(config.corpus.train, None))
     if config.corpus.eval:
-        return Corpus(train, text_bytes(corpus_files.find(config.corpus.eval, None)))
-    return Corpus((1 - config.corpus.eval_fraction) * train, config.corpus.eval_fraction * train)
+        return TextBytes(train, text_bytes(corpus_files.find(config.corpus.eval, None)))
+    return TextBytes((1 - config.corpus.eval_fraction) * train, config.corpus.eval_fraction * train)
 
 
-def disk(config: Config, model: Size, text: Corpus, n_dimensions: int, n_running: int) -> dict[str, float]:
+def disk(config: Config, model: Size, text: TextBytes, n_dimensions: int, n_running: int) -> dict[str, float]:
     """Bytes under outdir when it is fullest, by kind. `n_running`: how many trainings run at once."""
     experts, k = plan.experts(config), config.cluster.k
     both, width = text.train + text.held_out, 2 if model.vocab_size <= 1 << 16 else 4
