@@ -47,7 +47,10 @@ def jobs(box: Box, project: Path) -> dict[str, dict[str, str]]:
 
     def ended() -> bool:
         rows[:] = box.sacct(f"--jobs={','.join(ids)}")
-        return len(rows) == len(ids) and all(row["End"] not in ("Unknown", "None") for row in rows)
+        # Accounting calls a job "allocation" until the record of its start has arrived. That of its end may
+        # be there before.
+        known = (row["End"] not in ("Unknown", "None") and row["JobName"] != "allocation" for row in rows)
+        return len(rows) == len(ids) and all(known)
 
     wait(ended, 30, "accounting of all jobs")
     return {row["JobName"]: row for row in rows}
