@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans, prices, regroup
@@ -25,20 +25,23 @@ from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
 from cbtm_pipeline.corpus import heldout, shard_files, token_files
 from cbtm_pipeline.embedding import encoder, tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
+from cbtm_pipeline.plan import AssignPlan
 
 CHUNK_ROWS = 1 << 14
 
 
-def by_clusterer(shards: Path, train: list[shard_files.Entry], vectors: Path, clusterer: Path) -> Grouping:
+def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan) -> Grouping:
     """The grouping by the clusters of `fit_kmeans`, with prices corrected for the whole corpus.
 
     Raises ValueError if vectors or clusterer were made from other files.
     """
+    shards_manifest = artifact.read_sealed(shards, "shards")
+    train = shard_files.entries(shards, shards_manifest, "train")
     manifest = vector_files.read_manifest(vectors, shards)
     arrays, meta = artifact.read_npz(clusterer, "clusterer")
-    artifact.check_made_from(clusterer, meta, "vectors", artifact.identity(vectors))
+    artifact.check_made_from(clusterer, meta, "vectors", manifest["seal"])
     centres_KD, prices_K, certificate = arrays["centres_KD"], arrays["prices_K"], meta["certificate"]
-    balance, made_with = certificate["balance"], "clusterer"
+    balance, prices_of = certificate["balance"], "clusterer"
     by_name = {entry["name"]: entry for entry in manifest["shards"]}
 
     def read_vectors(entry: shard_files.Entry) -> np.ndarray:
@@ -56,16 +59,16 @@ def by_clusterer(shards: Path, train: list[shard_files.Entry], vectors: Path, cl
     n_documents = sum(entry["n_documents"] for entry in train)
     if balance != "none" and n_documents > certificate["n_documents"]:
         prices_K, largest = prices.refine(read_chunks, centres_KD, prices_K)
-        made_with = "clusterer" if np.array_equal(prices_K, arrays["prices_K"]) else "corpus"
+        prices_of = "clusterer" if np.array_equal(prices_K, arrays["prices_K"]) else "corpus"
         message = "prices of the %s balance the whole corpus: largest load over mean %.3f"
-        cli.log.info(message, made_with, largest)
+        cli.log.info(message, prices_of, largest)
 
     def label(shard: Shard) -> Labels:
         return Labels(*kmeans.assign(read_vectors(shard.entry), centres_KD, prices_K))
 
-    made_from = {"clusterer": artifact.identity(clusterer), "shards": artifact.identity(shards)}
-    settings = {"balance": balance, "prices": made_with, "prices_K": prices_K.tolist()}
-    return Grouping(label, len(centres_KD), made_from, settings)
+    settings = {"balance": balance, "prices": prices_of, "prices_K": prices_K.tolist()}
+    identities = made_from.assign(shards_manifest, meta)
+    return Grouping(label, len(centres_KD), identities, plan.content(), settings)
 
 
 def label_validation(
@@ -103,11 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     cli.start_logging("assign", args.log)
 
     plan = plans.assign(config.read(args.config))
-    manifest = artifact.read_json(args.shards, "shards")
+    manifest = artifact.read_sealed(args.shards, "shards")
     train = shard_files.entries(args.shards, manifest, "train")
     selection = heldout.select_validation(args.shards, manifest, plan.validation_share, plan.rng_seed)
     documents = heldout.read_validation(args.shards, selection)
-    grouping = by_clusterer(args.shards, train, args.vectors, args.clusterer)
+    grouping = by_clusterer(args.shards, args.vectors, args.clusterer, plan)
     prices_K = grouping.settings["prices_K"]
     labels = label_validation(args.shards, args.vectors, args.clusterer, prices_K, selection, documents)
     regroup.write(args.shards, train, args.out, grouping, Validation(documents, labels), args.threads)

@@ -10,16 +10,18 @@ Shapes: N documents of a shard, K clusters.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import regroup
 from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
 from cbtm_pipeline.corpus import heldout, shard_files
+from cbtm_pipeline.plan import AssignRandomPlan
 
 
 def deal(
@@ -55,9 +57,10 @@ def deal(
     return labels_N
 
 
-def at_random(shards: Path, train: list[shard_files.Entry], k: int, rng_seed: int) -> Grouping:
+def at_random(shards: Path, manifest: dict[str, Any], plan: AssignRandomPlan) -> Grouping:
     """The grouping of the training documents. Raises ValueError for more clusters than documents."""
-    n = sum(entry["n_documents"] for entry in train)
+    k = plan.k
+    n = sum(entry["n_documents"] for entry in shard_files.entries(shards, manifest, "train"))
     if k > n:
         raise ValueError(
             f"cluster.k: {k}. Expected at most {n}, the number of documents. "
@@ -67,9 +70,9 @@ def at_random(shards: Path, train: list[shard_files.Entry], k: int, rng_seed: in
 
     def label(shard: Shard) -> Labels:
         n_tokens_N = shard.documents.n_tokens
-        return Labels(deal(shard.doc_ids, n_tokens_N, n_documents_K, n_tokens_K, rng_seed), None)
+        return Labels(deal(shard.doc_ids, n_tokens_N, n_documents_K, n_tokens_K, plan.rng_seed), None)
 
-    return Grouping(label, k, {"shards": artifact.identity(shards)}, {"balance": "random"})
+    return Grouping(label, k, made_from.assign_random(manifest), plan.content(), {"balance": "random"})
 
 
 def deal_validation(shards: Path, k: int, rng_seed: int, selection: heldout.Selection) -> list[np.ndarray]:
@@ -92,12 +95,12 @@ def main(argv: list[str] | None = None) -> None:
     cli.start_logging("assign_random", args.log)
 
     plan = plans.assign_random(config.read(args.config))
-    manifest = artifact.read_json(args.shards, "shards")
+    manifest = artifact.read_sealed(args.shards, "shards")
     train = shard_files.entries(args.shards, manifest, "train")
     selection = heldout.select_validation(args.shards, manifest, plan.validation_share, plan.rng_seed)
     documents = heldout.read_validation(args.shards, selection)
     labels = deal_validation(args.shards, plan.k, plan.rng_seed, selection)
-    grouping = at_random(args.shards, train, plan.k, plan.rng_seed)
+    grouping = at_random(args.shards, manifest, plan)
     regroup.write(args.shards, train, args.out, grouping, Validation(documents, labels), args.threads)
 
 

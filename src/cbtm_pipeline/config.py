@@ -17,7 +17,12 @@ from cbtm_pipeline import presets
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.mixture.routers import ROUTERS
 
-LATER_KEYS = (("tokenizer", "revision"), ("embed", "revision"), ("model", "revision"))  # since 0.2.0
+LATER_KEYS = {  # keys that the config.json of an older version lacks, and the values that they had then
+    ("tokenizer", "revision"): None,
+    ("embed", "revision"): None,
+    ("model", "revision"): None,
+    ("run", "keep_replaced"): True,
+}
 
 
 def _number(value: Any) -> Any:
@@ -143,6 +148,7 @@ class Eval(_Section):
 class Run(_Section):
     checkpoint_seconds: Annotated[Float, Field(gt=0, le=600)]  # nobody loses more than ten minutes
     log_seconds: Positive
+    keep_replaced: bool
     sharded: bool | None
     wandb: str | None
 
@@ -216,11 +222,11 @@ def _check_revisions(config: Config) -> None:
 
 
 def _with_later_keys(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with null for the keys that the config.json of an older version does not have."""
+    """The config with the keys that the config.json of an older version does not have."""
     complete = dict(content)
-    for section, key in LATER_KEYS:
+    for (section, key), value in LATER_KEYS.items():
         if isinstance(complete.get(section), Mapping):
-            complete[section] = {key: None, **complete[section]}
+            complete[section] = {key: value, **complete[section]}
     return complete
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, parallel
 from cbtm_pipeline.corpus import shard_files
@@ -62,25 +62,23 @@ def write_tfidf(
     """Fit the linear tf-idf and write it to `path`. Returns it, and its number of dimensions."""
     began = time.monotonic()
     embedder, n_fitted = fit(shards.parent, manifest, train, plan, n_threads)
-    made_from = {"shards": artifact.identity(shards)}
-    artifact.write_npz(
-        path, artifact.make_meta("embedder", made_from, n_fitted=n_fitted), **embedder._asdict()
-    )
+    meta = artifact.make_meta("embedder", made_from.embed(manifest), plan.content(), n_fitted=n_fitted)
+    artifact.write_npz(path, meta, **embedder._asdict())
     seconds, n_components = time.monotonic() - began, embedder.E_VD.shape[1]
     found = f"{np.count_nonzero(embedder.idf_V)} terms, {n_components} components"
     cli.log.info("fitted on %d documents in %.1f s: %s", n_fitted, seconds, found)
     return embedder, n_components
 
 
-def write_encoder(path: Path, shards: Path, plan: EncoderPlan) -> tuple[encoder.Encoder, int]:
+def write_encoder(path: Path, manifest: dict[str, Any], plan: EncoderPlan) -> tuple[encoder.Encoder, int]:
     """Load the encoder and write its name, commit and identity to `path`.
 
     Returns it, and its number of dimensions.
     """
     loaded = encoder_files.load(plan.encoder, plan.windows, plan.revision)
     record = {key: getattr(loaded, key) for key in ("name", "identity", "n_windows", "commit")}
-    made_from = {"shards": artifact.identity(shards)}
-    meta = artifact.make_meta("embedder", made_from, encoder=record | {"revision": plan.revision})
+    about = record | {"revision": plan.revision}
+    meta = artifact.make_meta("embedder", made_from.embed(manifest), plan.content(), encoder=about)
     artifact.write_npz(path, meta)
     return loaded, loaded.n_components
 
@@ -129,18 +127,19 @@ def main() -> None:
     cli.start_logging("embed", args.log)
 
     plan = plans.embed(config.read(args.config))
-    manifest = artifact.read_json(args.shards, "shards")
+    manifest = artifact.read_sealed(args.shards, "shards")
     train = shard_files.entries(args.shards, manifest, "train")
     path = args.out.with_name("embedder.npz")
     if isinstance(plan, EncoderPlan):
-        embedder, n_components = write_encoder(path, args.shards, plan)
+        embedder, n_components = write_encoder(path, manifest, plan)
     else:
         embedder, n_components = write_tfidf(path, args.shards, manifest, train, plan, args.threads)
 
-    made_from = {"shards": artifact.identity(args.shards), "embedder": artifact.identity(path)}
     written = write_all(args.shards.parent, train, args.out, embedder, n_components, args.threads)
-    meta = artifact.make_meta("vectors", made_from, shards=written, n_components=n_components)
-    artifact.write_json(args.out, meta)
+    about = {"shards": written, "n_components": n_components}
+    about["files"] = [path.name, *(f"{entry['name']}.npy" for entry in written)]
+    identities = made_from.vectors(manifest, artifact.read_record(path, "embedder"))
+    artifact.write_sealed(args.out, artifact.make_meta("vectors", identities, plan.content(), **about))
     cli.log.info("wrote the vectors of %d shards", len(written))
 
 

@@ -1,27 +1,31 @@
 """Mix the experts on held-out text, and compare the systems.
 
     python -m cbtm_pipeline.eval_ensemble --config config.yaml --distances results/route/distances.npz \\
-        --scores results/scores/*.npz --experts results/experts/*/card.json --out results/eval/metrics.json
+        --scores results/scores/*.npz --experts results/experts/*/card.json \\
+        --clusters results/assignments/manifest.json --out results/eval/metrics.json
 
 It writes metrics.json, and table.txt beside it. One part of the held-out documents serves to choose the
 routers' settings. The numbers are of the other part.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import bootstrap, scored, sweep, systems, verdict
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
 
+TABLE = "table.txt"  # beside metrics.json
 Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert
 
 
@@ -155,6 +159,34 @@ def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
     return {**flops, "forward_per_token": cards["seed"]["flops_per_token"] / 3}
 
 
+def check_data(cards: Cards, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
+    """Raise ValueError unless each expert on a cluster was trained on that cluster of these manifests.
+
+    `paths` are those of the cards, in any order.
+    """
+    manifests = {}
+    for path in clusters:
+        manifest = artifact.read_sealed(path, "assignments")
+        manifests["clusters" if "clusterer" in manifest["made_from"] else "random"] = path, manifest
+    by_name = {path.parent.name: path for path in paths}
+    for name, card in cards.items():
+        data, group = plans.data_of(name)
+        if data == "corpus":
+            continue
+        if data not in manifests:
+            raise ValueError(
+                f"--clusters: no manifest of {data}. Expected that of {name}, too. "
+                "Add it to the command line."
+            )
+        path, manifest = manifests[data]
+        if group >= manifest["k"] or card["made_from"]["tokens"] != made_from.tokens(group, manifest):
+            weights = by_name.get(name, Path(name, "card.json")).with_name("model.safetensors")
+            raise ValueError(
+                f"{weights}: trained on other documents than cluster {group} of {path}. "
+                f"Expected that cluster. {make_again(weights)}"
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the rule from the command line."""
     p = cli.parser(__doc__)
@@ -173,6 +205,13 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         help="card.json of the seed and of every expert, in any order",
     )
+    p.add_argument(
+        "--clusters",
+        required=True,
+        type=Path,
+        nargs="+",
+        help="assignments/manifest.json, and random/manifest.json for random experts",
+    )
     p.add_argument("--out", required=True, type=Path, help="metrics.json; table.txt is written beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -181,12 +220,17 @@ def main(argv: list[str] | None = None) -> None:
     experts, k = plans.trained(cfg), cfg.cluster.k
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
     expected = scored.Expected(cfg.outdir, experts, k, route, score)
-    held_out, cards, made_from = scored.read(expected, args.distances, args.scores, args.experts)
-    metrics = evaluate(cfg, held_out, cards)
+    found = scored.read(expected, args.distances, args.scores, args.experts)
+    check_data(found.cards, args.experts, args.clusters)
+    metrics = evaluate(cfg, found.scored, found.cards)
     table = verdict.table(metrics)
-    with artifact.publish(args.out.with_name("table.txt")) as tmp:
+    with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")
-    artifact.write_json(args.out, {**artifact.make_meta("metrics", made_from), **metrics})
+    identities = made_from.eval_ensemble(found.distances, found.scores)
+    meta = artifact.make_meta("metrics", identities, plans.eval_ensemble(cfg).content(), files=[TABLE])
+    artifact.write_sealed(
+        args.out, {**meta, "table": artifact.identity(args.out.with_name(TABLE)), **metrics}
+    )
     print(table, end="")
 
 

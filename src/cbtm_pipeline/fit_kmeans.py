@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.clustering import kmeans
@@ -26,6 +26,7 @@ from cbtm_pipeline.embedding import vectors as vector_files
 from cbtm_pipeline.plan import ClusterPlan
 
 N_TERMS = 12
+TOP_TERMS = "top_terms.json"  # beside the clusterer
 TERM_DOCUMENTS = 20_000  # documents of the sample in which the terms are counted
 
 
@@ -73,7 +74,7 @@ class Sample(NamedTuple):
 
 def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
     """Draw n training documents of shards/manifest.json, with their vectors of embed/manifest.json."""
-    shards_manifest = artifact.read_json(shards, "shards")
+    shards_manifest = artifact.read_sealed(shards, "shards")
     vectors_manifest = vector_files.read_manifest(vectors, shards)
     train = shard_files.entries(shards, shards_manifest, "train")
     step = -(-min(n, sum(entry["n_documents"] for entry in train)) // TERM_DOCUMENTS)
@@ -118,9 +119,9 @@ def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
 
 
 def write_clusterer(
-    out: Path, clustering: kmeans.Clustering, plan: ClusterPlan, made_from: dict[str, str]
-) -> None:
-    """Write clusterer.npz, and log its certificate."""
+    out: Path, clustering: kmeans.Clustering, plan: ClusterPlan, identities: dict[str, str]
+) -> str:
+    """Write clusterer.npz, and log its certificate. Returns the file's seal."""
     certificate = {
         "n_documents": len(clustering.labels_N),
         "balance": plan.balance,
@@ -135,9 +136,10 @@ def write_clusterer(
         for key, value in certificate.items()
     )
     cli.log.info("%s", "  ".join(values))
-    artifact.write_npz(
+    about = {"certificate": certificate, "files": [TOP_TERMS]}
+    return artifact.write_npz(
         out,
-        artifact.make_meta("clusterer", made_from, certificate=certificate),
+        artifact.make_meta("clusterer", identities, plan.content(), **about),
         centres_KD=clustering.centres_KD,
         prices_K=clustering.prices_K,
         loads_K=clustering.loads_K,
@@ -163,14 +165,12 @@ def main() -> None:
     strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
     clustering = fit(sample, plan)
     terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], plan.k, strings)
-    made_from = {"vectors": artifact.identity(args.vectors), "embedder": artifact.identity(embedder)}
-    write_clusterer(args.out, clustering, plan, made_from)
+    identities = made_from.fit_kmeans(artifact.read_sealed(args.vectors, "vectors"))
+    seal = write_clusterer(args.out, clustering, plan, identities)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
-    made_from = {"clusterer": artifact.identity(args.out)}
-    artifact.write_json(
-        args.out.with_name("top_terms.json"), artifact.make_meta("top_terms", made_from, top_terms=terms)
-    )
+    meta = artifact.make_meta("top_terms", {"clusterer": seal}, top_terms=terms)
+    artifact.write_sealed(args.out.with_name(TOP_TERMS), meta)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What each rule depends on, and who is trained on what: the compute-matched plans of C-BTM (section 3.3).
 
 A *plan* holds exactly the config values that a rule's result depends on. The rule's module computes with it,
-and Snakemake compares it with the plan of the last run (`params.depends_on`). So a rule reruns when its plan
-changes, and only then.
+and the artifact keeps it as `made_with`. A start compares the two (`stale.py`). So a rule reruns when its
+plan or its inputs change, and only then.
 
 Every phase-two system spends the same tokens, T = train.steps * train.batch_size * train.seq_len:
 
@@ -34,13 +34,14 @@ class Plan:
     """What a rule depends on besides its input files. The base class itself: no config key at all."""
 
     def content(self) -> dict[str, Any]:
-        """The plan as JSON types, for `depends_on` and for cards.
+        """The plan as JSON types, as artifacts keep it.
 
         A field that is None and has None as its default is left out. So a new optional key reruns nothing of
-        an old run.
+        an old run. A path to the corpus is left out, too: its content is an input (`made_from`).
         """
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        optional = {field.name for field in dataclasses.fields(self) if field.default is None}
+        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("path")]
+        values = {field.name: getattr(self, field.name) for field in fields}
+        optional = {field.name for field in fields if field.default is None}
         kept = {name: v for name, v in values.items() if v is not None or name not in optional}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
@@ -49,9 +50,9 @@ class Plan:
 class _CorpusPlan(Plan):
     """The keys of section corpus that decide what a document is and which documents are held out."""
 
-    train: tuple[str, ...]
-    eval: tuple[str, ...] | None
-    eval_fraction: float
+    train: tuple[str, ...] = dataclasses.field(metadata={"path": True})
+    eval: tuple[str, ...] | None = dataclasses.field(metadata={"path": True})
+    eval_fraction: float | None  # None: `eval` names the held-out documents
     text_field: str
     id_field: str
     txt_documents: Literal["file", "block"]
@@ -66,6 +67,12 @@ class TokenizerPlan(_CorpusPlan):
     train_bytes: int
     model: str | None
     revision: str | None = None  # of the repository on the hub
+
+    def content(self) -> dict[str, Any]:
+        """As of any plan. A tokenizer that is not trained depends on its source alone."""
+        source = {"pretrained": self.pretrained} if self.pretrained else {"model": self.model}
+        revision = {"revision": self.revision} if self.revision else {}
+        return {**source, **revision} if self.source else super().content()
 
     @property
     def source(self) -> str | None:
@@ -251,14 +258,21 @@ def scratch(config: Config) -> dict[str, Any]:
 def tokenizer(c: Config) -> TokenizerPlan:
     own = c.tokenizer.pretrained is not None
     revision = c.tokenizer.revision if own else c.model.revision if c.model.pretrained else None
-    corpus = _values(c.corpus, without={"max_bad_share", "shard_bytes"})
+    corpus = {
+        name: value for name, value in _corpus(c).items() if name not in ("max_bad_share", "shard_bytes")
+    }
     return TokenizerPlan(
         **corpus, **_values(c.tokenizer, without={"revision"}), model=c.model.pretrained, revision=revision
     )
 
 
 def shard(c: Config) -> ShardPlan:
-    return ShardPlan(**_values(c.corpus))
+    return ShardPlan(**_corpus(c))
+
+
+def _corpus(c: Config) -> dict[str, Any]:
+    """Section corpus. A fraction to hold out has no effect where `eval` names files."""
+    return _values(c.corpus) | ({"eval_fraction": None} if c.corpus.eval else {})
 
 
 def embed(c: Config) -> TfidfPlan | EncoderPlan:

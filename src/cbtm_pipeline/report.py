@@ -1,6 +1,8 @@
 """Write the result for people: one page that needs no network and no JavaScript.
 
-    python -m cbtm_pipeline.report --config config.yaml --metrics results/eval/metrics.json \\
+Its settings are those that the artifacts were made with, not those of a config.
+
+    python -m cbtm_pipeline.report --metrics results/eval/metrics.json \\
         --top-terms results/cluster/top_terms.json --assignments results/assignments/manifest.json \\
         --shards results/shards/manifest.json --training results/experts/*/metrics.jsonl \\
         --out results/report.html
@@ -8,14 +10,16 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import made_from, plan, records
 from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.html import charts, sections
 from cbtm_pipeline.html.page import Html, Number, count, join, page, section, table, tag
+from cbtm_pipeline.training import expert_folder
 
 MAX_POINTS = 80  # of a loss curve
 KEPT_SHARE = 0.97  # of the losses; the highest are cut off, so that the first steps do not flatten the curves
@@ -26,49 +30,76 @@ Curve = Sequence[tuple[float, float]]  # (tokens seen, loss)
 class Report(NamedTuple):
     """Everything that the page shows."""
 
-    cfg: config.Config
     metrics: dict[str, Any]
     top_terms: list[list[str]]  # of each cluster
     assignments: dict[str, Any]  # manifest
     shards: dict[str, Any]  # manifest
     losses: dict[str, Curve]  # by expert, from its training log
+    plans: dict[str, dict[str, Any]]  # by rule, and of each training by expert: what each was made with
+    made_from: dict[str, str]
 
 
-def read(
-    cfg: config.Config,
-    metrics: Path,
-    top_terms: Path,
-    assignments: Path,
-    shards: Path,
-    training: Iterable[Path],
-) -> Report:
+class Files(NamedTuple):
+    """The files that the page is made from. `records`: further artifacts whose plans it shows."""
+
+    metrics: Path
+    top_terms: Path
+    assignments: Path
+    shards: Path
+    training: Sequence[Path]
+    records: Sequence[Path]
+
+
+def read(files: Files) -> Report:
     """Read all inputs. The card.json beside a training log says which expert it belongs to.
 
     Raises ValueError when the files are not of one run, or when the log of an expert is missing.
     """
-    result, terms = artifact.read_json(metrics, "metrics"), artifact.read_json(top_terms, "top_terms")
-    clusters = artifact.read_json(assignments, "assignments")
-    artifact.check_made_from(assignments, clusters, "shards", artifact.identity(shards))
-    artifact.check_made_from(top_terms, terms, "clusterer", clusters["made_from"].get("clusterer"))
+    metrics, terms = (
+        artifact.read_sealed(files.metrics, "metrics"),
+        artifact.read_sealed(files.top_terms, "top_terms"),
+    )
+    clusters = artifact.read_sealed(files.assignments, "assignments")
+    shards = artifact.read_sealed(files.shards, "shards")
+    artifact.check_made_from(files.assignments, clusters, "shards", shards["identity_train"])
+    artifact.check_made_from(files.top_terms, terms, "clusterer", clusters["made_from"].get("clusterer", ""))
+    rules = [(path, records.rule_of(path)) for path in files.records]
+    others = [(path, rule, records.PLACES[rule].kind) for path, rule in rules]
+    plans = {
+        **{rule: artifact.read_record(path, kind)["made_with"] for path, rule, kind in others},
+        "shard": shards["made_with"],
+        "assign": clusters["made_with"],
+        "eval_ensemble": metrics["made_with"],
+    }
     losses = {}
-    for path in training:
-        card_path = path.with_name("card.json")
-        card = artifact.read_json(card_path, "expert")
-        name = card["expert"]
-        if card["weights"] != result["weights"].get(name):
-            raise ValueError(
-                f"{card_path}: not the {name} of {metrics}. Expected the weights that were evaluated. "
-                "Run eval_ensemble again."
-            )
-        if name in plan.cluster_experts(cfg):
-            artifact.check_made_from(card_path, card, "assignments", artifact.identity(assignments))
-        losses[name] = read_losses(path)
-    if missing := [name for name in result["weights"] if name not in losses]:
+    for path in files.training:
+        name, card, curve = _read_training(path, files.metrics, metrics)
+        if plan.data_of(name)[0] == "clusters":
+            tokens = made_from.tokens(plan.data_of(name)[1], clusters)
+            artifact.check_made_from(path.with_name("card.json"), card, "tokens", tokens)
+        losses[name] = curve
+        plans[f"train_expert {name}"] = card["made_with"]
+    if missing := [name for name in metrics["weights"] if name not in losses]:
         raise ValueError(
             f"--training: no log of {', '.join(missing)}. Expected the metrics.jsonl of every expert. "
             "Add it to the command line."
         )
-    return Report(cfg, result, terms["top_terms"], clusters, artifact.read_json(shards, "shards"), losses)
+    identities = made_from.report(metrics, terms, clusters, shards)
+    return Report(metrics, terms["top_terms"], clusters, shards, losses, plans, identities)
+
+
+def _read_training(path: Path, metrics: Path, result: dict[str, Any]) -> tuple[str, dict[str, Any], Curve]:
+    """The name, the card and the losses of an expert. Raises ValueError if it is not the one in `metrics`."""
+    card_path = path.with_name("card.json")
+    card = artifact.read_sealed(card_path, "expert")
+    name = card["expert"]
+    if card["weights"] != result["weights"].get(name):
+        raise ValueError(
+            f"{card_path}: not the {name} of {metrics}. Expected the weights that were evaluated. "
+            f"{make_again(metrics)}"
+        )
+    expert_folder.check_file(path, card)
+    return name, card, read_losses(path)
 
 
 def read_losses(path: Path) -> Curve:
@@ -118,7 +149,7 @@ def clusters_section(report: Report) -> Html:
     ]
     header = ["cluster", "documents", "tokens", "", "share", "reported documents", "terms that set it apart"]
     note = (
-        f"Training documents, balanced by {report.cfg.cluster.balance}. "
+        f"Training documents, balanced by {report.assignments['balance']}. "
         f"Largest cluster over the mean: {largest * len(n_tokens) / total:.3f} in tokens."
     )
     return section("Clusters", note, table(header, rows))
@@ -134,9 +165,10 @@ def training_section(report: Report) -> Html:
         return charts.Series(label, colour, points, style)
 
     series = [charts.Series("seed", "grey", downsample(seed))] if seed else []
-    for i, name in enumerate(plan.cluster_experts(report.cfg)):
+    for i, name in enumerate(report.metrics["matrix"]["experts"]):
         series.append(branch(name, "" if i else "experts", "c0", "thin"))
-    for name, colour in zip(plan.dense_experts(report.cfg), ("c1", "c3", "c2"), strict=False):
+    dense = [name for name in report.losses if name.startswith("dense")]
+    for name, colour in zip(dense, ("c1", "c3", "c2"), strict=False):
         series.append(branch(name, name, colour))
     values = sorted(loss for s in series for _, loss in s.points)
     y_top = values[int(KEPT_SHARE * (len(values) - 1))]
@@ -164,21 +196,32 @@ def run_section(report: Report) -> Html:
         "shards/quarantine.jsonl says which and why. "
         f"Vocabulary: {count(manifest['vocab_size'])} tokens, encoded by {manifest['encoder']}."
     )
-    settings = [
-        (f"{name}.{key}", json.dumps(value, ensure_ascii=False))
-        for name, content in report.cfg.model_dump(exclude={"outdir", "run", "seed"}).items()
-        for key, value in content.items()
-    ]
-    settings.append(("seed", str(report.cfg.seed)))
-    every = tag("details", tag("summary", "Configuration"), table(["key", "value"], settings))
-    return section("The run", note, table(["", "documents", "tokens", "bytes"], rows), every)
+    plans = tag("details", tag("summary", "What each step was made with"), _plans_table(report.plans))
+    return section("The run", note, table(["", "documents", "tokens", "bytes"], rows), plans)
+
+
+def _plans_table(plans: dict[str, dict[str, Any]]) -> Html:
+    """The plan of every step, as its record says. What all trainings share stands once."""
+    trainings = {name: content for name, content in plans.items() if name.startswith("train_expert ")}
+    first = next(iter(trainings.values()), {})
+    shared = {
+        key: value
+        for key, value in first.items()
+        if all(key in content and content[key] == value for content in trainings.values())
+    }
+    rows = []
+    for name, content in {**plans, "train_expert": shared}.items():
+        own = {k: v for k, v in content.items() if name not in trainings or k not in shared}
+        rows += [(name, key, json.dumps(value, ensure_ascii=False)) for key, value in own.items()]
+    rows.sort(key=lambda row: row[0] in trainings)
+    return table(["step", "key", "value"], rows)
 
 
 def render(report: Report) -> str:
     """The page. It depends on the report alone, not on time or place."""
     metrics = report.metrics
     title = f"Cluster-Branch-Train-Merge, k = {metrics['k']}"
-    return page(
+    whole = page(
         title,
         join([tag("h1", title), sections.lead(metrics)]),
         sections.systems(metrics),
@@ -189,11 +232,12 @@ def render(report: Report) -> str:
         sections.compute(metrics),
         run_section(report),
     )
+    return records.with_record(whole, artifact.make_meta("report", report.made_from, {}))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the rule from the command line."""
-    p = cli.parser(__doc__)
+    p = cli.parser(__doc__, config=False)
     p.add_argument("--metrics", required=True, type=Path, help="eval/metrics.json")
     p.add_argument("--top-terms", required=True, type=Path, help="cluster/top_terms.json")
     p.add_argument("--assignments", required=True, type=Path, help="assignments/manifest.json")
@@ -205,12 +249,15 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         help="metrics.jsonl of the seed and of every expert, in any order",
     )
+    p.add_argument(
+        "--records", type=Path, nargs="*", default=[], help="further artifacts whose plans the page shows"
+    )
     p.add_argument("--out", required=True, type=Path, help="report.html")
     args = p.parse_args(argv)
     cli.start_logging("report", args.log)
 
-    cfg = config.read(args.config)
-    report = read(cfg, args.metrics, args.top_terms, args.assignments, args.shards, args.training)
+    files = Files(args.metrics, args.top_terms, args.assignments, args.shards, args.training, args.records)
+    report = read(files)
     with artifact.publish(args.out) as tmp:
         tmp.write_text(render(report), "utf-8")
     cli.log.info("wrote %s", args.out)

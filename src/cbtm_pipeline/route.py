@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans
@@ -92,11 +92,11 @@ def _groups(documents: Iterable[np.ndarray], window_tokens: int) -> Iterator[lis
         yield group
 
 
-def read_clusterer(path: Path, embedder: Path) -> dict[str, np.ndarray]:
-    """The clusterer's arrays. Raises ValueError if it was fitted on vectors of another embedder."""
+def read_clusterer(path: Path, embedder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The clusterer and its record. Raises ValueError if it was fitted on vectors of another embedder."""
     arrays, meta = artifact.read_npz(path, "clusterer")
-    artifact.check_made_from(path, meta, "embedder", artifact.identity(embedder))
-    return arrays
+    artifact.check_made_from(path, meta, "embedder", artifact.read_record(embedder, "embedder")["seal"])
+    return arrays, meta
 
 
 def distances(
@@ -175,17 +175,16 @@ def main() -> None:
     cli.start_logging("route", args.log)
 
     plan = plans.route(config.read(args.config))
-    manifest = artifact.read_json(args.shards, "shards")
+    manifest = artifact.read_sealed(args.shards, "shards")
     embedder = vectors.read_embedder(args.embedder, args.shards)
-    clusterer = read_clusterer(args.clusterer, args.embedder)
+    clusterer, record = read_clusterer(args.clusterer, args.embedder)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
     columns = documents(args.shards, manifest, plan.max_document_tokens, embedder, clusterer, tokenizer)
     named = heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
     held_out = (document for _, document in named)
     n_tokens = sum(entry["n_tokens"] for entry in manifest["shards"] if entry["split"] == "eval")
     d2_NK, offsets = distances(held_out, n_tokens, embedder, clusterer["centres_KD"], tokenizer, plan)
-    made_from = {name: artifact.identity(getattr(args, name)) for name in ("shards", "embedder", "clusterer")}
-    meta = artifact.make_meta("distances", made_from, **plan.content())
+    meta = artifact.make_meta("distances", made_from.route(manifest, record), plan.content())
     artifact.write_npz(args.out, meta, d2_NK=d2_NK, offsets=offsets, **columns)
     cli.log.info("routed %d documents, %d tokens", len(offsets) - 1, len(d2_NK))
 

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.base.cli import log
-from cbtm_pipeline.base.errors import make_again
-from cbtm_pipeline.corpus import heldout, shard_files
+from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.training import expert_folder, model
 
 if TYPE_CHECKING:
@@ -130,16 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     cli.start_logging(f"score {card['expert']}", args.log)
     torch.set_num_threads(args.threads)
 
-    manifest, shards = artifact.read_json(args.shards, "shards"), artifact.identity(args.shards)
-    if card["corpus"] != shards:
-        raise ValueError(
-            f"{args.expert_weights}: trained on the corpus of another {args.shards} ({card['corpus']}). "
-            f"Expected {shards}. {make_again(args.expert_weights)}"
-        )
-    for entry in shard_files.entries(args.shards, manifest, "eval"):
-        shard_files.check_file(
-            args.shards.with_name(f"{entry['name']}.arrow"), entry["identity_tokens"], "shard"
-        )
+    manifest = artifact.read_sealed(args.shards, "shards")
+    tokenizer = manifest["made_from"]["tokenizer"]
+    artifact.check_made_from(args.expert_weights, card, "tokenizer", tokenizer)
     documents = [
         document for _, document in heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
     ]
@@ -152,9 +144,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.expert_weights}: some log-probabilities are not finite. Expected finite numbers. "
             "Lower train.lr."
         )
-    meta = artifact.make_meta(
-        "scores", {"expert": card["weights"], "shards": shards}, expert=card["expert"], **plan.content()
-    )
+    identities = made_from.score_expert(card, manifest)
+    meta = artifact.make_meta("scores", identities, plan.content(), expert=card["expert"])
     artifact.write_npz(args.out, meta, logprob_N=logprob_N)
     log.info("%d tokens, %.4f nats each", len(logprob_N), -logprob_N.mean() if len(logprob_N) else 0)
 

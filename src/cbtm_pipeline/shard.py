@@ -11,6 +11,7 @@ number of workers, and the memory does not depend on the size of the corpus.
 import re
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import blocks as corpus_blocks
-from cbtm_pipeline.corpus import encoding, repeated_ids, shard_block
+from cbtm_pipeline.corpus import content, encoding, repeated_ids, shard_block, shard_files
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus.quarantine import Quarantine
 from cbtm_pipeline.corpus.rows import BadRow
@@ -31,11 +32,14 @@ from cbtm_pipeline.plan import ShardPlan
 _OWN = re.compile(r"\.?(train|eval)-\d{5,}\.(parquet|arrow)(\..+\.tmp)?|manifest\.json|quarantine\.jsonl")
 
 
-def make(plan: ShardPlan, tokenizer_json: Path, out: Path, n_workers: int, demo: Path | None) -> None:
+def make(
+    plan: ShardPlan, tokenizer_json: Path, out: Path, n_workers: int, demo: Path | None, seen: Path
+) -> None:
     """Write the shards of the corpus beside `out`, and `out` (manifest.json) last.
 
-    `demo` is the file that `builtin:demo` stands for. Raises ValueError if more than `max_bad_share` of the
-    rows cannot be used, or if no document is left to train on or to hold out.
+    `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of the corpus's files.
+    Raises ValueError if more than `max_bad_share` of the rows cannot be used, or if no document is left to
+    train on or to hold out.
     """
     card = encoding.read_card(tokenizer_json)
     train, held_out = _input_files(plan, demo)
@@ -43,14 +47,16 @@ def make(plan: ShardPlan, tokenizer_json: Path, out: Path, n_workers: int, demo:
     folder = out.parent
     _clear(folder)
     identity = artifact.identity(tokenizer_json)
-    fields = plan.text_field, plan.id_field, plan.eval_fraction
+    fields = plan.text_field, plan.id_field, plan.eval_fraction or 0.0
     setup = Setup(folder, tokenizer_json, identity, card["separator_id"], card["vocab_size"], *fields)
     try:
         with (
             artifact.publish(folder / "quarantine.jsonl") as tmp,
             tmp.open("w", encoding="utf-8") as file,
             workers(n_workers) as in_order,
+            ThreadPoolExecutor(1) as beside,
         ):
+            corpus = beside.submit(content.of_corpus, plan.train, plan.eval, demo, seen)
             quarantine = Quarantine(file, [corpus_files.printable(f.path) for f in files])
             shards, encoder = _make_shards(setup, plan, files, len(held_out), in_order, quarantine)
             shards = _without_duplicates(setup, shards, in_order, quarantine)
@@ -60,18 +66,19 @@ def make(plan: ShardPlan, tokenizer_json: Path, out: Path, n_workers: int, demo:
     _check_quarantine(n.total(), quarantine, folder / "quarantine.jsonl", plan, len(files))
     _check_split(n, plan)
     _log_splits(shards)
-    artifact.write_json(
-        out,
-        artifact.make_meta(
-            "shards",
-            {"tokenizer": identity},
-            shards=shards,
-            separator_id=setup.separator_id,
-            vocab_size=setup.vocab_size,
-            n_quarantined=quarantine.n_rows,
-            encoder=encoder,
-        ),
-    )
+    about = {"separator_id": setup.separator_id, "vocab_size": setup.vocab_size}
+    more = {"n_quarantined": quarantine.n_rows, "encoder": encoder, "shards": shards, "files": _files(shards)}
+    for split in ("train", "eval"):
+        entries = [entry for entry in shards if entry["split"] == split]
+        more[f"identity_{split}"] = shard_files.identity_of(entries, about | {"tokenizer": identity})
+    made_from = {"tokenizer": identity, "corpus": corpus.result()}
+    artifact.write_sealed(out, artifact.make_meta("shards", made_from, plan.content(), **about, **more))
+
+
+def _files(shards: list[Entry]) -> list[str]:
+    """The names of all files beside the manifest."""
+    of_shards = (f"{entry['name']}{suffix}" for entry in shards for suffix in (".parquet", ".arrow"))
+    return [*of_shards, "quarantine.jsonl"]
 
 
 def _input_files(plan: ShardPlan, demo: Path | None) -> tuple[list[Path], list[Path]]:
@@ -254,7 +261,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--demo", type=Path, help="the file that builtin:demo stands for")
     args = p.parse_args(argv)
     cli.start_logging("shard", args.log)
-    make(plans.shard(config.read(args.config)), args.tokenizer, args.out, args.workers, args.demo)
+    cfg = config.read(args.config)
+    seen = Path(cfg.outdir, content.SEEN)
+    make(plans.shard(cfg), args.tokenizer, args.out, args.workers, args.demo, seen)
 
 
 if __name__ == "__main__":

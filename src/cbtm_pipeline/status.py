@@ -105,13 +105,13 @@ def _expert(run: Snapshot, name: str, planned: TrainingPlan | None) -> Row:
     """An expert's training. `planned` is its plan; None if the config cannot be read."""
     folder, work = run.outdir / "experts" / name, run.outdir / "work" / name
     card = lenient.json_object(folder / "card.json")
-    as_planned = planned is None or card.get("plan") == planned.content()
+    as_planned = planned is None or card.get("made_with") == planned.content()
     done = lenient.changed(folder / "model.safetensors") is not None and bool(card) and as_planned
     rows = lenient.rows((folder if done else work / "state") / "metrics.jsonl", LOG_TAIL)
     steps, losses, times = (lenient.numbers(rows, key) for key in ("step", "loss", "time"))
     states = [path for path in lenient.listed(work / "state") if path.suffix == ".safetensors"]
     saved = [at for path in states if (at := lenient.changed(path)) is not None]
-    known = planned.content() if planned else card.get("plan") if done else None
+    known = planned.content() if planned else card.get("made_with") if done else None
     n_steps = lenient.number(known.get("n_steps")) if isinstance(known, dict) else None
     step = n_steps if done else steps[-1] if steps else None if n_steps is None else 0
     recent = statistics.fmean(losses[-10:]) if losses else None

@@ -21,7 +21,7 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, hub
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.corpus import blocks as corpus_blocks
-from cbtm_pipeline.corpus import encoding
+from cbtm_pipeline.corpus import content, encoding
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.plan import TokenizerPlan
@@ -108,7 +108,7 @@ def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path) -> Saved:
             yield from (row.text for row in rows if isinstance(row, corpus_rows.Document))
             progress.add(part.n_read / 1e6)
 
-    texts = sample(documents(), plan.train_bytes, 0 if plan.eval else plan.eval_fraction)
+    texts = sample(documents(), plan.train_bytes, plan.eval_fraction or 0.0)
     if not texts:
         raise ValueError(
             "corpus.train: no text to train a tokenizer on. Expected documents that are not held out. "
@@ -163,15 +163,16 @@ def save_pretrained(key: str, source: str, revision: str | None, folder: Path) -
     return Saved(ids[0], vocab_size, hub.commit(found))
 
 
-def make(plan: TokenizerPlan, out: Path, demo: Path | None) -> None:
+def make(plan: TokenizerPlan, out: Path, demo: Path | None, seen: Path) -> None:
     """Write the tokenizer's files beside `out`, and `out` (tokenizer.json) last.
 
     The tokenizer is `plan.source` at `plan.revision` (a commit, tag or branch on the hub; None: the main
     branch). The card records the `commit` that was found. Without a source, a tokenizer is trained on the
-    corpus, for which `demo` is the file that `builtin:demo` stands for. A failure leaves an earlier tokenizer
-    as it was.
+    corpus, for which `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of
+    the corpus's files. A failure leaves an earlier tokenizer as it was.
     """
     source = plan.source
+    made_from = {} if source else {"corpus": content.of_training_text(plan.train, demo, seen)}
     made = out.parent / ".made"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -192,8 +193,10 @@ def make(plan: TokenizerPlan, out: Path, demo: Path | None) -> None:
             "source": source or "trained on the corpus",
         }
         about |= {"commit": saved.commit} if saved.commit else {}
-        about["identity"] = artifact.identity(made / "tokenizer.json")
-        artifact.write_json(out.with_name("card.json"), artifact.make_meta("tokenizer", {}, **about))
+        about["files"] = {path.name: artifact.identity(path) for path in made.iterdir() if path.is_file()}
+        about["identity"] = about["files"]["tokenizer.json"]
+        meta = artifact.make_meta("tokenizer", made_from, plan.content(), **about)
+        artifact.write_sealed(out.with_name("card.json"), meta)
         _publish(made / "tokenizer.json", out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -219,7 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--demo", type=Path, help="the file that builtin:demo stands for")
     args = p.parse_args(argv)
     cli.start_logging("tokenizer", args.log)
-    make(plans.tokenizer(config.read(args.config)), args.out, args.demo)
+    cfg = config.read(args.config)
+    make(plans.tokenizer(cfg), args.out, args.demo, Path(cfg.outdir, content.SEEN))
 
 
 if __name__ == "__main__":

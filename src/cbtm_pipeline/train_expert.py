@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, made_from
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, lock
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.plan import SeedPlan, TrainingPlan
 from cbtm_pipeline.training import (
     checkpoint,
@@ -60,35 +61,30 @@ class Files(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The model before its first step, what `made_from` says of it, and its commit if it is from the hub."""
+    """The model before its first step, its card if it is the seed, and its commit if it is from the hub."""
 
     net: "PreTrainedModel"
-    made_from: dict[str, str]
+    card: dict[str, Any] | None
     commit: str | None
 
 
-def start_from(files: Files, plan: TrainingPlan, data: training_data.Data) -> Start:
-    """The model before its first step."""
-    tokenizer = artifact.identity(files.tokenizer)
+def start_from(
+    files: Files, plan: TrainingPlan, data: training_data.Data, tokenizer: dict[str, Any]
+) -> Start:
+    """The model before its first step. `tokenizer` is the record of the tokenizer."""
     if isinstance(plan, SeedPlan):
-        artifact.check_made_from(files.data, data.manifest, "tokenizer", tokenizer)
+        artifact.check_made_from(files.data, data.manifest, "tokenizer", tokenizer["identity"])
         vocab_size = data.manifest["vocab_size"]
         if plan.pretrained is not None:
             net, commit = model.pretrained(plan.pretrained, plan.revision, vocab_size, plan.seq_len)
-            return Start(net, {}, commit)
+            return Start(net, None, commit)
         separator_id = data.manifest["separator_id"]
-        return Start(
-            model.scratch(plan.scratch, vocab_size, separator_id, plan.seq_len, plan.rng_seed), {}, None
-        )
+        net = model.scratch(plan.scratch, vocab_size, separator_id, plan.seq_len, plan.rng_seed)
+        return Start(net, None, None)
     assert files.seed_model is not None
     card = expert_folder.read_card(files.seed_model)
-    artifact.check_made_from(files.seed_model, card, "shards", data.corpus)
-    if card["tokenizer"] != tokenizer:
-        raise ValueError(
-            f"{files.tokenizer}: not the tokenizer of the seed model. Expected identity {card['tokenizer']}. "
-            "Check the paths."
-        )
-    return Start(model.load(files.seed_model.parent), {"seed": card["weights"]}, None)
+    artifact.check_made_from(files.seed_model, card, "tokenizer", tokenizer["identity"])
+    return Start(model.load(files.seed_model.parent), card, None)
 
 
 def train_and_publish(
@@ -105,17 +101,18 @@ def train_and_publish(
     `waited`: another process held the folder before, and may have published this very training already.
     """
     data = training_data.read(files.data, plan)
-    start = start_from(files, plan, data)
-    made_from = {**data.made_from, **start.made_from}
+    tokenizer = encoding.read_card(files.tokenizer)
+    start = start_from(files, plan, data, tokenizer)
+    identities = made_from.train_expert(plan, data.manifest, tokenizer, start.card)
     _announce(start.net, plan, data.stream.n_tokens)
 
     state = files.work / "state"
-    if group.first_does("look", lambda: waited and expert_folder.is_published(files.out, plan, made_from)):
+    if group.first_does("look", lambda: waited and expert_folder.is_published(files.out, plan, identities)):
         if group.rank == 0:
             checkpoint.discard(state)
             log.info("%s was published meanwhile", files.out)
         return True
-    fingerprint = artifact.fingerprint({"plan": plan.content(), "made_from": made_from})
+    fingerprint = artifact.fingerprint({"plan": plan.content(), "made_from": identities})
     task = loop.Task(plan, run, data.stream, data.validation, state, fingerprint)
     n_steps = loop.train(start.net, task, stop, group)
     if n_steps is None:
@@ -123,10 +120,10 @@ def train_and_publish(
     net = placement.gathered(start.net, group.rank == 0)
     if net is None:
         return True
-    made = {"corpus": data.corpus, "tokenizer": artifact.identity(files.tokenizer)}
-    made |= {"pretrained_commit": start.commit} if start.commit else {}
+    more = {"pretrained_commit": start.commit} if start.commit else {}
     metrics = state / "metrics.jsonl"
-    card = artifact.make_meta("expert", made_from, **made, **describe(net, plan, n_steps, metrics))
+    about = describe(net, plan, n_steps, metrics)
+    card = artifact.make_meta("expert", identities, plan.content(), **about, **more)
     lock.check()
     card = expert_folder.publish(files.out, net, files.tokenizer, metrics, card)
     checkpoint.discard(state)
@@ -141,7 +138,6 @@ def describe(net: "PreTrainedModel", plan: TrainingPlan, n_steps: int, metrics: 
     flops_per_token = model.flops_per_token(net, plan.seq_len)
     return {
         "expert": plan.expert,
-        "plan": plan.content(),
         "n_parameters": model.n_parameters(net),
         "n_steps": n_steps,
         "n_train_tokens": n_train_tokens,

@@ -1,7 +1,7 @@
 # Rules with priority: 1 run before the long trainings, so that problems with the clusters show early.
 rule embed:
     input:
-        shards=f"{OUT}/shards/manifest.json",
+        shards=made("shards/manifest.json"),
     output:
         manifest=f"{OUT}/embed/manifest.json",
         embedder=f"{OUT}/embed/embedder.npz",
@@ -14,7 +14,6 @@ rule embed:
     params:
         launch=launch("embed"),
         config=RUN_CONFIG,
-        depends_on=parameters("embed"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.embed --config {params.config:q} --shards {input.shards:q} --out {output.manifest:q}"
         " --threads {threads} --log {log:q}"
@@ -22,9 +21,9 @@ rule embed:
 
 rule fit_kmeans:
     input:
-        vectors=f"{OUT}/embed/manifest.json",
-        shards=f"{OUT}/shards/manifest.json",
-        tokenizer=f"{OUT}/tokenizer/tokenizer.json",
+        vectors=made("embed/manifest.json"),
+        shards=made("shards/manifest.json"),
+        tokenizer=made("tokenizer/tokenizer.json"),
     output:
         clusterer=f"{OUT}/cluster/clusterer.npz",
         top_terms=f"{OUT}/cluster/top_terms.json",
@@ -37,7 +36,6 @@ rule fit_kmeans:
     params:
         launch=launch("fit_kmeans"),
         config=RUN_CONFIG,
-        depends_on=parameters("fit_kmeans"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.fit_kmeans --config {params.config:q} --vectors {input.vectors:q} --shards {input.shards:q}"
         " --tokenizer {input.tokenizer:q} --out {output.clusterer:q} --log {log:q}"
@@ -45,9 +43,9 @@ rule fit_kmeans:
 
 rule assign:
     input:
-        shards=f"{OUT}/shards/manifest.json",
-        vectors=f"{OUT}/embed/manifest.json",
-        clusterer=f"{OUT}/cluster/clusterer.npz",
+        shards=made("shards/manifest.json"),
+        vectors=made("embed/manifest.json"),
+        clusterer=made("cluster/clusterer.npz"),
     output:
         f"{OUT}/assignments/manifest.json",
     log:
@@ -59,7 +57,6 @@ rule assign:
     params:
         launch=launch("assign"),
         config=RUN_CONFIG,
-        depends_on=parameters("assign"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.assign --config {params.config:q} --shards {input.shards:q} --vectors {input.vectors:q}"
         " --clusterer {input.clusterer:q} --out {output:q} --threads {threads} --log {log:q}"
@@ -67,7 +64,7 @@ rule assign:
 
 rule assign_random:
     input:
-        shards=f"{OUT}/shards/manifest.json",
+        shards=made("shards/manifest.json"),
     output:
         f"{OUT}/random/manifest.json",
     log:
@@ -78,7 +75,6 @@ rule assign_random:
     params:
         launch=launch("assign_random"),
         config=RUN_CONFIG,
-        depends_on=parameters("assign_random"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.assign_random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
         " --threads {threads} --log {log:q}"

@@ -1,4 +1,5 @@
 # What all rules share: the validated config, the experts, the environment of the jobs.
+import functools
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ SOURCES = f"{workflow.basedir}/../src"
 sys.path.insert(0, SOURCES)
 
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import plan
+from cbtm_pipeline import kept, plan, preview, records, stale
 from cbtm_pipeline.base import lock
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.slurm import request
@@ -27,6 +28,7 @@ os.environ.update(
 try:
     CONFIG = schema.validate(config)
     CORPUS_FILES = corpus_files.find(CONFIG.corpus.train, CONFIG.corpus.eval)
+    STATES = stale.look(CONFIG)
 except (ValueError, OSError) as error:
     sys.exit(f"{error}")
 
@@ -35,26 +37,83 @@ RUN_CONFIG = f"{OUT}/config.json"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
 EXPERTS = plan.trained(CONFIG)
 MANIFESTS = {
-    "corpus": f"{OUT}/shards/manifest.json",
-    "clusters": f"{OUT}/assignments/manifest.json",
-    "random": f"{OUT}/random/manifest.json",
+    "corpus": "shards/manifest.json",
+    "clusters": "assignments/manifest.json",
+    "random": "random/manifest.json",
 }
+PRODUCERS = {output: job for job in STATES for output in job.outputs}
+CLUSTERINGS = ["clusters", "random"] if plan.random_experts(CONFIG) else ["clusters"]
+
+
+@functools.cache
+def start():
+    """The jobs of this start. Known once Snakemake has read its command line, so not while it reads this file."""
+    settings = workflow.dag_settings
+    asked = stale.Asked(
+        targets=sorted(settings.targets),
+        anew=sorted(settings.forcerun),
+        all_anew=settings.forceall,
+        targets_anew=settings.forcetargets,
+    )
+    found = stale.start(CONFIG, STATES, asked)
+    for line in preview.lines(CONFIG, STATES, found):
+        print(line, file=sys.stderr, flush=True)
+    return found
+
+
+def corpus(wildcards):
+    """The corpus. Every run asks for this input before Snakemake decides what to run.
+
+    So here, Snakemake is told which outputs to make again. The records in the outdir say it (stale.py), neither the
+    times of files nor what Snakemake remembers: it runs what is forced or missing, and what reads that.
+    """
+    made_before = [job for job in start().run if STATES[job].record]
+    workflow.dag.forcefiles.update(f"{OUT}/{output}" for job in made_before for output in job.outputs)
+    return ancient(CORPUS)
+
+
+def made(*outputs):
+    """Inputs that other rules make, below the outdir. Their times count only if these rules run in this start."""
+
+    def paths(wildcards):
+        named = [output.format(**dict(wildcards.items())) for output in outputs]
+        found = [f"{OUT}/{name}" if PRODUCERS[name] in start().run else ancient(f"{OUT}/{name}") for name in named]
+        return found if len(found) > 1 else found[0]
+
+    return paths
+
+
+def before_start():
+    """Lock the outdir, write the config that the jobs read, and keep what they replace."""
+    lock.hold(OUT)
+    schema.write(CONFIG, RUN_CONFIG)
+    kept.keep(Path(OUT), start().run)
+    if stale.Job("eval_ensemble") in start().run:
+        kept.put_away(Path(OUT), EXPERTS)
 
 
 def parameters(rule, expert=None):
-    """A rule's plan as JSON text. Snakemake compares it with the plan of the last run."""
+    """A rule's plan as JSON text, which says whether a Slurm job that runs already is the right one."""
     return plan.depends_on(CONFIG, rule, expert)
+
+
+def unless_done(job):
+    """A check that ends a job if its plan and inputs are those that its outputs were made from.
+
+    Nothing, if no earlier run has made outputs, or if the user wants them made again.
+    """
+    if job not in STATES or job in start().anew or not (STATES[job].record or kept.has(Path(OUT), job)):
+        return []
+    expert = ["--expert", job.expert] if job.expert else []
+    return ["python", "-m", "cbtm_pipeline.unchanged", "--config", RUN_CONFIG, "--rule", job.rule, *expert, "--"]
 
 
 def expert_inputs(wildcards):
     """The data, the tokenizer and the seed model of an expert. The seed itself has no seed model."""
-    inputs = {
-        "data": MANIFESTS[plan.data_of(wildcards.expert)[0]],
-        "tokenizer": f"{OUT}/tokenizer/tokenizer.json",
-    }
+    inputs = {"data": MANIFESTS[plan.data_of(wildcards.expert)[0]], "tokenizer": "tokenizer/tokenizer.json"}
     if wildcards.expert != "seed":
-        inputs["seed_model"] = f"{OUT}/experts/seed/model.safetensors"
-    return inputs
+        inputs["seed_model"] = "experts/seed/model.safetensors"
+    return {name: made(output)(wildcards) for name, output in inputs.items()}
 
 
 def state_folder(wildcards):
@@ -68,14 +127,14 @@ def beside(paths, name):
 
 
 def launch(rule, name=None, state_folder=None):
-    """What a rule's command begins with: a launcher if the profile names a Slurm partition for the rule, else nothing.
+    """What a rule's command begins with: perhaps a check that it has something to do, and perhaps a Slurm launcher.
 
-    Because it depends on threads and resources, Snakemake does not compare it with the last run. So a profile never reruns anything.
+    The launcher is there if the profile names a Slurm partition for the rule.
     """
 
     def prefix(wildcards, input, output, threads, resources):
         expert = wildcards.get("expert")
-        return request.command_line(
+        submit = request.command_line(
             name=f"{name}-{expert}" if name else rule,
             folder=f"{OUT}/slurm",
             resources=dict(resources.items()),
@@ -85,5 +144,6 @@ def launch(rule, name=None, state_folder=None):
             outputs=output,
             work=state_folder(wildcards) if state_folder else None,
         )
+        return [*unless_done(stale.Job(rule, expert)), *submit]
 
     return prefix

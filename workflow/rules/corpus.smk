@@ -1,4 +1,4 @@
-DEMO = f"{OUT}/demo/corpus.jsonl.zst"
+DEMO = f"{OUT}/{stale.DEMO}"
 DEMO_FLAG = ["--demo", DEMO] if corpus_files.DEMO in CORPUS_FILES else []
 CORPUS = [DEMO if path == corpus_files.DEMO else path for path in CORPUS_FILES]
 
@@ -18,7 +18,7 @@ rule demo_corpus:
 
 rule tokenizer:
     input:
-        CORPUS,
+        corpus,
     output:
         f"{OUT}/tokenizer/tokenizer.json",
     log:
@@ -29,7 +29,6 @@ rule tokenizer:
     params:
         launch=launch("tokenizer"),
         config=RUN_CONFIG,
-        depends_on=parameters("tokenizer"),
         demo=DEMO_FLAG,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output:q} --log {log:q}"
@@ -37,8 +36,8 @@ rule tokenizer:
 
 rule shard:
     input:
-        CORPUS,
-        tokenizer=f"{OUT}/tokenizer/tokenizer.json",
+        corpus,
+        tokenizer=made("tokenizer/tokenizer.json"),
     output:
         f"{OUT}/shards/manifest.json",
     log:
@@ -49,7 +48,6 @@ rule shard:
     params:
         launch=launch("shard"),
         config=RUN_CONFIG,
-        depends_on=parameters("shard"),
         demo=DEMO_FLAG,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"

@@ -11,7 +11,6 @@ rule train_expert:
     params:
         launch=launch("train_expert", "expert", state_folder),
         config=RUN_CONFIG,
-        depends_on=lambda wildcards: parameters("train_expert", wildcards.expert),
         work=state_folder,
         seed_model=lambda wildcards, input: (
             ["--seed-model", input.seed_model] if wildcards.expert != "seed" else []
@@ -24,8 +23,8 @@ rule train_expert:
 
 rule score_expert:
     input:
-        expert=f"{OUT}/experts/{{expert}}/model.safetensors",
-        shards=f"{OUT}/shards/manifest.json",
+        expert=made("experts/{expert}/model.safetensors"),
+        shards=made("shards/manifest.json"),
     output:
         f"{OUT}/scores/{{expert}}.npz",
     log:
@@ -35,7 +34,6 @@ rule score_expert:
     params:
         launch=launch("score_expert", "score"),
         config=RUN_CONFIG,
-        depends_on=parameters("score_expert"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.score_expert --config {params.config:q} --expert-weights {input.expert:q}"
         " --shards {input.shards:q} --out {output:q} --threads {threads} --log {log:q}"

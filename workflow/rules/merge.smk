@@ -1,9 +1,9 @@
 rule route:
     input:
-        shards=f"{OUT}/shards/manifest.json",
-        embedder=f"{OUT}/embed/embedder.npz",
-        clusterer=f"{OUT}/cluster/clusterer.npz",
-        tokenizer=f"{OUT}/tokenizer/tokenizer.json",
+        shards=made("shards/manifest.json"),
+        embedder=made("embed/embedder.npz"),
+        clusterer=made("cluster/clusterer.npz"),
+        tokenizer=made("tokenizer/tokenizer.json"),
     output:
         f"{OUT}/route/distances.npz",
     log:
@@ -13,7 +13,6 @@ rule route:
     params:
         launch=launch("route"),
         config=RUN_CONFIG,
-        depends_on=parameters("route"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.route --config {params.config:q} --shards {input.shards:q} --embedder {input.embedder:q}"
         " --clusterer {input.clusterer:q} --tokenizer {input.tokenizer:q} --out {output:q} --log {log:q}"
@@ -22,9 +21,10 @@ rule route:
 # The command's own output goes to /dev/null: the Snakefile prints the table at the end of the run.
 rule eval_ensemble:
     input:
-        distances=f"{OUT}/route/distances.npz",
-        scores=expand(f"{OUT}/scores/{{expert}}.npz", expert=EXPERTS),
-        experts=expand(f"{OUT}/experts/{{expert}}/model.safetensors", expert=EXPERTS),
+        distances=made("route/distances.npz"),
+        scores=made(*(f"scores/{expert}.npz" for expert in EXPERTS)),
+        experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
+        clusters=made(*(MANIFESTS[data] for data in CLUSTERINGS)),
     output:
         metrics=f"{OUT}/eval/metrics.json",
         table=f"{OUT}/eval/table.txt",
@@ -35,21 +35,20 @@ rule eval_ensemble:
     params:
         launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
-        depends_on=parameters("eval_ensemble"),
         cards=lambda wildcards, input: beside(input.experts, "card.json"),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --out {output.metrics:q} --log {log:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
 
 rule report:
     input:
-        metrics=f"{OUT}/eval/metrics.json",
-        top_terms=f"{OUT}/cluster/top_terms.json",
-        assignments=f"{OUT}/assignments/manifest.json",
-        shards=f"{OUT}/shards/manifest.json",
-        experts=expand(f"{OUT}/experts/{{expert}}/model.safetensors", expert=EXPERTS),
+        metrics=made("eval/metrics.json"),
+        top_terms=made("cluster/top_terms.json"),
+        assignments=made("assignments/manifest.json"),
+        shards=made("shards/manifest.json"),
+        experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
     output:
         f"{OUT}/report.html",
     log:
@@ -58,8 +57,8 @@ rule report:
         CONDA
     params:
         launch=launch("report"),
-        config=RUN_CONFIG,
         logs=lambda wildcards, input: beside(input.experts, "metrics.jsonl"),
+        records=[f"{OUT}/{records.PLACES[rule].record}" for rule in ("tokenizer", "embed", "fit_kmeans", "route")],
     shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.report --config {params.config:q} --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
-        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --out {output:q} --log {log:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
+        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --out {output:q} --log {log:q}"

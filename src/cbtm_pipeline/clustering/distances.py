@@ -1,15 +1,19 @@
 """Distances to centres: the passes over the vectors in which balanced k-means spends its time.
 
-`two_nearest` and `sums` compute in float32, with the same code on CPUs and on a GPU. The chunks depend on
-shapes alone, and one thread works on each chunk. So a result on CPUs does not depend on the number of
-threads. A GPU rounds differently. `squared_distances` and `assign` sum in float64, for results that have to
-be exact.
+`two_nearest` and `sums` compute in float32, with the same code on CPUs and on a GPU. `squared_distances` and
+`assign` sum in float64, for results that have to be exact. A GPU rounds differently.
+
+On CPUs, no bit of a result depends on the number of threads. Chunks depend on shapes alone, one thread works
+on each chunk, and sums over chunks are taken in order. The matrix products are those of torch, because torch
+can be told to use one thread inside a pool of threads. A product may also be rounded by the alignment of its
+operands in memory. So they lie in memory that torch reserved, which always has one alignment.
 
 Shapes: N documents, D dimensions, K clusters, R rows of one chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +25,7 @@ CHUNK_NUMBERS = {
     "cpu": 1 << 18,
     "cuda": 1 << 25,
 }  # distances at once: a CPU's cache holds them; a GPU is busy
+ALIGNMENT = 64  # bytes; all memory that torch reserves begins at a multiple of it
 LARGEST = 1e15  # squares of larger components come close to the largest float32
 A = TypeVar("A")
 
@@ -39,11 +44,11 @@ class TwoNearest(NamedTuple):
 
 def two_nearest(x_ND: torch.Tensor, centres_KD: np.ndarray, prices_K: np.ndarray) -> TwoNearest:
     """One pass over float32 vectors on any device."""
-    k = len(centres_KD)
+    k, x_ND = len(centres_KD), _aligned(x_ND)
     centres_KD = centres_KD.astype(np.float64)
     norms_K = np.square(centres_KD).sum(axis=1)
     slopes_DK, offsets_K, float_prices_K = (
-        torch.from_numpy(a.astype(np.float32)).to(x_ND.device)
+        torch.tensor(a, dtype=torch.float32, device=x_ND.device)
         for a in (-2 * centres_KD.T, norms_K + prices_K, prices_K)
     )
 
@@ -58,7 +63,8 @@ def two_nearest(x_ND: torch.Tensor, centres_KD: np.ndarray, prices_K: np.ndarray
         d2_R1 = (lowest_R1 - float_prices_K[first_R1] + norms_R1).clamp_min_(0)
         return tuple(a[:, 0].cpu().numpy() for a in (first_R1.int(), second_R1.int(), margin_R1, d2_R1))
 
-    return TwoNearest(*(np.concatenate(part) for part in zip(*_in_chunks(of_chunk, x_ND, k), strict=True)))
+    found = _in_chunks(of_chunk, len(x_ND), _chunk_rows(x_ND, k), on_cpu=x_ND.device.type == "cpu")
+    return TwoNearest(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
 def _argmin(cost_RK: torch.Tensor) -> torch.Tensor:
@@ -70,6 +76,7 @@ def _argmin(cost_RK: torch.Tensor) -> torch.Tensor:
 
 def sums(x_ND: torch.Tensor, mass_N: np.ndarray, labels_N: np.ndarray, k: int) -> np.ndarray:
     """Sum of the vectors of each cluster times their masses: float64 (K, D)."""
+    x_ND = _aligned(x_ND)
 
     def of_chunk(rows: slice) -> np.ndarray:
         labels_R = torch.from_numpy(labels_N[rows]).to(x_ND.device)
@@ -78,42 +85,89 @@ def sums(x_ND: torch.Tensor, mass_N: np.ndarray, labels_N: np.ndarray, k: int) -
         mass_RK = zeros_RK.scatter_(1, labels_R[:, None].long(), mass_R[:, None].float())
         return (mass_RK.T @ x_ND[rows]).cpu().numpy()  # always in the same order, unlike index_add_
 
-    return np.stack(_in_chunks(of_chunk, x_ND, k)).sum(axis=0, dtype=np.float64)
+    found = _in_chunks(of_chunk, len(x_ND), _chunk_rows(x_ND, k), on_cpu=x_ND.device.type == "cpu")
+    return np.stack(found).sum(axis=0, dtype=np.float64)
 
 
-def _in_chunks(function: Callable[[slice], A], x_ND: torch.Tensor, k: int) -> list[A]:
-    """Results of `function` for consecutive slices of the rows of `x_ND`, in order.
+def _chunk_rows(x_ND: torch.Tensor, k: int) -> int:
+    """Rows of a chunk of a pass in float32."""
+    return max(256, CHUNK_NUMBERS[x_ND.device.type] // k)
+
+
+def _aligned(x_ND: torch.Tensor) -> torch.Tensor:
+    """The same vectors at an address that is a multiple of ALIGNMENT, copied if they are elsewhere."""
+    return x_ND if x_ND.data_ptr() % ALIGNMENT == 0 else x_ND.clone()
+
+
+def gather(x_ND: np.ndarray, rows_R: np.ndarray) -> np.ndarray:
+    """These rows, in memory that torch reserved."""
+    x_RD = torch.empty((len(rows_R), x_ND.shape[1]), dtype=torch.float32).numpy()
+    return np.take(x_ND, rows_R, axis=0, out=x_RD, mode="clip")  # other modes copy once more
+
+
+def _in_chunks(function: Callable[[slice], A], n: int, n_rows: int, *, on_cpu: bool) -> list[A]:
+    """Results of `function` for consecutive slices of n rows, in order.
 
     On CPUs, as many threads as torch has call it side by side. Within a call, torch uses one thread.
     """
-    n_rows = max(256, CHUNK_NUMBERS[x_ND.device.type] // k)
-    chunks = [slice(start, start + n_rows) for start in range(0, len(x_ND), n_rows)]
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if x_ND.device.type == "cpu" and min(n_threads, len(chunks)) > 1:
-            with ThreadPoolExecutor(n_threads) as pool:
+    chunks = [slice(start, start + n_rows) for start in range(0, n, n_rows)]
+    with one_thread() as n_threads:
+        n_workers = min(n_threads, len(chunks) // 2)  # to start a thread takes about as long as a chunk
+        if on_cpu and n_workers > 1:
+            with ThreadPoolExecutor(n_workers, initializer=_use_one_thread) as pool:
                 return list(pool.map(function, chunks))
         return list(map(function, chunks))
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Let torch use one thread for what this thread calls inside. Yields the number of threads before."""
+    n_threads = _use_one_thread()
+    try:
+        yield n_threads
     finally:
         torch.set_num_threads(n_threads)
+
+
+def _use_one_thread() -> int:
+    """Let torch use one thread for what this thread calls. Returns the number of threads before.
+
+    torch keeps this number for each thread. It sets it when a thread first asks for it or computes, so it is
+    asked for first: a number that was set before would be lost.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return n_threads
+
+
+def weighted_sum(weights_N: np.ndarray, values_N: np.ndarray) -> float:
+    """Their dot product, in float64. A BLAS would sum it by threads."""
+    return float((weights_N * values_N).sum(dtype=np.float64))
+
+
+def solve(a_KK: np.ndarray, b_K: np.ndarray) -> np.ndarray:
+    """The solution x of a x = b, in float64. No bit of it depends on the number of threads."""
+    with one_thread():
+        return torch.linalg.solve(torch.from_numpy(a_KK), torch.from_numpy(b_K)).numpy()
 
 
 def squared_distances(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
     """Squared Euclidean distances d2_NK, float32, never negative.
 
-    Sums are float64, so that the rounded result hardly ever depends on chunk sizes and the number of threads.
+    Sums are float64, so that the rounded result hardly ever depends on the rows beside a row.
     """
-    centres_KD = centres_KD.astype(np.float64)
-    norms_K = np.einsum("kd,kd->k", centres_KD, centres_KD)
-    d2_NK = np.empty((len(x_ND), len(centres_KD)), dtype=np.float32)
-    for start in range(0, len(x_ND), CACHED_ROWS):
-        rows = slice(start, start + CACHED_ROWS)
-        x_RD = x_ND[rows].astype(np.float64)
-        d2_RK = x_RD @ (-2 * centres_KD.T)
-        d2_RK += norms_K
-        d2_RK += np.einsum("rd,rd->r", x_RD, x_RD)[:, None]
-        d2_NK[rows] = np.maximum(d2_RK, 0, out=d2_RK)
+    centres = torch.tensor(centres_KD, dtype=torch.float64)
+    norms_K, slopes_DK = torch.linalg.vecdot(centres, centres), (-2 * centres.T).contiguous()
+    d2_NK = np.empty((len(x_ND), len(centres)), dtype=np.float32)
+
+    def of_chunk(rows: slice) -> None:
+        x_RD = torch.empty(x_ND[rows].shape, dtype=torch.float64)
+        x_RD.numpy()[:] = x_ND[rows]
+        d2_RK = torch.addmm(norms_K, x_RD, slopes_DK)
+        d2_RK += torch.linalg.vecdot(x_RD, x_RD)[:, None]
+        d2_NK[rows] = d2_RK.clamp_min_(0).numpy()
+
+    _in_chunks(of_chunk, len(x_ND), CACHED_ROWS, on_cpu=True)
     return d2_NK
 
 

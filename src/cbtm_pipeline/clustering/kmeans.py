@@ -4,6 +4,10 @@ These are Lloyd's iterations (`lloyd`) in which each assignment is the balanced 
 assignment is argmin_j d2_ij + p_j  with one price per cluster. So centres and prices together also balance
 documents that were never fitted, in one streaming pass.
 
+Every random choice goes by the documents' row numbers, never by their vectors. So vectors that differ by
+rounding give the same clusters, but for the documents at their borders. Clusters are numbered in the order of
+their first documents.
+
 Shapes: N documents, D dimensions, K clusters, R rows of one chunk, U distinct vectors.
 """
 
@@ -14,7 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cbtm_pipeline.clustering import lloyd
-from cbtm_pipeline.clustering.distances import CHUNK_ROWS, assign, check_vectors, squared_distances
+from cbtm_pipeline.clustering.distances import (
+    CHUNK_ROWS,
+    assign,
+    check_vectors,
+    gather,
+    squared_distances,
+    weighted_sum,
+)
 
 __all__ = ["Clustering", "assign", "duality_gap", "fit", "squared_distances"]
 
@@ -50,23 +61,28 @@ class Clustering:
 
 
 class Distinct(NamedTuple):
-    """The documents to cluster, each distinct vector once. `first_U` are its rows in `x_ND`."""
+    """The documents to cluster, each distinct vector once, in random order.
+
+    `first_U` are their rows in `x_ND`. `keys_U` are random numbers, ascending. They belong to the rows.
+    """
 
     x_ND: np.ndarray
     first_U: np.ndarray
+    keys_U: np.ndarray
     mass_U: np.ndarray
     k: int
 
-    def steps(self) -> list[int]:
-        """Steps of the samples, from the smallest sample to all vectors; a step n takes each n-th vector."""
-        enough, steps = 2 * max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * self.k), [1]
-        while len(self.first_U) > steps[0] * enough:
-            steps.insert(0, 4 * steps[0])
-        return steps
+    def shares(self) -> list[int]:
+        """Shares of the samples, from the smallest sample to all vectors; a share n is one n-th of them."""
+        enough, shares = 2 * max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * self.k), [1]
+        while len(self.first_U) > shares[0] * enough:
+            shares.insert(0, 4 * shares[0])
+        return shares
 
-    def sample(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors and masses of each `step`-th vector."""
-        return self.x_ND[self.first_U[::step]], lloyd.at_most_a_share(self.mass_U[::step], self.k)
+    def sample(self, share: int) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors and masses of one `share`-th of the vectors. The first ones will do, in a random order."""
+        n = -(-len(self.first_U) // share)
+        return gather(self.x_ND, self.first_U[:n]), lloyd.at_most_a_share(self.mass_U[:n], self.k)
 
 
 def fit(
@@ -82,6 +98,8 @@ def fit(
     progress: Progress | None = None,
 ) -> Clustering:
     """The best of `n_init` runs of Lloyd's k-means from k-means++ seeds. No cluster is empty.
+
+    Clusters are numbered in the order of their first documents.
 
     Clusters have equal loads if `balanced`; else each document goes to the nearest centre. `weights_N`
     (positive; None: ones) weigh the documents in the loads, the centres and the inertia. A document, or a set
@@ -101,33 +119,33 @@ def fit(
     x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
     weights_N = np.ones(len(x_ND)) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
     _check(x_ND, k, weights_N)
-    first_U, copy_N = _distinct(x_ND)
-    documents = Distinct(x_ND, first_U, lloyd.at_most_a_share(np.bincount(copy_N, weights_N), k), k)
+    documents = _distinct(x_ND, weights_N, k, rng_seed)
     settings = lloyd.Settings(balanced, max_iterations, device)
-    smallest, *larger = documents.steps()
+    smallest, *larger = documents.shares()
     number, state = _best_run(documents, smallest, settings, n_init, rng_seed, progress)
     report = _report_of(number, progress)
-    for step in larger:
-        state = lloyd.run(*documents.sample(step), state, settings, report, is_sample=step > 1)
-    return _certify(x_ND, weights_N, state)
+    for share in larger:
+        state = lloyd.run(*documents.sample(share), state, settings, report, is_sample=share > 1)
+    return _certify(x_ND, weights_N, _numbered(x_ND, state))
 
 
 def _best_run(
     documents: Distinct,
-    step: int,
+    share: int,
     settings: lloyd.Settings,
     n_init: int,
     rng_seed: int,
     progress: Progress | None,
 ) -> tuple[int, lloyd.State]:
-    """The number and the result of the best of `n_init` runs on each `step`-th vector."""
+    """The number and the result of the best of `n_init` runs on one `share`-th of the vectors."""
     k = documents.k
-    x_SD, mass_S = documents.sample(step)
+    x_SD, mass_S = documents.sample(share)
+    keys_S = documents.keys_U[: len(x_SD)]
     runs: list[tuple[int, lloyd.State, Clustering]] = []
     for number in range(n_init):
-        seeds_KD = lloyd.seeds(x_SD, mass_S, k, np.random.default_rng([rng_seed, number]))
+        seeds_KD = lloyd.seeds(x_SD, mass_S, keys_S, k, np.random.default_rng([rng_seed, number]))
         start, report = lloyd.State(seeds_KD, np.zeros(k)), _report_of(number, progress)
-        state = lloyd.run(x_SD, mass_S, start, settings, report, is_sample=step > 1)
+        state = lloyd.run(x_SD, mass_S, start, settings, report, is_sample=share > 1)
         runs.append((number, state, _certify(x_SD, mass_S, state)))
     least = min(clustering.balance for *_, clustering in runs)
     limit = EVEN_ENOUGH * least if settings.balanced else np.inf
@@ -166,12 +184,12 @@ def _check(x_ND: np.ndarray, k: int, weights_N: np.ndarray) -> None:
         )
 
 
-def _distinct(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One row of each distinct vector, and for each row the number of its vector.
+def _distinct(x_ND: np.ndarray, weights_N: np.ndarray, k: int, rng_seed: int) -> Distinct:
+    """One row of each distinct vector, the first, with the weight of all its copies.
 
-    No prices separate identical vectors. Vectors are compared by a hash of 64 bits. The order of the hashes
-    is as good as random, and does not depend on the order of the rows. If two different vectors had the same
-    hash, one would only lend its weight to the other while fitting.
+    No prices separate identical vectors. Vectors are compared by a hash of 64 bits. If two different vectors
+    had the same hash, one would only lend its weight to the other while fitting. The order does not come from
+    the hash, which one bit of a vector changes altogether.
     """
     factors_2D = np.random.default_rng(0).integers(1 << 63, size=(2, x_ND.shape[1]), dtype=np.uint64) * 2 + 1
     hash_N = np.empty(len(x_ND), np.uint64)
@@ -181,7 +199,39 @@ def _distinct(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         words_RD = bits_RD * factors_2D[0]
         hash_N[rows] = ((words_RD ^ words_RD >> np.uint64(29)) * factors_2D[1]).sum(axis=1)
     _, first_U, copy_N = np.unique(hash_N, return_index=True, return_inverse=True)
-    return first_U, copy_N
+    mass_U = lloyd.at_most_a_share(np.bincount(copy_N, weights_N), k)
+    # the last number sets this stream apart from those of the runs
+    keys_N = np.random.default_rng([rng_seed, 0, 1]).integers(1 << 64, size=len(x_ND), dtype=np.uint64)
+    order_U = np.argsort(keys_N[first_U])
+    first_U = first_U[order_U]
+    return Distinct(x_ND, first_U, keys_N[first_U], mass_U[order_U], k)
+
+
+def _numbered(x_ND: np.ndarray, state: lloyd.State) -> lloyd.State:
+    """The clusters in the order of their first documents.
+
+    Documents that tie exactly belong to the lowest of their clusters, so some may move with a new order. The
+    order is taken again until it stays: each time, one more cluster at least is final. A cluster of nothing
+    but ties would become empty. Then the order stays as it is.
+    """
+    k, order = len(state.prices_K), _order_of_appearance(x_ND, state)
+    while len(order) == k and (order != np.arange(k)).any():
+        ordered = state._replace(centres_KD=state.centres_KD[order], prices_K=state.prices_K[order])
+        order = _order_of_appearance(x_ND, ordered)
+        state = ordered if len(order) == k else state
+    return state
+
+
+def _order_of_appearance(x_ND: np.ndarray, state: lloyd.State) -> np.ndarray:
+    """The clusters in the order of their first documents, as far as they have any."""
+    seen = np.empty(0, np.int32)
+    for start in range(0, len(x_ND), CHUNK_ROWS):
+        labels_R, _ = assign(x_ND[start : start + CHUNK_ROWS], state.centres_KD, state.prices_K)
+        labels_R = np.concatenate([seen, labels_R])
+        seen = labels_R[np.sort(np.unique(labels_R, return_index=True)[1])]
+        if len(seen) == len(state.prices_K):
+            break
+    return seen
 
 
 def _certify(x_ND: np.ndarray, weights_N: np.ndarray, state: lloyd.State) -> Clustering:
@@ -190,7 +240,7 @@ def _certify(x_ND: np.ndarray, weights_N: np.ndarray, state: lloyd.State) -> Clu
     k, total = len(prices_K), float(weights_N.sum())
     labels_N, d2_N = assign(x_ND, centres_KD, prices_K)
     loads_K = np.bincount(labels_N, weights_N, k)
-    primal = float(weights_N @ d2_N)
+    primal = weighted_sum(weights_N, d2_N)
     return Clustering(
         centres_KD,
         prices_K,
@@ -214,7 +264,7 @@ def duality_gap(loads_K: np.ndarray, prices_K: np.ndarray, primal: float) -> flo
     # fill first.
     k, low, high = len(loads_K), loads_K.min(), loads_K.max()
     extra_K = np.clip(loads_K.sum() - k * low - (high - low) * np.arange(k), 0, high - low)
-    dearest = low * prices_K.sum() + extra_K @ np.sort(prices_K)[::-1]
+    dearest = low * prices_K.sum() + weighted_sum(extra_K, np.sort(prices_K)[::-1])
     if primal <= 0:  # no inertia is below 0
         return 0.0
-    return float(np.clip(dearest - loads_K @ prices_K, 0, primal)) / primal
+    return float(np.clip(dearest - weighted_sum(loads_K, prices_K), 0, primal)) / primal

@@ -1,7 +1,8 @@
 """One run of Lloyd's k-means on weighted documents, balanced by prices or not: seeds, iterations, centres.
 
 Each iteration assigns the documents and moves every centre to the mean of its documents. `run` chooses
-between two ways: memory holds all distances (`in_memory`), or there are too many of them (`in_passes`).
+between two ways: memory holds all distances (`in_memory`), or there are too many of them (`in_passes`). The
+documents come in random order.
 
 Shapes: N documents, D dimensions, K clusters, S documents of a sample, C candidates.
 """
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from cbtm_pipeline.clustering import distances, prices, transport
-from cbtm_pipeline.clustering.distances import assign, squared_distances
+from cbtm_pipeline.clustering.distances import assign, squared_distances, weighted_sum
 
 DISTANCES = 1 << 23  # that are held at once
 EXACT_ROWS = 8192  # with more documents, the clusters become exactly even only at the end
@@ -21,6 +22,8 @@ PASS_ROWS = 1 << 18  # of a pass in float32
 SMALLEST = 1e-30  # a squared distance below this is rounding,
 SAME = 1e-13  # and so is one below this times the squared norm
 TOLERANCE = 1e-4  # relative gain in inertia below which one more iteration is not worth its time
+# The hash of splitmix64 (Steele, Lea and Flood 2014): shifts and factors. Its highest bits are the best.
+SPLITMIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 ROUGH = 1e-3  # this gain in a sample: it varies more by chance, and more documents follow
 
 Report = Callable[[int, float, float], None]  # called with (iteration, inertia, largest load over the mean)
@@ -74,7 +77,7 @@ def in_memory(
             d2_N = d2_NK[np.arange(len(x_ND)), labels_N]
         else:
             centres_KD, prices_K, labels_N, d2_N = occupy(x_ND, mass_N, centres_KD, prices_K)
-        inertia = float(mass_N @ d2_N / mass_N.sum())
+        inertia = weighted_sum(mass_N, d2_N) / float(mass_N.sum())
         loads_K = np.bincount(labels_N, mass_N, k)
         report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
         if previous - inertia <= tolerance * inertia or iteration == settings.max_iterations:
@@ -99,16 +102,18 @@ def in_passes(
     """
     centres_KD, prices_K, iteration = start
     k = len(centres_KD)
-    step = -(-len(x_ND) * k // DISTANCES)
-    sample_SD, mass_S = x_ND[::step].cpu().numpy().copy(), at_most_a_share(mass_N[::step], k)
+    n = DISTANCES // k  # the order of the documents is random
+    sample_SD, mass_S = x_ND[:n].cpu().numpy(), at_most_a_share(mass_N[:n], k)
     for iteration in range(1, max_iterations + 1):
         d2_SK = squared_distances(sample_SD, centres_KD)
         _, prices_K = transport.balance(d2_SK, mass_S, prices_K, exact=False)
         first_N, _, _, d2_N = distances.two_nearest(x_ND, centres_KD, prices_K)
-        inertia, loads_K = float(mass_N @ d2_N / mass_N.sum()), np.bincount(first_N, mass_N, k)
+        inertia = weighted_sum(mass_N, d2_N) / float(mass_N.sum())
+        loads_K = np.bincount(first_N, mass_N, k)
         report(iteration, inertia, float(loads_K.max() / loads_K.mean()))
         moved_KD = _means(distances.sums(x_ND, mass_N, first_N, k), loads_K, centres_KD)
-        gain = loads_K @ np.square(moved_KD.astype(np.float64) - centres_KD).sum(axis=1) / loads_K.sum()
+        moves_K = np.square(moved_KD.astype(np.float64) - centres_KD).sum(axis=1)
+        gain = weighted_sum(loads_K, moves_K) / float(loads_K.sum())
         if gain <= TOLERANCE * inertia or iteration == max_iterations:
             break
         centres_KD = moved_KD
@@ -157,22 +162,44 @@ def at_most_a_share(mass_N: np.ndarray, k: int) -> np.ndarray:
     return np.minimum(mass_N, shares_H[(heaviest_H <= shares_H).argmax()])
 
 
-def seeds(x_ND: np.ndarray, mass_N: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+def seeds(
+    x_ND: np.ndarray, mass_N: np.ndarray, keys_N: np.ndarray, k: int, rng: np.random.Generator
+) -> np.ndarray:
     """k different documents by greedy k-means++ (Arthur and Vassilvitskii 2007), (K, D).
 
     Each seed is the best of 2 + ln k draws. Raises ValueError for fewer than k distinct vectors.
     """
     rounding_N = np.maximum(SAME * np.einsum("nd,nd->n", x_ND, x_ND, dtype=np.float64), SMALLEST)
-    chosen = [int(rng.choice(len(x_ND), p=mass_N / mass_N.sum()))]
+    chosen = [int(_draw(mass_N, keys_N, 1, rng)[0])]
     d2_N = squared_distances(x_ND, x_ND[chosen])[:, 0]
     while len(chosen) < k:
         odds_N = mass_N * np.where(d2_N > rounding_N, d2_N, 0)
         if not odds_N.any():
             found = f"cluster.k: {k}. Expected at most {len(chosen)}, the number of distinct vectors."
             raise ValueError(f"{found} Lower cluster.k or remove duplicate documents.")
-        candidates_C = rng.choice(len(x_ND), 2 + int(np.log(k)), p=odds_N / odds_N.sum())
+        candidates_C = _draw(odds_N, keys_N, 2 + int(np.log(k)), rng)
         d2_NC = np.minimum(squared_distances(x_ND, x_ND[candidates_C]), d2_N[:, None])
-        best = (mass_N @ d2_NC).argmin()
+        best = (mass_N[:, None] * d2_NC).sum(axis=0).argmin()
         chosen.append(int(candidates_C[best]))
         d2_N = d2_NC[:, best]
     return x_ND[chosen]
+
+
+def _draw(odds_N: np.ndarray, keys_N: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw n documents, each by these odds, (n,). A document may be drawn several times.
+
+    Each draw is a race. A document arrives after an exponential time divided by its odds, and the first one
+    is drawn. The exponential time is a hash of the document's key (random, uint64) and of the draw. So the
+    other documents keep their times when one changes, comes or goes. Only a draw that this one wins or would
+    have won has another result.
+    """
+    drawn = np.empty(n, np.int64)
+    with np.errstate(divide="ignore"):
+        rates_N = -1 / odds_N
+    for i, draw in enumerate(rng.integers(1 << 64, size=n, dtype=np.uint64)):
+        hash_N = keys_N ^ draw
+        for shift, factor in SPLITMIX:
+            hash_N = (hash_N ^ hash_N >> np.uint64(shift)) * np.uint64(factor)
+        uniform_N = ((hash_N >> np.uint64(12)) + 0.5) * 2.0**-52  # above 0 and below 1
+        drawn[i] = (np.log(uniform_N) * rates_N).argmin()
+    return drawn

@@ -96,7 +96,7 @@ def _newton_step(at: Survey, longest: float) -> np.ndarray:
     laplacian_KK = np.diag(at.border_KK.sum(axis=1)) - at.border_KK
     # a cluster that borders on no other would make the system singular
     laplacian_KK += np.eye(k) * (1e-3 * np.trace(laplacian_KK) / k + 1e-300)
-    step_K = np.linalg.solve(laplacian_KK, at.loads_K - at.loads_K.mean())
+    step_K = distances.solve(laplacian_KK, at.loads_K - at.loads_K.mean())
     step_K = np.clip(step_K - step_K.mean(), -longest, longest)
     return step_K - step_K.mean()
 
@@ -112,7 +112,7 @@ def survey(chunks: Iterable[Chunk], centres_KD: np.ndarray, prices_K: np.ndarray
     for x_RD, weights_R in chunks:
         first_R, second_R, margin_R, d2_R = distances.two_nearest(_tensor(x_RD), centres_KD, prices_K)
         loads_K += np.bincount(first_R, weights_R, k)
-        dual += float(weights_R @ (d2_R + (prices_K - prices_K.mean())[first_R]))
+        dual += distances.weighted_sum(weights_R, d2_R + (prices_K - prices_K.mean())[first_R])
         if k > 1:
             width = max(float(np.quantile(margin_R, near)), 1e-12) if width is None else width
             near_R = margin_R <= width
@@ -123,4 +123,4 @@ def survey(chunks: Iterable[Chunk], centres_KD: np.ndarray, prices_K: np.ndarray
 
 def _tensor(x_RD: np.ndarray | torch.Tensor) -> torch.Tensor:
     """The vectors as a tensor on their device. Copies those of a memory-mapped file, which are read-only."""
-    return x_RD if isinstance(x_RD, torch.Tensor) else torch.from_numpy(x_RD.copy())
+    return x_RD if isinstance(x_RD, torch.Tensor) else torch.tensor(x_RD)

@@ -39,12 +39,13 @@ class Grouping(NamedTuple):
     """The rule that gives documents to clusters.
 
     `label` is called once for each shard, in the order of the shards. `made_from` and `settings` (balance,
-    prices) go into the manifest.
+    prices) go into the manifest, as does the plan `made_with`.
     """
 
     label: Callable[[Shard], Labels]
     k: int
     made_from: dict[str, str]
+    made_with: dict[str, Any]
     settings: dict[str, Any]
 
 
@@ -128,10 +129,13 @@ def write(
     if "prices_K" in grouping.settings:
         content["duality_gap"] = totals.duality_gap(np.array(grouping.settings["prices_K"]))
     content["identity_validation"] = None
+    content["files"] = [f"{entry['name']}{suffix}" for entry in written for suffix in (".parquet", ".arrow")]
     if validation.documents:
-        heldout.write_validation(out, *validation, grouping.k, grouping.made_from)
-        content["identity_validation"] = artifact.identity(out.with_name(heldout.VALIDATION_FILE))
-    artifact.write_json(out, artifact.make_meta("assignments", grouping.made_from, **content))
+        identities = heldout.write_validation(out, *validation, grouping.k, grouping.made_from)
+        content["identity_validation"] = identities
+        content["files"].append(heldout.VALIDATION_FILE)
+    meta = artifact.make_meta("assignments", grouping.made_from, grouping.made_with, **content)
+    artifact.write_sealed(out, meta)
 
 
 def _write_shards(
@@ -141,7 +145,7 @@ def _write_shards(
     grouping: Grouping,
     totals: Totals,
     n_threads: int,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Label and write all shards, add them to `totals`, and return their entries for the manifest.
 
     This thread makes the labels in the order of the shards. The other threads read, regroup, hash and write,
@@ -159,11 +163,10 @@ def _write_shards(
             totals.add(shard.documents.n_tokens, labels)
             yield shard, labels
 
-    def write_one(work: tuple[Shard, Labels]) -> dict[str, str]:
+    def write_one(work: tuple[Shard, Labels]) -> dict[str, Any]:
         shard, labels = work
-        name = shard.entry["name"]
-        write_shard(out.parent, shard, labels, grouping.k, grouping.made_from)
-        return {"name": name, "identity_tokens": artifact.identity(out.with_name(f"{name}.arrow"))}
+        identities = write_shard(out.parent, shard, labels, grouping.k, grouping.made_from)
+        return {"name": shard.entry["name"], "identity_groups": identities}
 
     written = []
     with ThreadPoolExecutor(n_threads) as pool:
@@ -174,8 +177,8 @@ def _write_shards(
     return written
 
 
-def write_shard(folder: Path, shard: Shard, labels: Labels, k: int, made_from: dict[str, str]) -> None:
-    """Write a shard's Parquet file and its token file.
+def write_shard(folder: Path, shard: Shard, labels: Labels, k: int, made_from: dict[str, str]) -> list[str]:
+    """Write a shard's Parquet file and its token file. Returns the identity of each group of tokens.
 
     Rows of the Parquet file are those of the shard. The token file has k groups, each in the order of the
     shard.
@@ -190,7 +193,8 @@ def write_shard(folder: Path, shard: Shard, labels: Labels, k: int, made_from: d
     record = json.dumps(artifact.make_meta("assignments", made_from), sort_keys=True)
     meta: dict[bytes | str, bytes | str] = {"cbtm": record}
     with artifact.publish(folder / f"{shard.entry['name']}.parquet") as tmp:
-        pq.write_table(pa.table(columns).replace_schema_metadata(meta), tmp, compression="zstd")
+        table = pa.table(columns).replace_schema_metadata(meta)
+        pq.write_table(table, tmp, compression="zstd", write_page_checksum=True)
     groups = (shard.documents.take(np.flatnonzero(labels_N == j)) for j in range(k))
     path = folder / f"{shard.entry['name']}.arrow"
-    token_files.write(path, artifact.make_meta("tokens", made_from), groups)
+    return token_files.write(path, artifact.make_meta("tokens", made_from), groups)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cbtm_pipeline.clustering.distances import CACHED_ROWS
+from cbtm_pipeline.clustering.distances import CACHED_ROWS, solve
 
 NEWTON_STEPS = 30
 NEWTON_GOAL = 2e-3  # share of the mass in the wrong cluster that is left to the moves of single documents
@@ -75,7 +75,7 @@ def _newton(
         width = np.quantile(at.margin_N, min(1, max(4 * at.wrong, 8 * k / len(at.margin_N))))
         if at.wrong <= NEWTON_GOAL or width == 0:
             break
-        step_K = np.linalg.solve(_laplacian(at, mass_N, width), at.excess_K)
+        step_K = solve(_laplacian(at, mass_N, width), at.excess_K)
         for damping in DAMPINGS:
             new = _assign(d2_NK, mass_N, prices_K + damping * step_K)
             if new.wrong < at.wrong:

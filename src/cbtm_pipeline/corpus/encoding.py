@@ -13,6 +13,7 @@ import tokenizers
 from gigatoken.gigatoken_rs import load_hf_json
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import make_again
 
 PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces
 _WINDOW = 1 << 16
@@ -129,10 +130,10 @@ def read_card(tokenizer_json: Path) -> dict[str, Any]:
     Raises ValueError if the card belongs to another tokenizer.json.
     """
     path = tokenizer_json.with_name("card.json")
-    card = artifact.read_json(path, "tokenizer")
+    card = artifact.read_sealed(path, "tokenizer")
     if card["identity"] != artifact.identity(tokenizer_json):
         raise ValueError(
-            f"{path}: belongs to another tokenizer.json. Expected the one beside it. "
-            "Run the rule tokenizer again."
+            f"{tokenizer_json}: not the file that card.json beside it speaks of. Expected identity "
+            f"{card['identity']}. {make_again(tokenizer_json)}"
         )
     return card

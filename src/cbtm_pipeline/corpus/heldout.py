@@ -32,7 +32,7 @@ def documents(
     """Yield (shard name, `[sep, x_0, ..., x_(n-1)]`) of every held-out document.
 
     A document is cut to its first `max_document_tokens` tokens x. `shards` is the folder of the manifest.
-    Raises ValueError when nothing is held out.
+    Raises ValueError when nothing is held out, or for a file that is not the manifest's.
     """
     entries = [s for s in manifest["shards"] if s["split"] == "eval" and s["n_documents"]]
     if not entries:
@@ -41,7 +41,7 @@ def documents(
             "Raise corpus.eval_fraction or set corpus.eval."
         )
     for entry in entries:
-        group = token_files.read(shards / f"{entry['name']}.arrow", 0)
+        group = shard_files.documents(shards, entry)
         for i in range(len(group)):
             document = group.values[group.offsets[i] : group.offsets[i + 1]]
             if max_document_tokens is not None:
@@ -102,9 +102,12 @@ def write_validation(
     labels: list[np.ndarray],
     k: int,
     made_from: dict[str, str],
-) -> None:
-    """Write validation documents in k groups by their labels, beside the manifest `out`."""
+) -> list[str]:
+    """Write validation documents in k groups by their labels, beside the manifest `out`.
+
+    Returns the identity of each group.
+    """
     joined = token_files.join(documents)
     labels_D = np.concatenate(labels)
     groups = (joined.take(np.flatnonzero(labels_D == j)) for j in range(k))
-    token_files.write(out.with_name(VALIDATION_FILE), artifact.make_meta("tokens", made_from), groups)
+    return token_files.write(out.with_name(VALIDATION_FILE), artifact.make_meta("tokens", made_from), groups)

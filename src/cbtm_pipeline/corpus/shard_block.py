@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import encoding, repeated_ids, token_files
+from cbtm_pipeline.corpus import encoding, repeated_ids, shard_files, token_files
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus.records import Part
 from cbtm_pipeline.corpus.rows import BadRow, Document
@@ -222,22 +222,28 @@ def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token
         {"cbtm": json.dumps(artifact.make_meta("documents", made_from), sort_keys=True)}
     )
     n_bytes = 0
+    hashes = {column: shard_files.ColumnHash() for column in SCHEMA.names}
     with (
         artifact.publish(setup.folder / f"{name}.parquet") as tmp,
-        pq.ParquetWriter(tmp, schema, compression="lz4", use_dictionary=False) as writer,
+        pq.ParquetWriter(
+            tmp, schema, compression="lz4", use_dictionary=False, write_page_checksum=True
+        ) as writer,
     ):
         for table in tables:
             writer.write_table(table.replace_schema_metadata(schema.metadata))
             n_bytes += sum(table["n_bytes"].to_pylist())
+            for column, digest in hashes.items():
+                digest.add(table[column])
     path = setup.folder / f"{name}.arrow"
-    token_files.write(path, artifact.make_meta("tokens", made_from), [documents])
+    identities = token_files.write(path, artifact.make_meta("tokens", made_from), [documents])
     return {
         "name": name,
         "split": name.partition("-")[0],
         "n_documents": len(documents),
         "n_tokens": int(documents.n_tokens.sum()),
         "n_bytes": n_bytes,
-        "identity_tokens": artifact.identity(path),
+        "identity_groups": identities,
+        "identity_columns": {column: digest.hexdigest() for column, digest in hashes.items()},
     }
 
 
@@ -260,7 +266,7 @@ def drop(setup: Setup, work: tuple[Entry, np.ndarray]) -> Dropped:
     with pq.ParquetFile(paths[0]) as file:
         ids = file.read(["doc_id"])["doc_id"].take(pa.array(rows)).to_pylist()
         if keep.any():
-            kept = token_files.read(paths[1], 0).take(np.flatnonzero(keep))
+            kept = token_files.read(paths[1], 0, entry["identity_groups"][0]).take(np.flatnonzero(keep))
             return Dropped(_write(setup, entry["name"], _filtered(file, keep), kept), ids)
     for path in paths:
         path.unlink()

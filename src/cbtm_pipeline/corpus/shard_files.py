@@ -1,6 +1,10 @@
-"""How the rules after `shard` read the shards: one entry of the manifest at a time, and each file checked."""
+"""How the rules after `shard` read the shards: one entry of the manifest at a time, and all of it verified.
 
-import functools
+An entry of the manifest holds the identities of the shard's tokens and of each column of its Parquet file. So
+a rule verifies exactly what it reads. The manifest holds an identity for all training shards and one for all
+held-out shards, too. These are what later rules are made from: new held-out text changes no training text.
+"""
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import token_files
 
 Entry = dict[str, Any]
@@ -31,61 +36,85 @@ def entries(path: Path, manifest: dict[str, Any], split: str) -> list[Entry]:
 
 
 def documents(folder: Path, entry: Entry) -> token_files.Documents:
-    """The token ids of a shard.
-
-    Raises ValueError unless the file has the identity that the manifest gives.
-    """
-    path = folder / f"{entry['name']}.arrow"
-    check_file(path, entry["identity_tokens"], "shard")
-    return token_files.read(path, 0)
+    """The token ids of a shard. Raises ValueError unless they have the identity that the manifest gives."""
+    return token_files.read(folder / f"{entry['name']}.arrow", 0, entry["identity_groups"][0])
 
 
 def attributes(folder: Path, entry: Entry, columns: list[str]) -> pa.Table:
     """Columns of a shard's Parquet file, with the rows in the order of its token file.
 
-    Raises ValueError for a file that lacks a column or has another number of rows than the manifest gives.
+    Raises ValueError for a column that is missing or not the one that the manifest speaks of.
     """
+    return pa.concat_tables(batches(folder, entry, columns, 1 << 16))
+
+
+def batches(folder: Path, entry: Entry, columns: list[str], n_rows: int) -> Iterator[pa.Table]:
+    """The same as `attributes`, up to `n_rows` rows at a time. The error comes after the last batch."""
     path = folder / f"{entry['name']}.parquet"
+    hashes = {name: ColumnHash() for name in columns}
     try:
         with pq.ParquetFile(path) as file:  # read_table would import pandas, which takes half a second
-            table = file.read(columns).select(columns)
-    except (pa.ArrowException, KeyError) as error:
+            schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+            yield pa.Table.from_batches([], schema)
+            for batch in file.iter_batches(n_rows, columns=columns):
+                table = pa.Table.from_batches([batch]).select(columns)
+                for name in columns:
+                    hashes[name].add(table[name])
+                yield table
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
         raise ValueError(
-            f"{path}: unreadable ({error}). Expected the columns {', '.join(columns)}. Run shard again."
+            f"{path}: unreadable ({error}). Expected the columns {', '.join(columns)}. {_again(path)}"
         ) from error
-    if table.num_rows != entry["n_documents"]:
-        raise ValueError(
-            f"{path}: {table.num_rows} rows. Expected {entry['n_documents']}, as in the manifest. "
-            "Run shard again."
-        )
-    return table
+    for name in columns:
+        if hashes[name].hexdigest() != entry["identity_columns"][name]:
+            raise ValueError(
+                f"{path}: its column {name} is not the one that its manifest speaks of. "
+                f"Expected identity {entry['identity_columns'][name]}. {_again(path)}"
+            )
+
+
+class ColumnHash:
+    """Hash of a column of strings or numbers. It does not depend on how the rows are cut into chunks."""
+
+    def __init__(self) -> None:
+        self._lengths, self._values = artifact.new_hash(), artifact.new_hash()
+
+    def add(self, column: pa.ChunkedArray) -> None:
+        """Take the next rows. Raises ValueError for a null."""
+        for chunk in column.chunks:
+            if chunk.null_count:
+                raise ValueError("a null")
+            if pa.types.is_string(chunk.type):
+                offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset :][: len(chunk) + 1]
+                self._lengths.update(np.diff(offsets).data)
+                if len(chunk):
+                    self._values.update(chunk.buffers()[2].slice(offsets[0], offsets[-1] - offsets[0]))
+            else:
+                self._values.update(np.ascontiguousarray(chunk.to_numpy()).data)
+
+    def hexdigest(self) -> str:
+        """The hash of all rows so far."""
+        self._lengths.update(self._values.digest())
+        return self._lengths.hexdigest()
+
+
+def _again(path: Path) -> str:
+    return make_again(path.with_name("manifest.json"))
 
 
 def tokenizer(path: Path, shards: Path) -> Tokenizer:
     """Load tokenizer.json. Raises ValueError unless the shards were made with it."""
     artifact.check_made_from(
-        shards, artifact.read_json(shards, "shards"), "tokenizer", artifact.identity(path)
+        shards, artifact.read_sealed(shards, "shards"), "tokenizer", artifact.identity(path)
     )
     return Tokenizer.from_file(str(path))
 
 
-def check_file(path: Path, expected: str, rule: str) -> None:
-    """Raise ValueError unless the file has the identity that its manifest gives.
-
-    A process reads each file only once for this.
-    """
-    about = path.stat()
-    if _identity(path, about.st_ino, about.st_size, about.st_mtime_ns) != expected:
-        raise ValueError(
-            f"{path}: not the file that its manifest speaks of. Expected identity {expected}. "
-            f"Run {rule} again."
-        )
-
-
-@functools.cache
-def _identity(path: Path, *_: int) -> str:
-    """The identity of a file, computed again only if its inode, size or time of change is another."""
-    return artifact.identity(path)
+def identity_of(entries: list[Entry], about: dict[str, Any]) -> str:
+    """Identity of the documents of some entries. `about`: what else decides what their tokens mean."""
+    return artifact.fingerprint({"entries": entries, **about})
 
 
 def sample(train: list[Entry], n: int, rng_seed: int) -> Iterator[tuple[Entry, np.ndarray]]:

@@ -8,6 +8,7 @@ concatenated documents are a stream to train on, and every token x, also the fir
 always counts x alone.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,15 @@ class Documents(NamedTuple):
         """The number of tokens of each document, without the separator (int64)."""
         return np.diff(self.offsets) - 1
 
+    @property
+    def identity(self) -> str:
+        """Content hash of tokens and document lengths."""
+        digest = artifact.new_hash()
+        digest.update(f"{self.values.dtype} {len(self)}".encode())
+        digest.update(np.ascontiguousarray(self.n_tokens, np.int64).data)
+        digest.update(np.ascontiguousarray(self.values).data)
+        return digest.hexdigest()
+
     def take(self, rows: np.ndarray) -> "Documents":
         """The documents at `rows`, in that order."""
         starts, stops = self.offsets[:-1][rows], self.offsets[1:][rows]
@@ -59,13 +69,14 @@ def dtype_for(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]) -> None:
-    """Write one record batch per group.
+def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]) -> list[str]:
+    """Write one record batch per group. Returns the identity of each group.
 
     `meta` is the artifact's record, `artifact.make_meta("tokens", ...)`.
     """
     groups = iter(groups)
     first = next(groups)
+    identities = []
     value_type = pa.from_numpy_dtype(first.values.dtype)
     schema = pa.schema(
         [("tokens", pa.large_list(value_type))], metadata={"cbtm": json.dumps(meta, sort_keys=True)}
@@ -80,6 +91,8 @@ def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]
                 pa.array(group.offsets, pa.int64()), pa.array(group.values, value_type)
             )
             writer.write_batch(pa.record_batch([column], schema=schema))
+            identities.append(group.identity)
+    return identities
 
 
 def _chain(first: Documents, rest: Iterable[Documents]) -> Iterable[Documents]:
@@ -87,35 +100,42 @@ def _chain(first: Documents, rest: Iterable[Documents]) -> Iterable[Documents]:
     yield from rest
 
 
-def read(path: str | Path, group: int) -> Documents:
+def read(path: str | Path, group: int, expected: str) -> Documents:
     """Memory-map group `group` of a token file; no bytes of other groups are read.
 
-    Raises ValueError for a file that is no token file or lacks the group.
+    Raises ValueError for a file that is no token file, and for a group whose identity is not `expected`. A
+    process computes the identity of a group once.
     """
-    reader = _open(path)
-    if not 0 <= group < reader.num_record_batches:
-        raise ValueError(
-            f"{path}: {reader.num_record_batches} groups. Expected group {group} to exist. "
-            f"{make_again(Path(path).with_name('manifest.json'))}"
-        )
-    column = reader.get_batch(group).column(0)
-    assert isinstance(column, pa.LargeListArray)
-    return Documents(
-        column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True)
-    )
-
-
-def read_meta(path: str | Path) -> dict[str, Any]:
-    """The artifact's record of a token file, and `n_groups`."""
-    reader = _open(path)
-    meta = json.loads(reader.schema.metadata[b"cbtm"])
-    return {**artifact.check_meta(path, meta, "tokens"), "n_groups": reader.num_record_batches}
-
-
-def _open(path: str | Path) -> pa.ipc.RecordBatchFileReader:
+    again = make_again(Path(path).with_name("manifest.json"))
+    about = Path(path).stat()
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
-    except pa.ArrowInvalid as error:
+        documents = read_unverified(path, group)
+        found = _identity(str(path), about.st_ino, about.st_size, about.st_mtime_ns, group)
+    except (pa.ArrowException, IndexError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path}: damaged ({error}). Expected a token file. {again}") from error
+    if found != expected:
         raise ValueError(
-            f"{path}: not a token file ({error}). Expected Arrow IPC. Run the rule that makes it again."
-        ) from error
+            f"{path}: group {group} is not the one that its manifest speaks of ({found}). "
+            f"Expected identity {expected}. {again}"
+        )
+    return documents
+
+
+@functools.cache
+def _identity(path: str, inode: int, n_bytes: int, mtime_ns: int, group: int) -> str:
+    """The identity of a group, computed again only if the file's inode, size or time of change is another."""
+    return read_unverified(path, group).identity
+
+
+def read_unverified(path: str | Path, group: int) -> Documents:
+    """Memory-map a group whose identity nobody has checked. Raises various errors for a damaged file."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(group)
+    batch.validate(full=True)
+    column = batch.column(0)
+    if not isinstance(column, pa.LargeListArray) or column.null_count or column.values.null_count:
+        raise ValueError("no lists of tokens")
+    offsets = column.offsets.to_numpy(zero_copy_only=True)
+    values = column.values.to_numpy(zero_copy_only=True)
+    if values.dtype not in (np.uint16, np.uint32) or len(values) != offsets[-1] or offsets[0] != 0:
+        raise ValueError("no lists of tokens")
+    return Documents(values, offsets)

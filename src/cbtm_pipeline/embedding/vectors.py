@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy import sparse
 
 from cbtm_pipeline.base import artifact
@@ -24,22 +22,10 @@ Embedder = tfidf.Embedder | encoder.Encoder
 def texts(folder: Path, entry: shard_files.Entry) -> Iterator[list[str]]:
     """The texts of a shard, CHUNK_TEXTS at a time.
 
-    Raises ValueError for a file that is damaged or has another number of rows than the manifest says.
+    Raises ValueError for texts that are not those of the manifest.
     """
-    path, n = folder / f"{entry['name']}.parquet", 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(CHUNK_TEXTS, columns=["text"]):
-                n += len(batch)
-                yield batch["text"].to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(
-            f"{path}: unreadable ({error}). Expected the column text. Run shard again."
-        ) from error
-    if n != entry["n_documents"]:
-        raise ValueError(
-            f"{path}: {n} rows. Expected {entry['n_documents']}, as in the manifest. Run shard again."
-        )
+    for batch in shard_files.batches(folder, entry, ["text"], CHUNK_TEXTS):
+        yield batch["text"].to_pylist()
 
 
 def embed(folder: Path, entry: shard_files.Entry, embedder: Embedder) -> Iterator[np.ndarray]:
@@ -64,14 +50,14 @@ def read(folder: Path, entry: shard_files.Entry) -> np.ndarray:
     Raises ValueError if the file is not the manifest's.
     """
     path = folder / f"{entry['name']}.npy"
-    shard_files.check_file(path, entry["identity"], "embed")
+    artifact.check_file(path, entry["identity"], make_again(folder / "manifest.json"))
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _read(path: Path, shards: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
     """The arrays of embedder.npz, and its record of the encoder; None for linear tf-idf."""
     arrays, meta = artifact.read_npz(path, "embedder")
-    artifact.check_made_from(path, meta, "shards", artifact.identity(shards))
+    artifact.check_made_from(path, meta, "shards", artifact.read_sealed(shards, "shards")["identity_train"])
     return arrays, meta.get("encoder")
 
 
@@ -116,6 +102,7 @@ def read_manifest(path: Path, shards: Path) -> dict[str, Any]:
 
     Raises ValueError if its vectors belong to another corpus than that of shards/manifest.json.
     """
-    manifest = artifact.read_json(path, "vectors")
-    artifact.check_made_from(path, manifest, "shards", artifact.identity(shards))
+    manifest = artifact.read_sealed(path, "vectors")
+    identity = artifact.read_sealed(shards, "shards")["identity_train"]
+    artifact.check_made_from(path, manifest, "shards", identity)
     return manifest

@@ -61,10 +61,17 @@ class Expected(NamedTuple):
     score_expert: Meta  # likewise of rule score_expert
 
 
-def read(
-    expected: Expected, distances: Path, scores: Iterable[Path], cards: Iterable[Path]
-) -> tuple[Scored, dict[str, Meta], dict[str, str]]:
-    """Return the scored documents, the card of every expert, and `made_from`.
+class Found(NamedTuple):
+    """The scored documents, and the records of the files. Cards and scores are by expert."""
+
+    scored: Scored
+    cards: dict[str, Meta]
+    distances: Meta
+    scores: dict[str, Meta]
+
+
+def read(expected: Expected, distances: Path, scores: Iterable[Path], cards: Iterable[Path]) -> Found:
+    """Read the scored documents, and the record of every file.
 
     Each file names its expert, so the order of the files does not matter. Raises ValueError when a file of
     the expected run is missing, is there twice, or was made from something else.
@@ -76,15 +83,14 @@ def read(
     score_files = {path: artifact.read_npz(path, "scores") for path in scores}
     score_metas = {path: score_meta for path, (_, score_meta) in score_files.items()}
     scores_by_name = _by_expert(score_metas, expected.experts, f"{expected.outdir}/scores/{{}}.npz")
-    logprob, made_from = {}, {"distances": artifact.identity(distances)}
+    logprob = {}
     for name in expected.experts:
         path, score_meta = scores_by_name[name]
-        artifact.check_made_from(path, score_meta, "expert", cards_by_name[name]["weights"])
-        artifact.check_made_from(path, score_meta, "shards", meta["made_from"]["shards"])
+        artifact.check_made_from(path, score_meta, "expert", cards_by_name[name]["identity"])
+        artifact.check_made_from(path, score_meta, "held_out", meta["made_from"]["held_out"])
         _check_plan(path, score_meta, expected.score_expert)
         logprob[name] = score_files[path][0]["logprob_N"]
         _check_logprob(path, logprob[name], len(arrays["d2_NK"]))
-        made_from[f"scores-{name}"] = artifact.identity(path)
 
     n_clusters = arrays["d2_NK"].shape[1]
     if n_clusters != expected.k:
@@ -94,25 +100,18 @@ def read(
     scored = Scored(
         logprob, arrays["d2_NK"], arrays["offsets"], arrays["n_bytes"], arrays["cluster"], arrays["doc_id"]
     )
-    return scored, cards_by_name, made_from
+    return Found(scored, cards_by_name, meta, {name: scores_by_name[name][1] for name in expected.experts})
 
 
 def _read_cards(expected: Expected, paths: Iterable[Path]) -> dict[str, Meta]:
-    """The cards by expert. All must branch from the given seed.
-
-    The cluster experts must share their clusters, and the random experts their random clusters.
-    """
-    metas = {path: artifact.read_json(path, "expert") for path in paths}
+    """The cards by expert. All must branch from the given seed."""
+    metas = {path: artifact.read_sealed(path, "expert") for path in paths}
     found = _by_expert(metas, expected.experts, f"{expected.outdir}/experts/{{}}/card.json")
-    seed = found["seed"][1]["weights"]
-    shared: dict[str, str] = {}  # identity of each manifest of clusters, from the first card that has it
+    seed = found["seed"][1]["identity"]
     for name in expected.experts:
         path, card = found[name]
         if name != "seed":
             artifact.check_made_from(path, card, "seed", seed)
-        for origin in {"assignments", "random"} & card["made_from"].keys():
-            first = shared.setdefault(origin, card["made_from"][origin])
-            artifact.check_made_from(path, card, origin, first)
     return {name: card for name, (_, card) in found.items()}
 
 
@@ -147,10 +146,9 @@ def _by_expert(metas: dict[Path, Meta], names: list[str], template: str) -> dict
 
 def _check_plan(path: Path, meta: Meta, plan: Meta) -> None:
     for key, expected in plan.items():
-        if meta.get(key) != expected:
+        if (found := meta["made_with"].get(key)) != expected:
             raise ValueError(
-                f"{path}: made with {key} {meta.get(key)}. Expected {expected}, as in the config. "
-                + make_again(path)
+                f"{path}: made with {key} {found}. Expected {expected}, as in the config. {make_again(path)}"
             )
 
 

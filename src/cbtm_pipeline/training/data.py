@@ -11,22 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import heldout, shard_files, token_files
+from cbtm_pipeline.corpus import heldout, token_files
 from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.training import batches
 
 
 class Data(NamedTuple):
-    """The tokens that an expert reads, and where they come from.
-
-    `made_from` goes into the expert's card; `corpus` is the identity of shards/manifest.json.
-    """
+    """The tokens that an expert reads. `manifest` is the record that lists their files."""
 
     stream: batches.Stream
     validation: batches.Stream | None
     manifest: dict[str, Any]
-    made_from: dict[str, str]
-    corpus: str
 
 
 def read(path: Path, plan: TrainingPlan) -> Data:
@@ -34,34 +29,18 @@ def read(path: Path, plan: TrainingPlan) -> Data:
 
     Raises ValueError if a file is not the one that the manifest names.
     """
-    manifest = artifact.read_json(path, "shards" if plan.data == "corpus" else "assignments")
+    manifest = artifact.read_sealed(path, "shards" if plan.data == "corpus" else "assignments")
     if plan.data != "corpus" and ("clusterer" in manifest["made_from"]) != (plan.data == "clusters"):
         expected = {"clusters": "assignments/manifest.json", "random": "random/manifest.json"}[plan.data]
         raise ValueError(f"{path}: other clusters. Expected {plan.data}. Give {expected}.")
-    segments = []
-    for entry in manifest["shards"]:
-        if entry.get("split") == "eval":
-            continue
-        file = path.with_name(f"{entry['name']}.arrow")
-        if token_files.read_meta(file)["made_from"] != manifest["made_from"]:
-            raise ValueError(
-                f"{file}: made from something else than its manifest. Expected both from one run. "
-                f"Make {path} again."
-            )
-        segments.append(token_files.read(file, plan.group).values)
-    stream = batches.Stream(segments)
-    if plan.data == "corpus":
-        expected = sum(s["n_tokens"] + s["n_documents"] for s in manifest["shards"] if s["split"] == "train")
-    else:
-        expected = manifest["n_tokens"][plan.group] + manifest["n_documents"][plan.group]
-    if stream.n_tokens != expected:
-        raise ValueError(
-            f"{path}: {stream.n_tokens} tokens in its files. Expected {expected}. Make {path} again."
-        )
-    identity = artifact.identity(path)
-    name = {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data]
-    corpus = identity if plan.data == "corpus" else manifest["made_from"]["shards"]
-    return Data(stream, read_validation(path, manifest, plan), manifest, {name: identity}, corpus)
+    segments = [
+        token_files.read(
+            path.with_name(f"{entry['name']}.arrow"), plan.group, entry["identity_groups"][plan.group]
+        ).values
+        for entry in manifest["shards"]
+        if entry.get("split") != "eval"
+    ]
+    return Data(batches.Stream(segments), read_validation(path, manifest, plan), manifest)
 
 
 def read_validation(path: Path, manifest: dict[str, Any], plan: TrainingPlan) -> batches.Stream | None:
@@ -78,7 +57,6 @@ def read_validation(path: Path, manifest: dict[str, Any], plan: TrainingPlan) ->
     elif manifest["identity_validation"] is None:
         segments = []
     else:
-        file = path.with_name(heldout.VALIDATION_FILE)
-        shard_files.check_file(file, manifest["identity_validation"], "assign")
-        segments = [token_files.read(file, plan.group).values]
+        file, identity = path.with_name(heldout.VALIDATION_FILE), manifest["identity_validation"][plan.group]
+        segments = [token_files.read(file, plan.group, identity).values]
     return batches.Stream(segments) if any(len(segment) for segment in segments) else None

@@ -1,4 +1,8 @@
-"""A finished expert: a Hugging Face folder. Its card identifies the weights and all they were made from."""
+"""A finished expert: a Hugging Face folder.
+
+card.json says what the model was made from, and identifies it: its `identity` is a hash of the weights and
+the configuration. files.json holds the hash of every other file, so that none is read unverified.
+"""
 
 import shutil
 from pathlib import Path
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
+FILES = "files.json"
 
 README = """\
 ---
@@ -58,7 +63,7 @@ def publish(
 
     All files are written to a staging folder, then moved one by one. A run that is killed meanwhile leaves no
     weights, or weights that do not fit the card. Readers refuse such a folder, and the next start publishes
-    it again. Raises OSError if the disk is full.
+    it again. `card` gets the entries `weights` and `identity`. Raises OSError if the disk is full.
     """
     folder = out.parent
     staging = folder / ".staging"
@@ -70,7 +75,8 @@ def publish(
     except SafetensorError as error:  # a full disk
         raise OSError(None, str(error), str(out)) from error
     card = {**card, "weights": artifact.identity(staging / WEIGHTS)}
-    artifact.write_json(staging / "card.json", card)
+    card["identity"] = artifact.fingerprint([card["weights"], artifact.identity(staging / "config.json")])
+    artifact.write_sealed(staging / "card.json", card)
     (staging / "README.md").write_text(_readme(card, type(model).__name__), "utf-8")
     shutil.copyfile(metrics, staging / "metrics.jsonl")
     training_log.write_events(
@@ -81,7 +87,10 @@ def publish(
             shutil.copyfile(path, staging / path.name)
 
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != WEIGHTS)
-    for path in files:
+    hashes = {str(path.relative_to(staging)): artifact.identity(path) for path in files}
+    meta = artifact.make_meta("expert_files", {"expert": card["identity"]}, files=hashes)
+    artifact.write_sealed(staging / FILES, meta)
+    for path in [*files, staging / FILES]:
         with artifact.publish(folder / path.relative_to(staging)) as tmp:
             path.rename(tmp)
     with artifact.publish(out) as tmp:
@@ -92,7 +101,7 @@ def publish(
 
 def _readme(card: dict[str, Any], architecture: str) -> str:
     """The README.md of an expert's folder."""
-    name, plan = card["expert"], card["plan"]
+    name, plan = card["expert"], card["made_with"]
     if name == "seed":
         title, what = "Seed model", "the seed model that every expert starts from"
     elif plan["data"] == "corpus":
@@ -108,15 +117,29 @@ def _readme(card: dict[str, Any], architecture: str) -> str:
 
 
 def read_card(weights: Path) -> dict[str, Any]:
-    """The card of an expert. Raises ValueError if the card and the weights do not fit together."""
-    path = weights.with_name("card.json")
-    card = artifact.read_json(path, "expert")
-    if artifact.identity(weights) != card["weights"]:
-        raise ValueError(
-            f"{weights}: not the weights that card.json names. Expected identity {card['weights']}. "
-            f"{make_again(weights)}"
-        )
+    """The card of an expert, all of whose files are as they were published.
+
+    Raises ValueError if a file has changed, OSError if one is missing.
+    """
+    card = artifact.read_sealed(weights.with_name("card.json"), "expert")
+    artifact.check_file(weights, card["weights"], make_again(weights))
+    for name, expected in _hashes(weights, card).items():
+        artifact.check_file(weights.parent / name, expected, make_again(weights))
     return card
+
+
+def check_file(path: Path, card: dict[str, Any]) -> None:
+    """Raise ValueError unless this file of an expert's folder is as it was published."""
+    weights = path.with_name(WEIGHTS)
+    artifact.check_file(path, _hashes(weights, card)[path.name], make_again(weights))
+
+
+def _hashes(weights: Path, card: dict[str, Any]) -> dict[str, str]:
+    """The hashes of all files but the weights, by their path in the folder."""
+    path = weights.with_name(FILES)
+    record = artifact.read_sealed(path, "expert_files")
+    artifact.check_made_from(path, record, "expert", card["identity"])
+    return record["files"]
 
 
 def is_published(weights: Path, plan: TrainingPlan, made_from: dict[str, str]) -> bool:
@@ -125,4 +148,4 @@ def is_published(weights: Path, plan: TrainingPlan, made_from: dict[str, str]) -
         card = read_card(weights)
     except (OSError, ValueError):
         return False
-    return (card["plan"], card["made_from"]) == (plan.content(), made_from)
+    return (card["made_with"], card["made_from"]) == (plan.content(), made_from)

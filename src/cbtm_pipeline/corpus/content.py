@@ -1,0 +1,72 @@
+"""The identity of a corpus: what its files hold, whatever their paths and times.
+
+A file's identity is the hash of its bytes. It is remembered with the file's path, size, inode and times, so
+that a start of the workflow reads only files that look changed. Imports nothing heavy, because the workflow
+uses it, too.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import files as corpus_files
+
+SEEN = ".corpus.json"  # in the folder of the outputs: the identities of corpus files, remembered
+_THREADS = 4  # one thread hashes about 1 GB/s
+_KIND = "seen"
+
+
+def of_corpus(train: Iterable[str], held_out: Iterable[str] | None, demo: Path | None, seen: Path) -> str:
+    """The identity of training and held-out text, as `shard` reads them.
+
+    It depends on the order of the files and on their short names, which may be part of documents' ids.
+    """
+    files = {
+        "train": corpus_files.input_files(train, demo),
+        "eval": corpus_files.input_files(held_out or [], demo),
+    }
+    named = corpus_files.name([*files["eval"], *files["train"]])
+    hashes = _identities([file.path for file in named], seen)
+    rows = [[file.name, file_hash] for file, file_hash in zip(named, hashes, strict=True)]
+    return artifact.fingerprint({"rows": rows, "n_held_out": len(files["eval"])})
+
+
+def of_training_text(train: Iterable[str], demo: Path | None, seen: Path) -> str:
+    """The identity of the training text, as `tokenizer` reads it: the order of the files has no effect."""
+    return artifact.fingerprint(sorted(_identities(corpus_files.input_files(train, demo), seen)))
+
+
+def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
+    """The hash of each file. `seen` is the file that remembers them; it need not exist."""
+    known = _read(seen)
+    names = [corpus_files.printable(path.absolute()) for path in paths]
+    stats = [_stat(path) for path in paths]
+    new = {
+        name: (path, stat)
+        for name, path, stat in zip(names, paths, stats, strict=True)
+        if known.get(name, [None])[:-1] != stat
+    }
+    if new:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(artifact.identity, [path for path, _ in new.values()])
+            for (name, (_, stat)), file_hash in zip(new.items(), found, strict=True):
+                known[name] = [*stat, file_hash]
+        if seen.parent.is_dir():
+            artifact.write_sealed(seen, artifact.make_meta(_KIND, {}, files=known))
+    return [known[name][-1] for name in names]
+
+
+def _stat(path: Path) -> list[int]:
+    """Size, times and inode of a file. Raises OSError for a file that is not there."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def _read(seen: Path) -> dict[str, list[Any]]:
+    """What is remembered: by path, what `_stat` said, and the hash. Nothing if the file is not whole."""
+    try:
+        return artifact.read_sealed(seen, _KIND)["files"]
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,177 @@
+"""Second links to what a start makes again, in `<outdir>/kept`: nothing is lost before the new one is there.
+
+Snakemake deletes the outputs of a job before it starts. So a start first links them here. A job that turns
+out to be unchanged gets them back. Trained models stay here even after others have replaced them: under
+`kept/experts/<id>-<fingerprint>`, where the fingerprint is of plan and inputs. A later start with that plan
+and these inputs takes them from here again.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cbtm_pipeline import records
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.stale import DAMAGED, Job
+
+FOLDER = "kept"
+WEIGHTS = "model.safetensors"
+
+
+def keep(outdir: Path, some: Iterable[Job]) -> None:
+    """Link the outputs of these jobs, for an expert its whole folder."""
+    for job in some:
+        if job.rule == "train_expert":
+            _keep_expert(outdir, outdir / f"experts/{job.expert}")
+        else:
+            for output in job.outputs:
+                _link(outdir / output, outdir / FOLDER / output)
+
+
+def has(outdir: Path, job: Job) -> bool:
+    """Whether outputs of this job may be kept."""
+    if job.rule == "train_expert":
+        return any(path.name.rpartition("-")[0] == job.expert for path in replaced(outdir))
+    return any((outdir / FOLDER / output).exists() for output in job.outputs)
+
+
+def surplus(outdir: Path, experts: Iterable[str]) -> list[str]:
+    """Experts in the outdir that are none of these `experts`, the run's own."""
+    folder, known = outdir / "experts", set(experts)
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in known)
+
+
+def put_away(outdir: Path, experts: Iterable[str]) -> None:
+    """Move experts that no longer belong to the run here, and delete what was made from them.
+
+    Without random experts, the random clusters are deleted, too: no training needs them.
+    """
+    for name in surplus(outdir, experts):
+        _keep_expert(outdir, outdir / f"experts/{name}")
+        shutil.rmtree(outdir / f"experts/{name}", ignore_errors=True)
+    known = set(experts)
+    for path in (outdir / "scores").glob("*.npz"):
+        if path.stem not in known:
+            path.unlink()
+    if not any(name.startswith("random-") for name in known):
+        shutil.rmtree(outdir / "random", ignore_errors=True)
+
+
+def give_back(outdir: Path, job: Job, made_with: dict[str, Any], made_from: dict[str, str]) -> bool:
+    """Put the outputs of a job back in their place, if they were made with this plan and from these inputs.
+
+    Returns False if there are none. Then the job has to run, and what is kept of other rules than
+    `train_expert` is dropped.
+    """
+    if job.rule == "train_expert":
+        kept = outdir / FOLDER / "experts" / f"{job.expert}-{_fingerprint(made_with, made_from)}"
+        return _give_back_expert(kept, outdir / f"experts/{job.expert}")
+    for output in job.outputs:
+        if not (outdir / output).exists():
+            _link(outdir / FOLDER / output, outdir / output)
+    try:
+        record = records.read(outdir, *job)
+        same = (record["made_with"], record["made_from"]) == (made_with, made_from)
+        if same and not records.missing(outdir, *job, record):
+            return True
+    except DAMAGED:
+        pass
+    for output in job.outputs:
+        for path in (outdir / output, outdir / FOLDER / output):
+            path.unlink(missing_ok=True)
+    return False
+
+
+def tidy(outdir: Path, keep_replaced: bool) -> None:
+    """Drop what is in its place again: everything but replaced models, or these as well."""
+    folder = outdir / FOLDER
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name != "experts" or not keep_replaced:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (folder / "experts").glob("*-*"):
+        current = outdir / "experts" / path.name.rpartition("-")[0]
+        if _name(current) == path.name and (current / WEIGHTS).exists():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (folder / "experts", folder):
+        with contextlib.suppress(OSError):
+            path.rmdir()  # if it is empty
+
+
+def replaced(outdir: Path) -> list[Path]:
+    """The folders of kept models."""
+    return sorted((outdir / FOLDER / "experts").glob("*-*"))
+
+
+def _keep_expert(outdir: Path, folder: Path) -> None:
+    """Link all files of an expert; move the folder where the file system has no hard links."""
+    if not (folder / WEIGHTS).exists():
+        return
+    kept = outdir / FOLDER / "experts" / _name(folder)
+    shutil.rmtree(kept, ignore_errors=True)
+    partial = kept.with_name(f".{kept.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = [path for path in folder.rglob("*") if path.is_file() and ".staging" not in path.parts]
+    try:
+        for path in files:
+            other = partial / path.relative_to(folder)
+            other.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, other)
+    except OSError:
+        shutil.rmtree(partial)
+        folder.rename(kept)
+    else:
+        partial.rename(kept)
+
+
+def _give_back_expert(kept: Path, folder: Path) -> bool:
+    """Put a kept expert back, its weights last."""
+    if not (kept / WEIGHTS).exists():
+        return False
+    files = sorted(
+        (path for path in kept.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS
+    )
+    for path in files:
+        with artifact.publish(folder / path.relative_to(kept)) as tmp:
+            _copy_or_link(path, tmp)
+    shutil.rmtree(kept)
+    return True
+
+
+def _name(folder: Path) -> str:
+    """The name of an expert's folder among the kept ones: its id and the fingerprint of its record."""
+    try:
+        card = artifact.read_sealed(folder / "card.json", "expert")
+        return f"{folder.name}-{_fingerprint(card['made_with'], card['made_from'])}"
+    except DAMAGED:
+        return f"{folder.name}-damaged"
+
+
+def _fingerprint(made_with: dict[str, Any], made_from: dict[str, str]) -> str:
+    return artifact.fingerprint([made_with, made_from])[:12]
+
+
+def _link(path: Path, other: Path) -> None:
+    """Make `other` a second link of `path`, if that is there; move it where there are no hard links."""
+    if not path.exists():
+        return
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:
+        path.rename(other)
+
+
+def _copy_or_link(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)

@@ -1,0 +1,104 @@
+"""What each rule's artifact is made from: the identities of its inputs, kept in its record as `made_from`.
+
+The rules write these, and a start of the workflow compares them (`stale.py`). Identity is content: neither
+the path nor the time of a file counts. An artifact's identity is its seal (base/artifact.py). Where a rule
+reads only a part, the identity is of that part:
+
+| part                                             | read by                         |
+|--------------------------------------------------|---------------------------------|
+| training documents: `identity_train` of shards   | embed, assign, assign_random    |
+| held-out documents: `identity_eval` of shards    | score_expert, route, assign     |
+| tokens of one expert, from all files             | train_expert                    |
+| weights and configuration: `identity` of a card  | train_expert, score_expert      |
+
+So new held-out text trains nothing again, and a new clustering trains only the experts whose documents it
+changes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.plan import TrainingPlan
+
+Record = Mapping[str, Any]  # the meta record of an artifact, with its seal
+Identities = dict[str, str]
+
+
+def embed(shards: Record) -> Identities:
+    """Of embed/embedder.npz. That of embed/manifest.json names the embedder, too."""
+    return {"shards": shards["identity_train"]}
+
+
+def vectors(shards: Record, embedder: Record) -> Identities:
+    """Of embed/manifest.json."""
+    return {"shards": shards["identity_train"], "embedder": embedder["seal"]}
+
+
+def fit_kmeans(vectors: Record) -> Identities:
+    """Of cluster/clusterer.npz."""
+    return {"vectors": vectors["seal"], "embedder": vectors["made_from"]["embedder"]}
+
+
+def assign(shards: Record, clusterer: Record) -> Identities:
+    """Of assignments/manifest.json. The validation documents are held-out documents."""
+    return {**assign_random(shards), "clusterer": clusterer["seal"]}
+
+
+def assign_random(shards: Record) -> Identities:
+    """Of random/manifest.json."""
+    return {"shards": shards["identity_train"], "held_out": shards["identity_eval"]}
+
+
+def tokens(group: int, data: Record) -> str:
+    """Identity of the tokens that an expert trains on: a group of the files that `data` lists."""
+    entries = [entry for entry in data["shards"] if entry.get("split") != "eval"]
+    return artifact.fingerprint([entry["identity_groups"][group] for entry in entries])
+
+
+def validation(plan: TrainingPlan, data: Record) -> str | None:
+    """Identity of the tokens that validate a training; None if it has none."""
+    if not plan.validations or not plan.validation_share:
+        return None
+    if plan.data == "corpus":
+        return artifact.fingerprint([data["identity_eval"], plan.validation_share, plan.rng_seed])
+    identities = data["identity_validation"]
+    return identities[plan.group] if identities else None
+
+
+def train_expert(plan: TrainingPlan, data: Record, tokenizer: Record, seed: Record | None) -> Identities:
+    """Of an expert's card. `seed` is the card of the seed model; None for the seed itself.
+
+    The validation text is left out where it decides nothing: only a training with `patience` depends on it.
+    """
+    found = {"tokens": tokens(plan.group, data), "tokenizer": tokenizer["identity"]}
+    if seed is not None:
+        found["seed"] = seed["identity"]
+    if plan.patience is not None and (identity := validation(plan, data)):
+        found["validation"] = identity
+    return found
+
+
+def score_expert(card: Record, shards: Record) -> Identities:
+    """Of scores/<expert>.npz."""
+    return {"expert": card["identity"], "held_out": shards["identity_eval"]}
+
+
+def route(shards: Record, clusterer: Record) -> Identities:
+    """Of route/distances.npz."""
+    return {
+        "held_out": shards["identity_eval"],
+        "embedder": clusterer["made_from"]["embedder"],
+        "clusterer": clusterer["seal"],
+    }
+
+
+def eval_ensemble(distances: Record, scores: Mapping[str, Record]) -> Identities:
+    """Of eval/metrics.json. `scores` are the records by expert."""
+    return {"distances": distances["seal"], **{f"scores-{name}": r["seal"] for name, r in scores.items()}}
+
+
+def report(metrics: Record, top_terms: Record, assignments: Record, shards: Record) -> Identities:
+    """Of report.html."""
+    named = {"metrics": metrics, "top_terms": top_terms, "assignments": assignments, "shards": shards}
+    return {name: record["seal"] for name, record in named.items()}

@@ -1,0 +1,200 @@
+"""Say in a few lines what a start would run, why, at what cost, and which trained models it would replace.
+
+    cbtm preview --configfile mine.yaml
+
+Reads the records in the outdir, and runs nothing. Snakemake prints the same lines when it starts. It is also
+`python -m cbtm_pipeline.preview`.
+"""
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cbtm_pipeline import config, kept, plan, stale
+from cbtm_pipeline.base import cli
+from cbtm_pipeline.base.duration import duration
+from cbtm_pipeline.ops import cost, lenient, planned
+from cbtm_pipeline.stale import Asked, Job, Reason, Start, States
+
+SECTIONS = {  # where a field of a rule's plan comes from, the first section that has it
+    "tokenizer": ("tokenizer", "corpus"),
+    "shard": ("corpus",),
+    "embed": ("embed",),
+    "fit_kmeans": ("cluster",),
+    "assign": ("train",),
+    "assign_random": ("train", "cluster"),
+    "train_expert": ("train", "model"),
+    "score_expert": ("eval",),
+    "route": ("eval", "route"),
+    "eval_ensemble": ("route", "eval"),
+}
+NAMES = {"rng_seed": "seed", "context": "train.seq_len", "model": "model.pretrained"}  # other fields
+DERIVED = {"n_steps": "steps", "batch_size": "sequences per step"}  # from train.steps, batch_size, cluster.k
+LOG_TAIL = 1 << 16  # bytes at the end of a training's log: about 400 steps
+SHOWN = 6  # changes and reasons that are shown
+
+
+def lines(cfg: config.Config, states: States, start: Start) -> list[str]:
+    """The lines about a start. None if there is nothing to run."""
+    if not start.run:
+        return []
+    outdir = Path(cfg.outdir)
+    reasons = _reasons(cfg, states, start)
+    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+    return [
+        f"{cfg.outdir}: {len(start.run)} of {len(states)} jobs: {_counted(start.run)}",
+        *(f"  {line}" for line in [*reasons[:SHOWN], *more]),
+        *(f"  {line}" for line in _unsure(states, start)),
+        *(f"  {line}" for line in _trainings(cfg, outdir, states, start)),
+        *(f"  {line}" for line in _replaced(cfg, outdir, states, start)),
+    ]
+
+
+def _counted(some: Iterable[Job]) -> str:
+    counts = Counter(job.rule for job in some)
+    return ", ".join(rule if n == 1 else f"{n} {rule}" for rule, n in counts.items())
+
+
+def _reasons(cfg: config.Config, states: States, start: Start) -> list[str]:
+    """Why the jobs run: config keys that have changed, then all else, each with its jobs."""
+    changed = _config_changes(cfg)
+    told = set(changed)
+    found: dict[str, list[str]] = {f"{key} {change}": [] for key, change in changed.items()}
+    for job in start.run:
+        for reason in states[job].reasons:
+            if reason.field is None:
+                found.setdefault(reason.what, []).append(str(job))
+            elif (key := key_of(cfg, job, reason.field)) not in told and not (
+                key in DERIVED.values() and told
+            ):
+                found.setdefault(f"{key} {_change(reason)}", []).append(str(job))
+        if job in start.anew:
+            found.setdefault("asked for", []).append(str(job))
+    return [f"{what}: {_few(names)}" if names else what for what, names in found.items()]
+
+
+def key_of(cfg: config.Config, job: Job, field: str) -> str:
+    """The config key that a field of a plan comes from."""
+    if job.rule == "train_expert" and field in DERIVED:
+        return DERIVED[field]
+    for section in SECTIONS.get(job.rule, ()):
+        if field in type(getattr(cfg, section)).model_fields:
+            return f"{section}.{field}"
+    return NAMES.get(field, field)
+
+
+def _config_changes(cfg: config.Config) -> dict[str, str]:
+    """The keys whose values differ from the config of the last start, without those that rerun nothing."""
+    before = lenient.json_object(Path(cfg.outdir, "config.json"))
+    now = cfg.model_dump(exclude={"outdir", "run"})
+    if not before:
+        return {}
+    return {
+        key: f"{_short(old)} -> {_short(new)}"
+        for key, new in _flat(now).items()
+        if key in (flat := _flat(before)) and (old := flat[key]) != new
+    }
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by `section.key`."""
+    flat = {}
+    for name, value in sections.items():
+        flat |= (
+            {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return flat
+
+
+def _change(reason: Reason) -> str:
+    return f"{_short(reason.old)} -> {_short(reason.new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _unsure(states: States, start: Start) -> list[str]:
+    """How many jobs run only because another job's output is made again."""
+    unsure = [job for job in start.run if not states[job].reasons and job not in start.anew]
+    if not unsure:
+        return []
+    read = "reads" if len(unsure) == 1 else "read"
+    return [f"{len(unsure)} of them only {read} what others make again: nothing to do if that stays the same"]
+
+
+def _trainings(cfg: config.Config, outdir: Path, states: States, start: Start) -> list[str]:
+    """How many trainings run for sure, and what they cost."""
+    plans = plan.trainings(cfg)
+    sure = [
+        job for job in start.run if job.rule == "train_expert" and (states[job].reasons or job in start.anew)
+    ]
+    names = [job.expert for job in sure if job.expert and plans[job.expert].n_steps]
+    if not names:
+        return []
+    n_tokens = sum(plans[name].n_steps * plans[name].step_tokens for name in names)
+    text = f"{_n(len(names), 'training')}, {cost.units(n_tokens)} tokens"
+    if rate := _tokens_per_s(cfg, outdir, states):
+        hours = duration(n_tokens / rate)
+        text += f": about {hours} at the {cost.units(rate)} tokens/s that were measured here"
+    return [text]
+
+
+def _tokens_per_s(cfg: config.Config, outdir: Path, states: States) -> float | None:
+    """The speed of the trainings in this folder, if they trained the same model."""
+    seed = states[Job("train_expert", "seed")]
+    fields = {reason.field for reason in seed.reasons}
+    if seed.record is None or fields & {"scratch", "pretrained", "revision", "seq_len", "precision"}:
+        return None
+    logs = [outdir / f"experts/{name}/metrics.jsonl" for name in plan.trained(cfg)]
+    rates = [r for log in logs for r in lenient.numbers(lenient.rows(log, LOG_TAIL), "tokens_per_s") if r > 0]
+    return statistics.median(rates) if rates else None
+
+
+def _replaced(cfg: config.Config, outdir: Path, states: States, start: Start) -> list[str]:
+    """Which trained models a start replaces or takes out, and where they go."""
+    fate = "they stay" if cfg.run.keep_replaced else "they are deleted at the end (run.keep_replaced)"
+    place = f"{fate} in {outdir / kept.FOLDER}" if cfg.run.keep_replaced else fate
+    there = [
+        job.expert
+        for job in start.run
+        if job.rule == "train_expert"
+        and job.expert
+        and (states[job].reasons or job in start.anew)
+        and (outdir / f"experts/{job.expert}" / kept.WEIGHTS).exists()
+    ]
+    found = [f"replaces {_n(len(there), 'trained model')} ({_few(there)}): {place}"] if there else []
+    surplus = kept.surplus(outdir, plan.trained(cfg)) if Job("eval_ensemble") in start.run else []
+    if surplus:
+        found.append(f"takes {_n(len(surplus), 'trained model')} out of the run ({_few(surplus)}): {place}")
+    return found
+
+
+def _n(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--configfile", nargs="+", action="extend", default=[], metavar="FILE", help="as given to snakemake"
+    )
+    p.add_argument("targets", nargs="*", help="rules or files, as given to snakemake; default: the whole run")
+    args = p.parse_args()
+    cfg = config.validate(planned.read_config(["config.yaml", *args.configfile]))
+    states = stale.look(cfg)
+    found = lines(cfg, states, stale.start(cfg, states, Asked(args.targets, [], False, False)))
+    print("\n".join(found or [f"{cfg.outdir}: nothing to do"]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,103 @@
+"""Where each rule leaves its record: what it made, from what, with which plan. The outdir is its own record.
+
+A record is the meta record of the rule's main artifact (base/artifact.py). Its entry `files` names the other
+files that the rule left beside it.
+"""
+
+import html
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import make_again
+
+
+class Place(NamedTuple):
+    """`record` and `outputs` are paths below the outdir; `outputs` are those that the workflow declares."""
+
+    kind: str
+    record: str
+    outputs: tuple[str, ...]
+
+
+PLACES = {  # by rule, in the order of the data
+    "tokenizer": Place("tokenizer", "tokenizer/card.json", ("tokenizer/tokenizer.json",)),
+    "shard": Place("shards", "shards/manifest.json", ("shards/manifest.json",)),
+    "embed": Place("vectors", "embed/manifest.json", ("embed/manifest.json", "embed/embedder.npz")),
+    "fit_kmeans": Place(
+        "clusterer", "cluster/clusterer.npz", ("cluster/clusterer.npz", "cluster/top_terms.json")
+    ),
+    "assign": Place("assignments", "assignments/manifest.json", ("assignments/manifest.json",)),
+    "assign_random": Place("assignments", "random/manifest.json", ("random/manifest.json",)),
+    "train_expert": Place("expert", "experts/{}/card.json", ("experts/{}/model.safetensors",)),
+    "score_expert": Place("scores", "scores/{}.npz", ("scores/{}.npz",)),
+    "route": Place("distances", "route/distances.npz", ("route/distances.npz",)),
+    "eval_ensemble": Place("metrics", "eval/metrics.json", ("eval/metrics.json", "eval/table.txt")),
+    "report": Place("report", "report.html", ("report.html",)),
+}
+
+
+def rule_of(path: Path) -> str:
+    """The rule whose record is at `path`. Raises ValueError if it is that of none."""
+    for rule, place in PLACES.items():
+        if re.fullmatch(rf"(.*/)?{re.escape(place.record)}".replace(re.escape("{}"), "[^/]+"), str(path)):
+            return rule
+    known = ", ".join(place.record for place in PLACES.values())
+    raise ValueError(f"{path}: no record of a rule. Expected one of {known}. Leave it out.")
+
+
+def read(outdir: Path, rule: str, expert: str | None = None) -> dict[str, Any]:
+    """The record of a rule, or of its job for an expert. Raises OSError if it is missing, ValueError if it is
+    damaged.
+    """
+    place = PLACES[rule]
+    path = outdir / place.record.format(expert)
+    return read_page(path) if place.kind == "report" else artifact.read_record(path, place.kind)
+
+
+def missing(outdir: Path, rule: str, expert: str | None, record: dict[str, Any]) -> list[Path]:
+    """The files of a rule that are not there."""
+    place = PLACES[rule]
+    files = [outdir / output.format(expert) for output in place.outputs]
+    beside = (outdir / place.record.format(expert)).parent
+    there = {path.name for path in beside.iterdir()} if beside.is_dir() else set()
+    return [
+        *(path for path in files if not path.exists()),
+        *(beside / name for name in record.get("files", []) if name not in there),
+    ]
+
+
+def with_record(page: str, record: dict[str, Any]) -> str:
+    """An HTML page with its record in a `meta` element of its head. The seal covers the page without it."""
+    seal = artifact.hash_of(page.encode())
+    content = html.escape(artifact.compact({**record, "seal": seal}))
+    return page.replace("<head>", f'<head><meta name="cbtm" content="{content}">', 1)
+
+
+def read_page(path: Path) -> dict[str, Any]:
+    """The record of an HTML page. Raises ValueError if the page is damaged or has none."""
+    advice = make_again(path)
+    try:
+        text = path.read_bytes().decode()
+        found = re.search(r'<head><meta name="cbtm" content="([^"]*)">', text)
+        if not found:
+            raise ValueError("it has no record")
+        meta = artifact.from_compact(html.unescape(found[1]))
+        page = f"{text[: found.start()]}<head>{text[found.end() :]}"
+        whole = text == with_record(page, {key: v for key, v in meta.items() if key != "seal"})
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}). Expected a report. {advice}") from error
+    if not whole:
+        raise ValueError(f"{path}: changed since it was written. Expected it to fit its seal. {advice}")
+    return artifact.check_meta(path, meta, "report")
+
+
+def read_embedder(outdir: Path) -> dict[str, Any]:
+    """The record of the embedder, an output of `embed` beside its record."""
+    return artifact.read_record(outdir / "embed/embedder.npz", "embedder")
+
+
+def read_top_terms(outdir: Path) -> dict[str, Any]:
+    """The terms of the clusters, an output of `fit_kmeans` beside its record."""
+    return artifact.read_record(outdir / "cluster/top_terms.json", "top_terms")

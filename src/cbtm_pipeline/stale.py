@@ -1,0 +1,250 @@
+"""What of a run's folder fits the config, and so which jobs a start has to run, and why.
+
+The folder is its own record (records.py). A job is up to date when its record is whole, was made with the
+plan that the config gives now, and from inputs that are what they were. Neither times nor paths nor
+Snakemake's own records decide anything. A job whose input is made again runs, too; it may turn out then that
+the input is the same, and that nothing has to be done (unchanged.py).
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cbtm_pipeline import made_from, plan, records
+from cbtm_pipeline.config import Config
+from cbtm_pipeline.corpus import content
+from cbtm_pipeline.corpus import files as corpus_files
+
+DAMAGED = (ValueError, OSError, KeyError, TypeError, IndexError)  # what reading a strange record may raise
+DEMO = "demo/corpus.jsonl.zst"  # below the outdir: the file that builtin:demo stands for
+
+
+class Job(NamedTuple):
+    """A rule, or its job for an expert."""
+
+    rule: str
+    expert: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.rule} {self.expert}" if self.expert else self.rule
+
+    @property
+    def outputs(self) -> list[str]:
+        """The outputs that the workflow declares, below the outdir."""
+        return [output.format(self.expert) for output in records.PLACES[self.rule].outputs]
+
+
+class Reason(NamedTuple):
+    """Why a job is not up to date: a plan's value has changed, or `what` says it."""
+
+    what: str
+    field: str | None = None  # of the plan
+    old: Any = None
+    new: Any = None
+
+
+class State(NamedTuple):
+    """A job's own reasons to run, whether an input's job runs, and the record that was found, if any."""
+
+    reasons: list[Reason]
+    downstream: bool
+    record: dict[str, Any] | None
+
+    @property
+    def runs(self) -> bool:
+        return bool(self.reasons) or self.downstream
+
+
+States = dict[Job, State]  # of all jobs of a run, in an order in which they can run
+
+
+def jobs(cfg: Config) -> dict[Job, list[Job]]:
+    """All jobs of a run with the jobs whose outputs they read, in an order in which they can run."""
+    tokenizer, shard, embed, fit, assign, dealt, route = (
+        Job(rule)
+        for rule in ("tokenizer", "shard", "embed", "fit_kmeans", "assign", "assign_random", "route")
+    )
+    names = plan.trained(cfg)
+    seed = Job("train_expert", "seed")
+    data = {"corpus": shard, "clusters": assign, "random": dealt}
+    found = {tokenizer: [], shard: [tokenizer], embed: [shard], fit: [tokenizer, shard, embed]}
+    found[assign] = [shard, embed, fit]
+    randoms = [dealt] if plan.random_experts(cfg) else []
+    found |= {dealt: [shard]} if randoms else {}
+    found |= {
+        Job("train_expert", name): [tokenizer, data[plan.data_of(name)[0]]]
+        + ([seed] if name != "seed" else [])
+        for name in names
+    }
+    found[route] = [tokenizer, shard, embed, fit]
+    found |= {Job("score_expert", name): [shard, Job("train_expert", name)] for name in names}
+    experts = [Job("train_expert", name) for name in names]
+    scores = [Job("score_expert", name) for name in names]
+    found[Job("eval_ensemble")] = [route, assign, *randoms, *experts, *scores]
+    found[Job("report")] = [shard, fit, assign, Job("eval_ensemble"), *experts]
+    return found
+
+
+def look(cfg: Config) -> States:
+    """The state of every job. Reads the records in the outdir, and corpus files that look changed."""
+    outdir, states = Path(cfg.outdir), {}
+    for job, inputs in jobs(cfg).items():
+        downstream = any(states[i].runs for i in inputs)
+        record, reasons = _read(outdir, job)
+        if record is not None:
+            reasons += _plan_reasons(cfg, job, record)
+            reasons += [] if downstream else _input_reasons(cfg, job, record, states)
+        states[job] = State(reasons, downstream, record)
+    return states
+
+
+def _read(outdir: Path, job: Job) -> tuple[dict[str, Any] | None, list[Reason]]:
+    """The record of a job, and what is wrong with it or its files."""
+    try:
+        record = records.read(outdir, *job)
+        missing = records.missing(outdir, *job, record)
+        return record, [Reason(f"{missing[0].relative_to(outdir)} is missing")] if missing else []
+    except FileNotFoundError:
+        return None, [Reason("not made yet")]
+    except DAMAGED as error:
+        return None, [Reason(str(error))]
+
+
+def expected_plan(cfg: Config, job: Job) -> dict[str, Any]:
+    """The plan that the config gives for a job."""
+    if job.rule == "train_expert":
+        assert job.expert
+        return plan.train_expert(cfg, job.expert).content()
+    return plan.RULES[job.rule](cfg).content()
+
+
+def _plan_reasons(cfg: Config, job: Job, record: dict[str, Any]) -> list[Reason]:
+    """The values of the plan that have changed."""
+    old, new = record.get("made_with", {}), expected_plan(cfg, job)
+    return [
+        Reason("its plan has changed", field, old.get(field), new.get(field))
+        for field in dict.fromkeys([*new, *old])
+        if (field in old, old.get(field)) != (field in new, new.get(field))
+    ]
+
+
+def _input_reasons(cfg: Config, job: Job, record: dict[str, Any], states: States) -> list[Reason]:
+    """The inputs that are no longer those that the job was made from. All their jobs are up to date."""
+
+    def read(rule: str, expert: str | None = None) -> dict[str, Any]:
+        found = states[Job(rule, expert)].record
+        assert found is not None
+        return found
+
+    try:
+        found, expected = record["made_from"], identities(cfg, job, read)
+    except DAMAGED as error:
+        return [Reason(str(error))]
+    if expected is None:
+        return []
+    names = [name for name in dict.fromkeys([*expected, *found]) if found.get(name) != expected.get(name)]
+    return [Reason(f"its input {name} has changed") for name in names]
+
+
+Read = Callable[..., dict[str, Any]]  # read(rule, expert) gives a record
+
+
+def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
+    """What a job would be made from now, by the records of its inputs. None if that cannot be known."""
+    match job.rule:
+        case "tokenizer" | "shard":
+            return _of_corpus(cfg, job, read)
+        case "embed":
+            return made_from.vectors(read("shard"), records.read_embedder(Path(cfg.outdir)))
+        case "fit_kmeans":
+            return made_from.fit_kmeans(read("embed"))
+        case "assign":
+            return made_from.assign(read("shard"), read("fit_kmeans"))
+        case "assign_random":
+            return made_from.assign_random(read("shard"))
+        case "train_expert":
+            assert job.expert
+            training = plan.train_expert(cfg, job.expert)
+            rule = {"corpus": "shard", "clusters": "assign", "random": "assign_random"}[training.data]
+            seed = None if job.expert == "seed" else read("train_expert", "seed")
+            return made_from.train_expert(training, read(rule), read("tokenizer"), seed)
+        case "score_expert":
+            return made_from.score_expert(read("train_expert", job.expert), read("shard"))
+        case "route":
+            return made_from.route(read("shard"), read("fit_kmeans"))
+        case "eval_ensemble":
+            scores = {name: read("score_expert", name) for name in plan.trained(cfg)}
+            return made_from.eval_ensemble(read("route"), scores)
+        case "report":
+            terms = records.read_top_terms(Path(cfg.outdir))
+            return made_from.report(read("eval_ensemble"), terms, read("assign"), read("shard"))
+    raise AssertionError(job)
+
+
+def _of_corpus(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
+    """The same for the rules that read the corpus. A demo corpus that is gone can be made again."""
+    demo, seen = Path(cfg.outdir, DEMO), Path(cfg.outdir, content.SEEN)
+    if corpus_files.DEMO in [*cfg.corpus.train, *(cfg.corpus.eval or [])] and not demo.exists():
+        return None
+    if job.rule == "shard":
+        corpus = content.of_corpus(cfg.corpus.train, cfg.corpus.eval, demo, seen)
+        return {"tokenizer": read("tokenizer")["identity"], "corpus": corpus}
+    source = plan.tokenizer(cfg).source
+    return {} if source else {"corpus": content.of_training_text(cfg.corpus.train, demo, seen)}
+
+
+class Asked(NamedTuple):
+    """What the user has asked Snakemake for. Targets are rules or files; none means the whole run."""
+
+    targets: Sequence[str]
+    anew: Sequence[str]  # rules and files to make again even if they are up to date
+    all_anew: bool  # everything that the targets need
+    targets_anew: bool  # the targets themselves
+
+
+class Start(NamedTuple):
+    """The jobs that a start runs, and those of them that it makes again whatever they were made from."""
+
+    run: list[Job]
+    anew: set[Job]
+
+
+def start(cfg: Config, states: States, asked: Asked) -> Start:
+    """The jobs of a start: those that are not up to date, those that are asked for, and all that read them,
+    as far as the targets need them.
+    """
+    inputs = jobs(cfg)
+    targets = _named(cfg, asked.targets)
+    whole = not asked.targets or bool({"all"} & set(asked.targets))
+    needed = set(inputs) if whole else _with_inputs(inputs, targets)
+    anew = _named(cfg, asked.anew) | (targets if asked.targets_anew else set())
+    anew = needed if asked.all_anew else anew
+    needed |= _with_inputs(inputs, anew)
+    run: set[Job] = set()
+    for job, reads in inputs.items():
+        forced = job in anew
+        if job in needed and (states[job].runs or forced or any(i in run for i in reads)):
+            run.add(job)
+    return Start([job for job in inputs if job in run], anew & run)
+
+
+def _named(cfg: Config, names: Iterable[str]) -> set[Job]:
+    """The jobs of some rules and files."""
+    by_name: dict[str, set[Job]] = {}
+    for job in jobs(cfg):
+        by_name.setdefault(job.rule, set()).add(job)
+        for output in job.outputs:
+            by_name.setdefault(os.path.relpath(Path(cfg.outdir, output)), set()).add(job)
+    known = (name if name in by_name else os.path.relpath(name) for name in names)
+    return {job for name in known for job in by_name.get(name, ())}
+
+
+def _with_inputs(inputs: dict[Job, list[Job]], some: set[Job]) -> set[Job]:
+    """Some jobs, and all jobs whose outputs they need."""
+    found, left = set(some), list(some)
+    while left:
+        new = [i for i in inputs[left.pop()] if i not in found]
+        found.update(new)
+        left += new
+    return found
