@@ -11,11 +11,12 @@ from cbtm_pipeline import plan
 
 SOURCE = Path(__file__).parents[1] / "src/cbtm_pipeline"
 RULES = tuple(plan.RULES)
-COMMANDS = ("__main__", "doctor", "status")
+COMMANDS = ("__main__", "doctor", "preview", "status")
 FLOORS = [  # a module imports from its own floor and from those above it in this list
     ("base",),
     ("slurm", "html", "corpus", "embedding", "clustering", "mixture"),
     ("presets", "config", "plan"),
+    ("provenance",),
     ("training", "ops"),
     RULES,
     COMMANDS,

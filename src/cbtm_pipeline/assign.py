@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans, prices, regroup
@@ -26,6 +26,7 @@ from cbtm_pipeline.corpus import heldout, shard_files, token_files
 from cbtm_pipeline.embedding import encoder, tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
 from cbtm_pipeline.plan import AssignPlan
+from cbtm_pipeline.provenance import made_from
 
 CHUNK_ROWS = 1 << 14
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import regroup
 from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
 from cbtm_pipeline.corpus import heldout, shard_files
 from cbtm_pipeline.plan import AssignRandomPlan
+from cbtm_pipeline.provenance import made_from
 
 
 def deal(

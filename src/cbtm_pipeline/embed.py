@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, parallel
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import encoder, encoder_files, tfidf, vectors
 from cbtm_pipeline.plan import EncoderPlan, TfidfPlan
+from cbtm_pipeline.provenance import made_from
 
 
 def fit(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
@@ -24,6 +24,7 @@ from cbtm_pipeline.mixture import bootstrap, scored, sweep, systems, verdict
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
+from cbtm_pipeline.provenance import made_from
 
 TABLE = "table.txt"  # beside metrics.json
 Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.clustering import kmeans
@@ -24,6 +24,7 @@ from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
 from cbtm_pipeline.plan import ClusterPlan
+from cbtm_pipeline.provenance import made_from
 
 N_TERMS = 12
 TOP_TERMS = "top_terms.json"  # beside the clusterer

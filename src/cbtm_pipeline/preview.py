@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import config, kept, plan, stale
+from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.ops import cost, lenient, planned
-from cbtm_pipeline.stale import Asked, Job, Reason, Start, States
+from cbtm_pipeline.provenance import kept, stale
+from cbtm_pipeline.provenance.stale import Asked, Job, Reason, Start, States
 
 SECTIONS = {  # where a field of a rule's plan comes from, the first section that has it
     "tokenizer": ("tokenizer", "corpus"),

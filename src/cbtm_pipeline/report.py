@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cbtm_pipeline import made_from, plan, records
+from cbtm_pipeline import plan
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.html import charts, sections
 from cbtm_pipeline.html.page import Html, Number, count, join, page, section, table, tag
+from cbtm_pipeline.provenance import made_from, records
 from cbtm_pipeline.training import expert_folder
 
 MAX_POINTS = 80  # of a loss curve

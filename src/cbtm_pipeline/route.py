@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.corpus import heldout, shard_files
 from cbtm_pipeline.embedding import encoder, tfidf, vectors
 from cbtm_pipeline.plan import RoutePlan
+from cbtm_pipeline.provenance import made_from
 
 # A prefix without a usable term is the zero vector. Its distances to the centres would depend only on their
 # lengths, so it counts as equally far from all. Any constant gives equal weights; this is the squared length

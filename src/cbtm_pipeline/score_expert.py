@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.corpus import heldout
+from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import expert_folder, model
 
 if TYPE_CHECKING:

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cbtm_pipeline import config, made_from
+from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, lock
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.plan import SeedPlan, TrainingPlan
+from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import (
     checkpoint,
     distributed,

@@ -8,7 +8,8 @@ SOURCES = f"{workflow.basedir}/../src"
 sys.path.insert(0, SOURCES)
 
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import kept, plan, preview, records, stale
+from cbtm_pipeline import plan, preview
+from cbtm_pipeline.provenance import kept, records, stale
 from cbtm_pipeline.base import lock
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.slurm import request
@@ -105,7 +106,7 @@ def unless_done(job):
     if job not in STATES or job in start().anew or not (STATES[job].record or kept.has(Path(OUT), job)):
         return []
     expert = ["--expert", job.expert] if job.expert else []
-    return ["python", "-m", "cbtm_pipeline.unchanged", "--config", RUN_CONFIG, "--rule", job.rule, *expert, "--"]
+    return ["python", "-m", "cbtm_pipeline.provenance.unchanged", "--config", RUN_CONFIG, "--rule", job.rule, *expert, "--"]
 
 
 def expert_inputs(wildcards):

@@ -1,6 +1,6 @@
 """Run a job's command, unless its outputs were made with its plan and from its inputs already.
 
-    python -m cbtm_pipeline.unchanged --config results/config.json --rule train_expert --expert 3 \\
+    python -m cbtm_pipeline.provenance.unchanged --config results/config.json --rule train_expert --expert 3 \\
         -- python -m cbtm_pipeline.train_expert ...
 
 A start runs every job that reads what another job makes again. Here, all inputs are there, and this process
@@ -13,9 +13,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import config, kept, records, stale
+from cbtm_pipeline import config
 from cbtm_pipeline.base import cli
-from cbtm_pipeline.stale import Job
+from cbtm_pipeline.provenance import kept, records, stale
+from cbtm_pipeline.provenance.stale import Job
 
 
 def is_done(cfg: config.Config, job: Job) -> bool:

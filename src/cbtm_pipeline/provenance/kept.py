@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import records
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.stale import DAMAGED, Job
+from cbtm_pipeline.provenance import records
+from cbtm_pipeline.provenance.stale import DAMAGED, Job
 
 FOLDER = "kept"
 WEIGHTS = "model.safetensors"

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cbtm_pipeline import made_from, plan, records
+from cbtm_pipeline import plan
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.provenance import made_from, records
 
 DAMAGED = (ValueError, OSError, KeyError, TypeError, IndexError)  # what reading a strange record may raise
 DEMO = "demo/corpus.jsonl.zst"  # below the outdir: the file that builtin:demo stands for
