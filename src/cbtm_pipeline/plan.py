@@ -16,7 +16,6 @@ of the compute of seed and experts together.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -171,9 +170,7 @@ class TrainingPlan(Plan):
 
 @dataclass(frozen=True)
 class SeedPlan(TrainingPlan):
-    """The training of the seed: a model from the keys `scratch`, or a `pretrained` one, which is not
-    trained.
-    """
+    """The training of the seed: a model from the keys `scratch`, or a `pretrained` one, not trained here."""
 
     pretrained: str | None
     scratch: Mapping[str, Any]
@@ -222,9 +219,7 @@ def random_experts(config: Config) -> list[str]:
 
 
 def dense_experts(config: Config) -> list[str]:
-    """`dense`, and the dense models that train.controls adds; the one that `dense` already is appears
-    once.
-    """
+    """`dense`, and the dense models that train.controls adds, but the one that `dense` already is."""
     extra = [name for name in config.train.controls if name in {"dense-batch", "dense-steps"}]
     return ["dense", *(name for name in dict.fromkeys(extra) if name != f"dense-{config.train.dense}")]
 
@@ -249,30 +244,25 @@ def data_of(expert: str) -> tuple[Data, int]:
 
 
 def scratch(config: Config) -> dict[str, Any]:
-    """Keys of the seed model's configuration class: those of model.preset, or of model.scratch without
-    one.
-    """
+    """Keys of the seed model's configuration class: those of model.preset, else those of model.scratch."""
     return presets.scratch(config.model.preset) if config.model.preset else config.model.scratch
 
 
 def tokenizer(c: Config) -> TokenizerPlan:
-    own = c.tokenizer.pretrained is not None
-    revision = c.tokenizer.revision if own else c.model.revision if c.model.pretrained else None
-    corpus = {
-        name: value for name, value in _corpus(c).items() if name not in ("max_bad_share", "shard_bytes")
-    }
-    return TokenizerPlan(
-        **corpus, **_values(c.tokenizer, without={"revision"}), model=c.model.pretrained, revision=revision
-    )
+    pretrained = c.tokenizer if c.tokenizer.pretrained else c.model
+    revision = pretrained.revision if pretrained.pretrained else None
+    corpus = _corpus(c, without={"max_bad_share", "shard_bytes"})
+    own = _values(c.tokenizer, without={"revision"})
+    return TokenizerPlan(**corpus, **own, model=c.model.pretrained, revision=revision)
 
 
 def shard(c: Config) -> ShardPlan:
     return ShardPlan(**_corpus(c))
 
 
-def _corpus(c: Config) -> dict[str, Any]:
+def _corpus(c: Config, without: set[str] | None = None) -> dict[str, Any]:
     """Section corpus. A fraction to hold out has no effect where `eval` names files."""
-    return _values(c.corpus) | ({"eval_fraction": None} if c.corpus.eval else {})
+    return _values(c.corpus, without) | ({"eval_fraction": None} if c.corpus.eval else {})
 
 
 def embed(c: Config) -> TfidfPlan | EncoderPlan:
@@ -348,12 +338,10 @@ RULES: dict[str, Callable[..., Plan]] = {
 }
 
 
-def depends_on(config: Config, rule: str, expert: str | None = None) -> str:
-    """A rule's plan (for train_expert: that expert's) as JSON text. Snakemake reruns the rule when this text
-    changes.
-    """
-    plan = RULES[rule](config) if expert is None else train_expert(config, expert)
-    return json.dumps(plan.content(), sort_keys=True)
+def content(config: Config, rule: str, expert: str | None = None) -> dict[str, Any]:
+    """A rule's plan (for train_expert: that expert's) as its record keeps it."""
+    plan = RULES[rule](config, expert) if rule == "train_expert" else RULES[rule](config)
+    return plan.content()
 
 
 def _values(section: BaseModel, without: set[str] | None = None) -> dict[str, Any]:

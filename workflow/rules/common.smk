@@ -1,5 +1,6 @@
 # What all rules share: the validated config, the experts, the environment of the jobs.
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -93,11 +94,6 @@ def before_start():
         kept.put_away(Path(OUT), EXPERTS)
 
 
-def parameters(rule, expert=None):
-    """A rule's plan as JSON text, which says whether a Slurm job that runs already is the right one."""
-    return plan.depends_on(CONFIG, rule, expert)
-
-
 def unless_done(job):
     """A check that ends a job if its plan and inputs are those that its outputs were made from.
 
@@ -140,7 +136,7 @@ def launch(rule, name=None, state_folder=None):
             folder=f"{OUT}/slurm",
             resources=dict(resources.items()),
             threads=threads,
-            depends_on=parameters(rule, expert),
+            depends_on=json.dumps(plan.content(CONFIG, rule, expert), sort_keys=True),
             inputs=input,
             outputs=output,
             work=state_folder(wildcards) if state_folder else None,

@@ -112,17 +112,9 @@ def _read(outdir: Path, job: Job) -> tuple[dict[str, Any] | None, list[Reason]]:
         return None, [Reason(str(error))]
 
 
-def expected_plan(cfg: Config, job: Job) -> dict[str, Any]:
-    """The plan that the config gives for a job."""
-    if job.rule == "train_expert":
-        assert job.expert
-        return plan.train_expert(cfg, job.expert).content()
-    return plan.RULES[job.rule](cfg).content()
-
-
 def _plan_reasons(cfg: Config, job: Job, record: dict[str, Any]) -> list[Reason]:
     """The values of the plan that have changed."""
-    old, new = record.get("made_with", {}), expected_plan(cfg, job)
+    old, new = record.get("made_with", {}), plan.content(cfg, *job)
     return [
         Reason("its plan has changed", field, old.get(field), new.get(field))
         for field in dict.fromkeys([*new, *old])

@@ -1,7 +1,7 @@
 """Run a job's command, unless its outputs were made with its plan and from its inputs already.
 
-    python -m cbtm_pipeline.provenance.unchanged --config results/config.json --rule train_expert --expert 3 \\
-        -- python -m cbtm_pipeline.train_expert ...
+    python -m cbtm_pipeline.provenance.unchanged --config results/config.json \\
+        --rule train_expert --expert 3 -- python -m cbtm_pipeline.train_expert ...
 
 A start runs every job that reads what another job makes again. Here, all inputs are there, and this process
 sees whether they have become others. If not, it puts the outputs back that Snakemake has removed (kept.py).
@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.provenance import kept, records, stale
 from cbtm_pipeline.provenance.stale import Job
@@ -30,7 +30,7 @@ def is_done(cfg: config.Config, job: Job) -> bool:
         expected = stale.identities(cfg, job, read)
     except stale.DAMAGED:  # the command says what is wrong with its inputs
         return False
-    made_with = stale.expected_plan(cfg, job)
+    made_with = plan.content(cfg, *job)
     return expected is not None and kept.give_back(outdir, job, made_with, expected)
 
 
