@@ -125,7 +125,9 @@ def write(
     totals = Totals(grouping.k, grouping.settings["balance"])
     written = _write_shards(shards, train, out, grouping, totals, n_threads)
     totals.check()
+    groups = zip(*(entry.pop("identity_groups") for entry in written), strict=True)
     content = {"shards": written, "k": grouping.k, **totals.content(), **grouping.settings}
+    content["identity_groups"] = [artifact.fingerprint(list(identities)) for identities in groups]
     if "prices_K" in grouping.settings:
         content["duality_gap"] = totals.duality_gap(np.array(grouping.settings["prices_K"]))
     content["identity_validation"] = None
@@ -166,7 +168,8 @@ def _write_shards(
     def write_one(work: tuple[Shard, Labels]) -> dict[str, Any]:
         shard, labels = work
         identities = write_shard(out.parent, shard, labels, grouping.k, grouping.made_from)
-        return {"name": shard.entry["name"], "identity_groups": identities}
+        identity = artifact.fingerprint(identities)
+        return {"name": shard.entry["name"], "identity": identity, "identity_groups": identities}
 
     written = []
     with ThreadPoolExecutor(n_threads) as pool:

@@ -5,6 +5,7 @@ that a start of the workflow reads only files that look changed. Imports nothing
 uses it, too.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,8 +54,10 @@ def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
             found = pool.map(artifact.identity, [path for path, _ in new.values()])
             for (name, (_, stat)), file_hash in zip(new.items(), found, strict=True):
                 known[name] = [*stat, file_hash]
-        if seen.parent.is_dir():
-            artifact.write_sealed(seen, artifact.make_meta(_KIND, {}, files=known))
+        # a dry run makes no folder; in a folder that is not ours, the next start hashes again
+        with contextlib.suppress(OSError):
+            if seen.parent.is_dir():
+                artifact.write_sealed(seen, artifact.make_meta(_KIND, {}, files=known))
     return [known[name][-1] for name in names]
 
 

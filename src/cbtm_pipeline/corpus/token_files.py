@@ -70,13 +70,14 @@ def dtype_for(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]) -> list[str]:
-    """Write one record batch per group. Returns the identity of each group.
+    """Write one record batch per group. Returns the identity of each group, which the file holds, too.
 
     `meta` is the artifact's record, `artifact.make_meta("tokens", ...)`.
     """
-    groups = iter(groups)
-    first = next(groups)
-    identities = []
+    groups = list(groups)
+    identities = [group.identity for group in groups]
+    meta = {**meta, "identity_groups": identities}
+    first = groups[0]
     value_type = pa.from_numpy_dtype(first.values.dtype)
     schema = pa.schema(
         [("tokens", pa.large_list(value_type))], metadata={"cbtm": json.dumps(meta, sort_keys=True)}
@@ -86,18 +87,31 @@ def write(path: str | Path, meta: Mapping[str, Any], groups: Iterable[Documents]
         pa.OSFile(str(tmp), "wb") as file,
         pa.ipc.new_file(file, schema) as writer,
     ):
-        for group in _chain(first, groups):
+        for group in groups:
             column = pa.LargeListArray.from_arrays(
                 pa.array(group.offsets, pa.int64()), pa.array(group.values, value_type)
             )
             writer.write_batch(pa.record_batch([column], schema=schema))
-            identities.append(group.identity)
     return identities
 
 
-def _chain(first: Documents, rest: Iterable[Documents]) -> Iterable[Documents]:
-    yield first
-    yield from rest
+def read_identities(path: str | Path, expected: str) -> list[str]:
+    """The identities of all groups of a file. Raises ValueError unless their fingerprint is `expected`.
+
+    So a manifest with one fingerprint for each file verifies any group, and no reader hashes other groups.
+    """
+    again = make_again(Path(path).with_name("manifest.json"))
+    try:
+        metadata = pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}
+        identities = artifact.from_compact(metadata[b"cbtm"])["identity_groups"]
+        found = artifact.fingerprint(identities)
+    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}). Expected a token file. {again}") from error
+    if found != expected:
+        raise ValueError(
+            f"{path}: not the file that its manifest speaks of ({found}). Expected {expected}. {again}"
+        )
+    return identities
 
 
 def read(path: str | Path, group: int, expected: str) -> Documents:

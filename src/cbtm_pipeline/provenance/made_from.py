@@ -52,8 +52,10 @@ def assign_random(shards: Record) -> Identities:
 
 def tokens(group: int, data: Record) -> str:
     """Identity of the tokens that an expert trains on: a group of the files that `data` lists."""
-    entries = [entry for entry in data["shards"] if entry.get("split") != "eval"]
-    return artifact.fingerprint([entry["identity_groups"][group] for entry in entries])
+    if data["kind"] == "assignments":
+        return data["identity_groups"][group]
+    entries = [entry for entry in data["shards"] if entry["split"] == "train"]
+    return artifact.fingerprint([entry["identity_groups"][0] for entry in entries])
 
 
 def validation(plan: TrainingPlan, data: Record) -> str | None:

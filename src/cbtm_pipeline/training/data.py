@@ -33,13 +33,15 @@ def read(path: Path, plan: TrainingPlan) -> Data:
     if plan.data != "corpus" and ("clusterer" in manifest["made_from"]) != (plan.data == "clusters"):
         expected = {"clusters": "assignments/manifest.json", "random": "random/manifest.json"}[plan.data]
         raise ValueError(f"{path}: other clusters. Expected {plan.data}. Give {expected}.")
-    segments = [
-        token_files.read(
-            path.with_name(f"{entry['name']}.arrow"), plan.group, entry["identity_groups"][plan.group]
-        ).values
-        for entry in manifest["shards"]
-        if entry.get("split") != "eval"
-    ]
+    segments = []
+    for entry in manifest["shards"]:
+        file = path.with_name(f"{entry['name']}.arrow")
+        if plan.data == "corpus":
+            identities = entry["identity_groups"] if entry["split"] == "train" else None
+        else:
+            identities = token_files.read_identities(file, entry["identity"])
+        if identities is not None:
+            segments.append(token_files.read(file, plan.group, identities[plan.group]).values)
     return Data(batches.Stream(segments), read_validation(path, manifest, plan), manifest)
 
 
