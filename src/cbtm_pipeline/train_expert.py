@@ -73,8 +73,8 @@ def start_from(
     files: Files, plan: TrainingPlan, data: training_data.Data, tokenizer: dict[str, Any]
 ) -> Start:
     """The model before its first step. `tokenizer` is the record of the tokenizer."""
+    artifact.check_made_from(files.data, data.manifest, "tokenizer", tokenizer["identity"])
     if isinstance(plan, SeedPlan):
-        artifact.check_made_from(files.data, data.manifest, "tokenizer", tokenizer["identity"])
         vocab_size = data.manifest["vocab_size"]
         if plan.pretrained is not None:
             net, commit = model.pretrained(plan.pretrained, plan.revision, vocab_size, plan.seq_len)

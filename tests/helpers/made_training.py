@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from cbtm_pipeline import config, plan, train_expert
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.config import Config
-from cbtm_pipeline.corpus import heldout, token_files
+from cbtm_pipeline.corpus import heldout, shard_files, token_files
+from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import expert_folder, training_log
 
 VOCAB_SIZE, SEQ_LEN = 300, 32
@@ -98,9 +99,9 @@ def write_tokenizer(folder: Path) -> None:
         "unk_token": "<sep>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(content))
-    artifact.write_json(
-        folder / "card.json", artifact.make_meta("tokenizer", {}, separator_id=0, vocab_size=VOCAB_SIZE)
-    )
+    files = {path.name: artifact.identity(path) for path in folder.iterdir()}
+    about = {"separator_id": 0, "vocab_size": VOCAB_SIZE, "files": files, "identity": files["tokenizer.json"]}
+    artifact.write_sealed(folder / "card.json", artifact.make_meta("tokenizer", {}, {}, **about))
 
 
 def documents(n: int, rng: np.random.Generator, longest: int = 80) -> token_files.Documents:
@@ -115,80 +116,106 @@ def documents(n: int, rng: np.random.Generator, longest: int = 80) -> token_file
     return token_files.Documents(np.concatenate(texts).astype(np.uint16), np.cumsum([0, *map(len, texts)]))
 
 
-def write_corpus(outdir: Path, n_train: tuple[int, ...] = (40, 30), longest: int = 80) -> None:
+def write_corpus(
+    outdir: Path, n_train: tuple[int, ...] = (40, 30), longest: int = 80, n_held_out: int = 12
+) -> None:
     """Write tokenizer/, shards/ and the groups of their documents.
 
     assignments/ and random/ have two groups (every third document; the others), one/ has one.
     """
     rng = np.random.default_rng(0)
     write_tokenizer(outdir / "tokenizer")
-    meta = artifact.make_meta("tokens", {"tokenizer": artifact.identity(outdir / "tokenizer/tokenizer.json")})
-    shards = {f"train-{i:05d}": documents(n, rng, longest) for i, n in enumerate(n_train)} | {
-        "eval-00000": documents(12, rng)
-    }
-    entries = []
-    for name, shard in shards.items():
-        path = outdir / f"shards/{name}.arrow"
-        token_files.write(path, meta, [shard])
-        n = {
-            "n_documents": len(shard),
-            "n_tokens": int(shard.n_tokens.sum()),
-            "n_bytes": 4 * int(shard.n_tokens.sum()),
-        }
-        entries.append(
-            {"name": name, "split": name.split("-")[0], "identity_tokens": artifact.identity(path), **n}
+    train = {f"train-{i:05d}": documents(n, rng, longest) for i, n in enumerate(n_train)}
+    shards = write_shards(outdir, train, n_held_out)
+    for folder, k, clusterer in (("assignments", 2, "c" * 32), ("one", 1, "d" * 32)):
+        write_assignments(
+            outdir / folder, train, k, {**made_from.assign_random(shards), "clusterer": clusterer}
         )
-    more = {"separator_id": 0, "vocab_size": VOCAB_SIZE, "n_quarantined": 0, "encoder": "tokenizers"}
-    artifact.write_json(
-        outdir / "shards/manifest.json",
-        artifact.make_meta("shards", meta["made_from"], shards=entries, **more),
-    )
-    train = {name: shard for name, shard in shards.items() if name.startswith("train")}
-    made_from = {"shards": artifact.identity(outdir / "shards/manifest.json")}
-    write_assignments(outdir / "assignments", train, 2, made_from | {"clusterer": "c" * 32})
-    write_assignments(outdir / "one", train, 1, made_from | {"clusterer": "d" * 32})
-    write_assignments(outdir / "random", train, 2, made_from)
+    write_assignments(outdir / "random", train, 2, made_from.assign_random(shards))
+
+
+def write_shards(outdir: Path, train: dict[str, token_files.Documents], n_held_out: int) -> dict[str, Any]:
+    """Write shards/ with these training documents and some held-out ones; return the manifest."""
+    tokenizer = {"tokenizer": artifact.identity(outdir / "tokenizer/tokenizer.json")}
+    shards = train | {"eval-00000": documents(n_held_out, np.random.default_rng(n_held_out))}
+    entries = [_write_shard(outdir / "shards", name, shard, tokenizer) for name, shard in shards.items()]
+    about = {"separator_id": 0, "vocab_size": VOCAB_SIZE}
+    identities = {
+        f"identity_{split}": shard_files.identity_of(
+            [e for e in entries if e["split"] == split], tokenizer | about
+        )
+        for split in ("train", "eval")
+    }
+    more = {"n_quarantined": 0, "encoder": "tokenizers", "files": [f"{name}.arrow" for name in shards]}
+    origin = {**tokenizer, "corpus": artifact.fingerprint(entries)}
+    meta = artifact.make_meta("shards", origin, {}, shards=entries, **about, **identities, **more)
+    artifact.write_sealed(outdir / "shards/manifest.json", meta)
+    return artifact.read_sealed(outdir / "shards/manifest.json", "shards")
+
+
+def _write_shard(
+    folder: Path, name: str, shard: token_files.Documents, tokenizer: dict[str, str]
+) -> dict[str, Any]:
+    """Write the tokens of a shard, and the ids of held-out documents; return its entry in the manifest."""
+    identities = token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", tokenizer), [shard])
+    ids = pa.table({"doc_id": [f"d{i}" for i in range(len(shard))]})
+    column = shard_files.ColumnHash()
+    column.add(ids["doc_id"])
+    if name.startswith("eval"):
+        pq.write_table(ids, folder / f"{name}.parquet")
+    n_tokens = int(shard.n_tokens.sum())
+    sizes = {"n_documents": len(shard), "n_tokens": n_tokens, "n_bytes": 4 * n_tokens}
+    hashes = {"identity_groups": identities, "identity_columns": {"doc_id": column.hexdigest()}}
+    return {"name": name, "split": name.split("-")[0], **sizes, **hashes}
 
 
 def write_assignments(
-    folder: Path, shards: dict[str, token_files.Documents], k: int, made_from: dict[str, str]
+    folder: Path, shards: dict[str, token_files.Documents], k: int, origin: dict[str, str]
 ) -> None:
+    """Write the groups of these shards, and their manifest. There are no validation documents."""
     n_documents, n_tokens = np.zeros(k, int), np.zeros(k, int)
+    entries, identities = [], []
     for name, shard in shards.items():
         labels = np.minimum(np.arange(len(shard)) % 3, k - 1)
         groups = [shard.take(np.flatnonzero(labels == j)) for j in range(k)]
-        token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), groups)
+        meta = artifact.make_meta("tokens", origin)
+        identities.append(token_files.write(folder / f"{name}.arrow", meta, groups))
+        entries.append({"name": name, "identity": artifact.fingerprint(identities[-1])})
         n_documents += [len(group) for group in groups]
         n_tokens += [group.n_tokens.sum() for group in groups]
     content = {
-        "shards": [{"name": name} for name in shards],
+        "shards": entries,
         "k": k,
         "n_documents": n_documents.tolist(),
         "n_tokens": n_tokens.tolist(),
+        "identity_groups": [artifact.fingerprint(list(group)) for group in zip(*identities, strict=True)],
+        "identity_validation": None,
+        "files": [f"{name}.arrow" for name in shards],
     }
-    content["identity_validation"] = None
-    artifact.write_json(folder / "manifest.json", artifact.make_meta("assignments", made_from, **content))
+    artifact.write_sealed(folder / "manifest.json", artifact.make_meta("assignments", origin, {}, **content))
 
 
 def write_validation(outdir: Path) -> None:
-    """Add validation documents to assignments/, and names of the held-out documents to shards/."""
-    shards = outdir / "shards/manifest.json"
-    names = pa.table({"doc_id": [f"d{i}" for i in range(12)]})
-    pq.write_table(names, shards.with_name("eval-00000.parquet"))
-    manifest = artifact.read_json(outdir / "assignments/manifest.json", "assignments")
-    chosen = heldout.select_validation(shards, artifact.read_json(shards, "shards"), 1.0, 0)
-    documents = heldout.read_validation(shards, chosen)
-    labels = [np.arange(len(d)) % 2 for d in documents]
-    out = outdir / "assignments/manifest.json"
-    heldout.write_validation(out, documents, labels, 2, manifest["made_from"])
-    manifest["identity_validation"] = artifact.identity(outdir / "assignments" / heldout.VALIDATION_FILE)
-    artifact.write_json(outdir / "assignments/manifest.json", manifest)
+    """Add validation documents to assignments/: all held-out documents but one."""
+    shards, out = outdir / "shards/manifest.json", outdir / "assignments/manifest.json"
+    chosen = heldout.select_validation(shards, artifact.read_sealed(shards, "shards"), 1.0, 0)
+    found = heldout.read_validation(shards, chosen)
+    labels = [np.arange(len(d)) % 2 for d in found]
+    origin = artifact.read_sealed(out, "assignments")["made_from"]
+    change_json(out, identity_validation=heldout.write_validation(out, found, labels, 2, origin))
+
+
+def change_json(path: Path, **keys: Any) -> None:
+    """Write a JSON artifact again with some keys replaced, and a seal that fits."""
+    content = json.loads(path.read_text())
+    artifact.write_sealed(path, {**{key: value for key, value in content.items() if key != "seal"}, **keys})
 
 
 def write_empty_cluster(outdir: Path) -> Path:
     """Assignments of two clusters, the second without documents; return their manifest."""
-    made_from = {"shards": artifact.identity(outdir / "shards/manifest.json"), "clusterer": "e" * 32}
-    write_assignments(outdir / "empty", {"train-00000": documents(1, np.random.default_rng(0))}, 2, made_from)
+    shards = artifact.read_sealed(outdir / "shards/manifest.json", "shards")
+    origin = {**made_from.assign_random(shards), "clusterer": "e" * 32}
+    write_assignments(outdir / "empty", {"train-00000": documents(1, np.random.default_rng(0))}, 2, origin)
     return outdir / "empty/manifest.json"
 
 

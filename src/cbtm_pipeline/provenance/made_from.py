@@ -46,8 +46,9 @@ def assign(shards: Record, clusterer: Record) -> Identities:
 
 
 def assign_random(shards: Record) -> Identities:
-    """Of random/manifest.json."""
-    return {"shards": shards["identity_train"], "held_out": shards["identity_eval"]}
+    """Of random/manifest.json. Trainings compare its tokenizer with their own."""
+    tokenizer = shards["made_from"]["tokenizer"]
+    return {"shards": shards["identity_train"], "held_out": shards["identity_eval"], "tokenizer": tokenizer}
 
 
 def tokens(group: int, data: Record) -> str:
