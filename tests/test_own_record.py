@@ -1,0 +1,240 @@
+"""The results folder is its own record: what a start runs, wherever the folder is and whoever started it before."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from test_workflow import CHANGES, KILL, MERGE, TRAINING, jobs, retrained
+
+from cbtm_pipeline import config
+from cbtm_pipeline.ops import planned
+from cbtm_pipeline.provenance import stale
+from cbtm_pipeline.provenance.stale import Asked
+from made_project import make_project, snakemake, snakemake_command, write_corpus
+
+pytestmark = pytest.mark.slow
+
+NOTHING = "Nothing to be done"
+
+
+def copy_of(project: Path, to: Path) -> Path:
+    shutil.copytree(project, to, symlinks=True)
+    return to
+
+
+def as_it_is(project: Path) -> Path:
+    return project
+
+
+def moved_outdir(project: Path) -> Path:
+    """The results lie in another folder; Snakemake has never seen it."""
+    (project / "results").rename(project / "elsewhere")
+    (project / "moved.yaml").write_text("outdir: elsewhere\n")
+    return project
+
+
+def second_clone(project: Path) -> Path:
+    """Another folder with its own workflow and no records of Snakemake; outdir and corpus by absolute path."""
+    other = make_project(project.with_name("clone"))
+    paths = {"outdir": str(project / "results"), "corpus": {"train": [str(project / "corpus.jsonl")]}}
+    (other / "moved.yaml").write_text(yaml.safe_dump(paths))
+    return other
+
+
+def without_snakemakes_records(project: Path) -> Path:
+    shutil.rmtree(project / ".snakemake")
+    return project
+
+
+def touched_and_copied(project: Path) -> Path:
+    """The corpus lies in another folder, is spelled otherwise and is newer; all times of the results are random."""
+    (project / "data").mkdir()
+    shutil.copyfile(project / "corpus.jsonl", project / "data/corpus.jsonl")
+    (project / "corpus.jsonl").unlink()
+    rng = random.Random(0)
+    for path in (project / "results").rglob("*"):
+        os.utime(path, (rng.uniform(1e9, 2e9),) * 2)
+    (project / "moved.yaml").write_text("corpus: {train: ['./data/*.jsonl']}\n")
+    return project
+
+
+SETTINGS = [as_it_is, moved_outdir, second_clone, without_snakemakes_records, touched_and_copied]
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda setting: setting.__name__)
+def setting(
+    finished: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("record")
+    yield request.param(copy_of(finished, folder / "project"))
+    shutil.rmtree(folder)
+
+
+def configfiles(project: Path, *more: str) -> list[str]:
+    moved = ["moved.yaml"] if (project / "moved.yaml").exists() else []
+    return ["small.yaml", *moved, *more]
+
+
+def planned_jobs(project: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The jobs of a start with a changed config, as the workflow computes them."""
+    monkeypatch.chdir(project)
+    content = planned.read_config(["config.yaml", *configfiles(project)])
+    cfg = config.validate(planned.merge(content, yaml.safe_load(change) or {}))
+    return {str(job) for job in stale.start(cfg, stale.look(cfg), Asked([], [], False, False)).run}
+
+
+def test_config_changes_rerun_the_same_jobs_wherever_the_results_are(
+    setting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert NOTHING in snakemake(setting, "-n", configfiles=configfiles(setting))
+    for change, expected in CHANGES.items():
+        assert planned_jobs(setting, change, monkeypatch) == expected, change
+
+
+def test_snakemake_runs_what_the_records_say(setting: Path, tmp_path: Path) -> None:
+    (tmp_path / "change.yaml").write_text("train: {lr: 0.001}")
+    printed = snakemake(setting, "-n", configfiles=configfiles(setting, str(tmp_path / "change.yaml")))
+    assert jobs(printed) == TRAINING
+
+
+def test_the_report_of_a_moved_run_shows_what_was_trained(finished: Path, tmp_path: Path) -> None:
+    project = moved_outdir(copy_of(finished, tmp_path / "project"))
+    report = project / "elsewhere/report.html"
+    before = report.read_bytes()
+    report.unlink()
+    assert jobs(snakemake(project, "--cores", "2", configfiles=configfiles(project))) == {"report"}
+    assert report.read_bytes() == before
+    page = before.decode()
+    assert "train_expert dense" in page and "<td>lr</td>" in page.replace(' class="n"', "")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files of a results folder whose bytes do not depend on time or place."""
+    times = {"metrics.jsonl", "files.json", ".corpus.json", "config.json", ".lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not {"logs", "tensorboard", "kept", "work", "slurm"} & set(path.relative_to(folder).parts)
+        and path.name not in times
+    }
+
+
+def test_deleted_weights_are_noticed_and_made_again(finished: Path, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "results/experts/1/model.safetensors").unlink()
+    expected = {"train_expert 1", "score_expert 1"} | MERGE
+    printed = snakemake(project, "--cores", "2")
+    assert jobs(printed) == expected
+    assert "experts/1/model.safetensors is missing: train_expert 1" in printed
+    assert printed.count("nothing to do") >= 3, "scores, table and report are what they were"
+    assert files_of(project / "results") == files_of(finished / "results")
+
+
+def test_another_rate_and_back_trains_once_and_keeps_both(finished: Path, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "change.yaml").write_text("train: {lr: 0.001}")
+    printed = snakemake(project, "--cores", "2", configfiles=["small.yaml", "change.yaml"])
+    assert "train.lr 0.008 -> 0.001" in printed and "replaces 7 trained models" in printed
+    kept = project / "results/kept/experts"
+    assert len(list(kept.iterdir())) == 7
+    assert files_of(project / "results") != files_of(finished / "results")
+    printed = snakemake(project, "--cores", "2")
+    assert "step 1/" not in printed, "nothing is trained that was kept"
+    assert files_of(project / "results") == files_of(finished / "results")
+    assert len(list(kept.iterdir())) == 7, "now those of the other rate"
+
+
+def test_fewer_clusters_leave_nothing_that_looks_like_a_result(finished: Path, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "change.yaml").write_text(
+        "cluster: {k: 1}\ntrain: {controls: []}\nrun: {keep_replaced: false}\n"
+    )
+    changed = ["small.yaml", "change.yaml"]
+    printed = snakemake(project, "--cores", "2", configfiles=changed)
+    assert "takes 4 trained models out of the run" in printed and "cluster.k 2 -> 1" in printed
+    results = project / "results"
+    assert {path.name for path in (results / "experts").iterdir()} == {"seed", "0", "dense"}
+    assert {path.stem for path in (results / "scores").iterdir()} == {"seed", "0", "dense"}
+    assert not (results / "random").exists() and not (results / "kept").exists()
+    assert NOTHING in snakemake(project, "-n", configfiles=changed)
+
+
+def test_new_held_out_text_trains_nothing_again(tmp_path: Path) -> None:
+    corpus = {"eval": ["held-*.jsonl"]}
+    project = make_project(tmp_path / "project", corpus=corpus, train={"controls": []})
+    write_corpus(project / "held-1.jsonl", 30, rng_seed=1)
+    snakemake(project, "--cores", "2")
+    weights = {path: path.stat().st_ino for path in (project / "results/experts").glob("*/model.safetensors")}
+    before = json.loads((project / "results/eval/metrics.json").read_text())
+    text = (
+        (project / "held-1.jsonl")
+        .read_text()
+        .replace('"id": "', '"id": "new-')
+        .replace('"text": "', '"text": "x ')
+    )
+    (project / "held-2.jsonl").write_text(text)
+    printed = snakemake(project, "--cores", "2")
+    assert "tokenizer" not in jobs(printed) and "step 1/" not in printed
+    assert {path: path.stat().st_ino for path in weights} == weights
+    metrics = json.loads((project / "results/eval/metrics.json").read_text())
+    assert metrics["n_documents"] > before["n_documents"]
+    assert metrics["weights"] == before["weights"]
+    (project / "held-3.jsonl").write_text((project / "corpus.jsonl").read_text().splitlines(True)[0])
+    printed = snakemake(project, "--cores", "2")
+    assert "step 1/" in printed, "a document that training loses changes the experts"
+
+
+# A start that replaces models is killed when it has published such a file, or linked its first expert.
+KILL_POINTS = ["config.json", "experts/seed/card.json", "experts/0/model.safetensors", "scores/seed.npz"]
+
+
+def test_killed_while_it_replaces_models_and_started_again_either_way(finished: Path, tmp_path: Path) -> None:
+    """With the new config, the run ends as one that was never killed; with the old one, as it was before."""
+    project = copy_of(finished, tmp_path / "project")
+    (project / "change.yaml").write_text("train: {lr: 0.001}")
+    (project / "killed").mkdir()
+    (project / "killed/sitecustomize.py").write_text(KILL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "killed")}
+    changed = ["small.yaml", "change.yaml"]
+    for point in KILL_POINTS:
+        run = subprocess.run(
+            snakemake_command("--cores", "2", configfiles=changed),
+            cwd=project,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**environment, "KILL_POINT": point},
+        )
+        assert run.returncode == -signal.SIGKILL, f"not killed at {point}"
+    assert "step 1/" not in snakemake(project, "--cores", "2"), "the old models were kept"
+    assert files_of(project / "results") == files_of(finished / "results")
+    snakemake(project, "--cores", "2", configfiles=changed)
+    undisturbed = make_project(tmp_path / "undisturbed", train={"lr": 0.001})
+    snakemake(undisturbed, "--cores", "2")
+    assert files_of(project / "results") == files_of(undisturbed / "results")
+
+
+def test_preview_says_in_a_dozen_lines_what_a_start_would_do(finished: Path, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "change.yaml").write_text("cluster: {k: 3}")
+    command = [*snakemake_command()[:1], "-m", "cbtm_pipeline", "preview", "--configfile", "small.yaml"]
+    run = subprocess.run([*command, "change.yaml"], cwd=project, capture_output=True, text=True, check=True)
+    assert len(run.stdout.splitlines()) <= 12
+    assert "cluster.k 2 -> 3" in run.stdout
+    assert "replaces 5 trained models" in run.stdout and "results/kept" in run.stdout
+    assert "7 trainings" in run.stdout and "tokens/s" in run.stdout
+    run = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+    assert run.stdout == "results: nothing to do\n"
+
+
+def test_new_scores_only_where_an_expert_is_another(finished: Path) -> None:
+    printed = snakemake(finished, "-n", "--forcerun", "results/experts/1/model.safetensors")
+    assert jobs(printed) == retrained({"1"}) | MERGE
