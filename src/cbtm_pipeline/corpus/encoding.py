@@ -127,13 +127,9 @@ def read_card(tokenizer_json: Path) -> dict[str, Any]:
     """Read card.json beside a tokenizer: `separator_id`, `vocab_size`, `source`, and `commit` if it is from
     the hub.
 
-    Raises ValueError if the card belongs to another tokenizer.json.
+    Raises ValueError if a file of the tokenizer is another one than the card says.
     """
-    path = tokenizer_json.with_name("card.json")
-    card = artifact.read_sealed(path, "tokenizer")
-    if card["identity"] != artifact.identity(tokenizer_json):
-        raise ValueError(
-            f"{tokenizer_json}: not the file that card.json beside it speaks of. Expected identity "
-            f"{card['identity']}. {make_again(tokenizer_json)}"
-        )
+    card = artifact.read_sealed(tokenizer_json.with_name("card.json"), "tokenizer")
+    for name, expected in card["files"].items():
+        artifact.check_file(tokenizer_json.with_name(name), expected, make_again(tokenizer_json))
     return card

@@ -16,11 +16,12 @@ _MAX_ROWS = 1024  # of a batch
 def cut(source: Source) -> Iterator[Batch]:
     """Cut a Parquet file into record batches with the columns `text` and, if the file has one, `id`.
 
-    Raises ValueError for a file that is damaged or lacks the text column, OSError for an unreadable one.
+    Raises ValueError for a file that is damaged or lacks the text column, OSError for an unreadable one. The
+    checksums of its pages count where it has any.
     """
     path = source.path
     try:
-        with path.open("rb") as raw, pq.ParquetFile(raw) as file:
+        with path.open("rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             takes, wanted = _columns(path, file.schema_arrow, source.text_field, source.id_field)
             n_bytes_file, n_rows_file = path.stat().st_size, file.metadata.num_rows
             for group in range(file.metadata.num_row_groups):

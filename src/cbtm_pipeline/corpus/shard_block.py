@@ -263,7 +263,7 @@ def drop(setup: Setup, work: tuple[Entry, np.ndarray]) -> Dropped:
     paths = [setup.folder / f"{entry['name']}{suffix}" for suffix in (".parquet", ".arrow")]
     keep = np.ones(entry["n_documents"], bool)
     keep[rows] = False
-    with pq.ParquetFile(paths[0]) as file:
+    with pq.ParquetFile(paths[0], page_checksum_verification=True) as file:
         ids = file.read(["doc_id"])["doc_id"].take(pa.array(rows)).to_pylist()
         if keep.any():
             kept = token_files.read(paths[1], 0, entry["identity_groups"][0]).take(np.flatnonzero(keep))

@@ -96,8 +96,9 @@ class ColumnHash:
 
     def hexdigest(self) -> str:
         """The hash of all rows so far."""
-        self._lengths.update(self._values.digest())
-        return self._lengths.hexdigest()
+        digest = self._lengths.copy()
+        digest.update(self._values.digest())
+        return digest.hexdigest()
 
 
 def _again(path: Path) -> str:

@@ -10,7 +10,8 @@ always counts x alone.
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,16 +101,13 @@ def read_identities(path: str | Path, expected: str) -> list[str]:
 
     So a manifest with one fingerprint for each file verifies any group, and no reader hashes other groups.
     """
-    again = make_again(Path(path).with_name("manifest.json"))
-    try:
+    with _damage_is_an_error(path):
         metadata = pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata or {}
         identities = artifact.from_compact(metadata[b"cbtm"])["identity_groups"]
         found = artifact.fingerprint(identities)
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error}). Expected a token file. {again}") from error
     if found != expected:
         raise ValueError(
-            f"{path}: not the file that its manifest speaks of ({found}). Expected {expected}. {again}"
+            f"{path}: not the file that its manifest speaks of ({found}). Expected {expected}. {_again(path)}"
         )
     return identities
 
@@ -120,19 +118,31 @@ def read(path: str | Path, group: int, expected: str) -> Documents:
     Raises ValueError for a file that is no token file, and for a group whose identity is not `expected`. A
     process computes the identity of a group once.
     """
-    again = make_again(Path(path).with_name("manifest.json"))
     about = Path(path).stat()
-    try:
+    with _damage_is_an_error(path):
         documents = read_unverified(path, group)
         found = _identity(str(path), about.st_ino, about.st_size, about.st_mtime_ns, group)
-    except (pa.ArrowException, IndexError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path}: damaged ({error}). Expected a token file. {again}") from error
     if found != expected:
         raise ValueError(
             f"{path}: group {group} is not the one that its manifest speaks of ({found}). "
-            f"Expected identity {expected}. {again}"
+            f"Expected identity {expected}. {_again(path)}"
         )
     return documents
+
+
+@contextmanager
+def _damage_is_an_error(path: str | Path) -> Iterator[None]:
+    """Turn the errors of a damaged file, which have many types, into a ValueError of one line."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, IndexError, ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system cannot read the file; pyarrow reports damage as an OSError without number
+        raise ValueError(f"{path}: damaged ({error}). Expected a token file. {_again(path)}") from error
+
+
+def _again(path: str | Path) -> str:
+    return make_again(Path(path).with_name("manifest.json"))
 
 
 @functools.cache

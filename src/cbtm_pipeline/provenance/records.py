@@ -68,6 +68,16 @@ def missing(outdir: Path, rule: str, expert: str | None, record: dict[str, Any])
     ]
 
 
+def table(outdir: Path) -> str:
+    """The table of the results; empty if there is none, or if it is not the one that was written."""
+    path = outdir / "eval/table.txt"
+    try:
+        whole = read(outdir, "eval_ensemble")["table"] == artifact.identity(path)
+    except (OSError, ValueError):
+        return ""
+    return path.read_text("utf-8") if whole else ""
+
+
 def with_record(page: str, record: dict[str, Any]) -> str:
     """An HTML page with its record in a `meta` element of its head. The seal covers the page without it."""
     seal = artifact.hash_of(page.encode())
