@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cbtm_pipeline import assign, assign_random, embed, fit_kmeans, route
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.corpus import shard_files, token_files
 
 CONFIG = Path(__file__).parents[2] / "config.yaml"
 N_COMMON, N_OWN = 20, 30  # words that every topic uses, and words of each topic alone
@@ -78,44 +78,64 @@ def write_shards(
 ) -> Path:
     """Write shards (`train-00000` ..., `eval-00000` ...) with their files; return the manifest's path."""
     made_from = {"tokenizer": artifact.identity(tokenizer)}
-    entries = []
-    for name, docs in shards.items():
-        token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), [docs])
-        ranges = zip(docs.offsets[:-1], docs.offsets[1:], strict=True)
-        texts = ["".join(vocabulary[i] for i in docs.values[a + 1 : b]) for a, b in ranges]
-        n_bytes = [len(text.encode()) for text in texts]
-        columns = {
+    entries = [_write_shard(folder, name, docs, vocabulary, made_from) for name, docs in shards.items()]
+    about = {"separator_id": SEPARATOR, "vocab_size": len(vocabulary)}
+    identities = {
+        f"identity_{split}": shard_files.identity_of(
+            [entry for entry in entries if entry["split"] == split], about | made_from
+        )
+        for split in ("train", "eval")
+    }
+    more: dict[str, Any] = {
+        "n_quarantined": 0,
+        "encoder": "tokenizers",
+        "files": [f"{name}{suffix}" for name in shards for suffix in (".parquet", ".arrow")],
+        **identities,
+    }
+    made_from = {**made_from, "corpus": artifact.fingerprint(entries)}
+    meta = artifact.make_meta("shards", made_from, {}, shards=entries, **about, **more)
+    artifact.write_sealed(folder / "manifest.json", meta)
+    return folder / "manifest.json"
+
+
+def _write_shard(
+    folder: Path,
+    name: str,
+    docs: token_files.Documents,
+    vocabulary: list[str],
+    made_from: dict[str, str],
+) -> dict[str, Any]:
+    """Write the two files of a shard; returns its entry in the manifest."""
+    identities = token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), [docs])
+    ranges = zip(docs.offsets[:-1], docs.offsets[1:], strict=True)
+    texts = ["".join(vocabulary[i] for i in docs.values[a + 1 : b]) for a, b in ranges]
+    n_bytes = [len(text.encode()) for text in texts]
+    table = pa.table(
+        {
             "doc_id": pa.array([f"{name}#{i}" for i in range(len(docs))], pa.string()),
             "text": pa.array(texts, pa.string()),
             "n_tokens": pa.array(docs.n_tokens, pa.int32()),
             "n_bytes": pa.array(n_bytes, pa.int64()),
-        }
-        meta: dict[bytes | str, bytes | str] = {
-            "cbtm": json.dumps(artifact.make_meta("documents", made_from))
-        }
-        pq.write_table(
-            pa.table(columns).replace_schema_metadata(meta), folder / f"{name}.parquet", compression="zstd"
-        )
-        entries.append(
-            {
-                "name": name,
-                "split": name.split("-")[0],
-                "n_documents": len(docs),
-                "n_tokens": int(docs.n_tokens.sum()),
-                "n_bytes": sum(n_bytes),
-                "identity_tokens": artifact.identity(folder / f"{name}.arrow"),
-            }
-        )
-    more: dict[str, Any] = {
-        "separator_id": SEPARATOR,
-        "vocab_size": len(vocabulary),
-        "n_quarantined": 0,
-        "encoder": "tokenizers",
-    }
-    artifact.write_json(
-        folder / "manifest.json", artifact.make_meta("shards", made_from, shards=entries, **more)
+        },
+        metadata={"cbtm": json.dumps(artifact.make_meta("documents", made_from))},
     )
-    return folder / "manifest.json"
+    pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
+    return {
+        "name": name,
+        "split": name.split("-")[0],
+        "n_documents": len(docs),
+        "n_tokens": int(docs.n_tokens.sum()),
+        "n_bytes": sum(n_bytes),
+        "identity_groups": identities,
+        "identity_columns": {column: column_identity(table[column]) for column in table.column_names},
+    }
+
+
+def column_identity(column: pa.ChunkedArray) -> str:
+    """The identity of a column of a shard, as its manifest gives it."""
+    digest = shard_files.ColumnHash()
+    digest.add(column)
+    return digest.hexdigest()
 
 
 def write(
@@ -210,26 +230,32 @@ def run_route(outdir: Path, config: Path) -> Path:
 def check_grouping(outdir: Path, folder: str) -> dict[str, Any]:
     """Check that each document is in its cluster's group once, in the shard's order. Returns the manifest.
 
-    `folder` holds the output of `assign` or `assign_random`.
+    Also checks every identity in the manifest, and that it lists the files beside it. `folder` holds the
+    output of `assign` or `assign_random`.
     """
-    manifest = artifact.read_json(outdir / folder / "manifest.json", "assignments")
+    path = outdir / folder / "manifest.json"
+    manifest = artifact.read_sealed(path, "assignments")
+    assert sorted(manifest["files"]) == sorted(p.name for p in path.parent.iterdir() if p != path)
     k, n_documents, n_tokens = manifest["k"], np.zeros(manifest["k"], int), np.zeros(manifest["k"], int)
+    identities: list[list[str]] = [[] for _ in range(k)]  # of each cluster's group in each file
     for entry in manifest["shards"]:
         name = entry["name"]
-        shard = token_files.read(outdir / f"shards/{name}.arrow", 0)
+        shard = token_files.read_unverified(outdir / f"shards/{name}.arrow", 0)
         rows = pq.read_table(outdir / f"{folder}/{name}.parquet").to_pydict()
         assert rows["doc_id"] == pq.read_table(outdir / f"shards/{name}.parquet")["doc_id"].to_pylist()
         assert rows["n_tokens"] == shard.n_tokens.tolist()
-        path = outdir / f"{folder}/{name}.arrow"
-        assert entry["identity_tokens"] == artifact.identity(path)
-        assert token_files.read_meta(path)["n_groups"] == k
+        of_file = token_files.read_identities(outdir / f"{folder}/{name}.arrow", entry["identity"])
+        assert len(of_file) == k
         for j in range(k):
             expected = shard.take(np.flatnonzero(np.array(rows["cluster"]) == j))
-            group = token_files.read(path, j)
+            assert of_file[j] == expected.identity
+            group = token_files.read(outdir / f"{folder}/{name}.arrow", j, of_file[j])
             assert np.array_equal(group.values, expected.values)
             assert np.array_equal(group.offsets, expected.offsets)
+            identities[j].append(of_file[j])
             n_documents[j] += len(group)
             n_tokens[j] += group.n_tokens.sum()
+    assert manifest["identity_groups"] == [artifact.fingerprint(of_group) for of_group in identities]
     assert manifest["n_documents"] == n_documents.tolist() and manifest["n_tokens"] == n_tokens.tolist()
     largest = n_tokens.max() / n_tokens.mean()
     assert abs(manifest["load_over_mean"]["tokens"]["max"] - largest) < 1e-6 * largest
@@ -238,9 +264,9 @@ def check_grouping(outdir: Path, folder: str) -> dict[str, Any]:
 
 def check_shards_are_single_groups(outdir: Path, folder: str) -> None:
     """Check that with one cluster, each shard's only group holds the shard's tokens."""
-    for entry in artifact.read_json(outdir / folder / "manifest.json", "assignments")["shards"]:
+    for entry in artifact.read_sealed(outdir / folder / "manifest.json", "assignments")["shards"]:
         shard, group = (
-            token_files.read(outdir / f"{f}/{entry['name']}.arrow", 0) for f in ("shards", folder)
+            token_files.read_unverified(outdir / f"{f}/{entry['name']}.arrow", 0) for f in ("shards", folder)
         )
         assert np.array_equal(shard.values, group.values) and np.array_equal(shard.offsets, group.offsets)
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from cbtm_pipeline import config, plan, tokenizer
+from cbtm_pipeline.corpus import content
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
@@ -56,21 +57,24 @@ def write_jsonl(path: Path, content: Iterable[Any]) -> Path:
 
 
 def write_config(path: Path, **sections: dict[str, Any]) -> Path:
-    """Write the default config with some keys changed."""
-    content = yaml.safe_load((ROOT / "config.yaml").read_text())
-    for name, changes in sections.items():
-        content[name] |= changes
-    config.validate(content)
-    path.write_text(json.dumps(content))
+    """Write the default config with some keys changed, and the folder `results` beside it as outdir."""
+    changed = changed_content(**sections) | {"outdir": str(path.with_name("results"))}
+    config.validate(changed)
+    path.write_text(json.dumps(changed))
     return path
 
 
 def changed_config(**sections: dict[str, Any]) -> config.Config:
     """The default config with some keys changed."""
-    content = yaml.safe_load((ROOT / "config.yaml").read_text())
+    return config.validate(changed_content(**sections))
+
+
+def changed_content(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The content of the default config with some keys changed."""
+    found = yaml.safe_load((ROOT / "config.yaml").read_text())
     for name, changes in sections.items():
-        content[name] |= changes
-    return config.validate(content)
+        found[name] |= changes
+    return found
 
 
 def tokenizer_plan(**sections: dict[str, Any]) -> plan.TokenizerPlan:
@@ -87,7 +91,7 @@ def make_tokenizer(folder: Path) -> Path:
     """A small tokenizer trained on made documents; returns its tokenizer.json."""
     corpus = write_jsonl(folder / "for-tokenizer.jsonl", rows(300, 99))
     how = tokenizer_plan(corpus={"train": [str(corpus)]}, tokenizer={"vocab_size": 320})
-    tokenizer.make(how, folder / "tokenizer/tokenizer.json", None)
+    tokenizer.make(how, folder / "tokenizer/tokenizer.json", None, folder / content.SEEN)
     return folder / "tokenizer/tokenizer.json"
 
 
