@@ -1,15 +1,20 @@
+import json
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import damaged
 import made_hub
 import made_training as made
 from cbtm_pipeline import plan, score_expert
 from cbtm_pipeline.base import artifact, lock
+from cbtm_pipeline.corpus import encoding, token_files
+from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import batches, checkpoint, data, expert_folder, model, training_log
 
 
@@ -37,6 +42,7 @@ def test_published_folder(outdir):
             "README.md",
             "card.json",
             "config.json",
+            "files.json",
             "generation_config.json",
             "metrics.jsonl",
             "model.safetensors",
@@ -45,10 +51,17 @@ def test_published_folder(outdir):
     }
     card = expert_folder.read_card(where.out)
     seed = expert_folder.read_card(outdir / "experts/seed/model.safetensors")
-    assert card["made_from"] == {"assignments": artifact.identity(where.data), "seed": seed["weights"]}
-    assert card["corpus"] == seed["corpus"] == artifact.identity(outdir / "shards/manifest.json")
-    assert seed["made_from"] == {"shards": seed["corpus"]}
-    assert (card["expert"], card["plan"]["group"], card["precision"]) == ("0", 0, "float32")
+    tokenizer = artifact.identity(outdir / "tokenizer/tokenizer.json")
+    clusters, shards = (
+        artifact.read_sealed(outdir / folder / "manifest.json", folder)
+        for folder in ("assignments", "shards")
+    )
+    tokens = clusters["identity_groups"][0]
+    assert card["made_from"] == {"tokens": tokens, "tokenizer": tokenizer, "seed": seed["identity"]}
+    of_shards = [entry["identity_groups"][0] for entry in shards["shards"] if entry["split"] == "train"]
+    assert seed["made_from"] == {"tokens": artifact.fingerprint(of_shards), "tokenizer": tokenizer}
+    assert card["made_with"] == make_plan("0").content()
+    assert (card["expert"], card["made_with"]["group"], card["precision"]) == ("0", 0, "float32")
     assert card["n_train_tokens"] == 10 * 4 * made.SEQ_LEN
     assert card["train_flops"] == card["n_train_tokens"] * card["flops_per_token"]
     rows = training_log.read(where.out.with_name("metrics.jsonl"))
@@ -155,7 +168,7 @@ def test_a_seed_from_the_hub_has_its_commit_on_its_card_and_no_path_in_any_file(
     assert weights == (outdir / "experts/seed/model.safetensors").read_bytes()
     card = expert_folder.read_card(where.out)
     assert card["pretrained_commit"] == made_hub.NEW
-    assert (card["plan"]["pretrained"], card["plan"]["revision"]) == ("me/tiny", "main")
+    assert (card["made_with"]["pretrained"], card["made_with"]["revision"]) == ("me/tiny", "main")
 
     child = made.files(outdir, "0", to="from-hub")._replace(seed_model=where.out)
     made.train(made.make_config(steps=1), child, "0")
@@ -240,26 +253,156 @@ def test_a_training_that_lost_its_lock_writes_nothing_more(outdir, monkeypatch, 
     assert not where.out.exists()
 
 
-# --- inputs that do not belong together ----------------------------------------------------------------
+# --- what a training is made from ----------------------------------------------------------------------
+
+
+def origin(outdir: Path, name: str, **keys: Any) -> dict[str, str]:
+    """What a training is made from by these keys of section train, if it has the seed in `outdir`."""
+    how, where = plan.train_expert(made.make_config(**keys), name), made.files(outdir, name)
+    seed = None if name == "seed" else expert_folder.read_card(outdir / "experts/seed/model.safetensors")
+    tokenizer = encoding.read_card(where.tokenizer)
+    return made_from.train_expert(how, data.read(where.data, how).manifest, tokenizer, seed)
+
+
+def copies(outdir: Path, to: Path) -> Path:
+    """Copies of all inputs of trainings."""
+    for folder in ("experts/seed", "tokenizer", "assignments", "random", "shards"):
+        shutil.copytree(outdir / folder, to / folder)
+    return to
+
+
+@pytest.fixture(scope="module")
+def two_held_out_texts(tmp_path_factory) -> list[Path]:
+    """Two corpora with equal training text and unlike held-out text, each with a trained seed model."""
+    folders = [tmp_path_factory.mktemp("held-out") for _ in range(2)]
+    for out, n_held_out in zip(folders, (12, 20), strict=True):
+        made.write_corpus(out, n_held_out=n_held_out)
+        made.write_validation(out)
+        made.train(made.make_config(validations=2), made.files(out, "seed"), "seed")
+    return folders
+
+
+@pytest.mark.parametrize("name", ["seed", "dense", "0"])
+def test_new_held_out_text_matters_to_a_training_with_patience_only(two_held_out_texts, name):
+    a, b = two_held_out_texts
+    without = {"validations": 4}
+    assert origin(a, name, **without) == origin(b, name, **without) == origin(a, name, validations=0)
+    patient = {"validations": 4, "patience": 2}
+    first, second = origin(a, name, **patient), origin(b, name, **patient)
+    assert first["validation"] != second["validation"]
+    assert (
+        {**first, "validation": ""} == {**second, "validation": ""} == {**origin(a, name), "validation": ""}
+    )
+    assert origin(a, name, patience=2, validations=0) == origin(a, name)
+
+
+def test_new_held_out_text_gives_the_same_expert(two_held_out_texts):
+    cards = []
+    for out in two_held_out_texts:
+        where = made.files(out, "0")
+        made.train(made.make_config(validations=2), where, "0")
+        cards.append(expert_folder.read_card(where.out))
+    assert cards[0]["identity"] == cards[1]["identity"]
+    assert cards[0]["made_from"] == cards[1]["made_from"]
+    assert cards[0]["validation_loss"] != cards[1]["validation_loss"]
+
+
+def test_a_new_document_makes_another_expert_of_its_cluster_and_of_no_other(outdir, tmp_path):
+    copies(outdir, tmp_path)
+    shards = {
+        name: token_files.read_unverified(tmp_path / f"shards/{name}.arrow", 0)
+        for name in ("train-00000", "train-00001")
+    }
+    new = made.documents(1, np.random.default_rng(5))
+    shards["train-00001"] = token_files.join([shards["train-00001"], new])  # document 30 is of cluster 0
+    manifest = artifact.read_sealed(tmp_path / "assignments/manifest.json", "assignments")
+    made.write_assignments(tmp_path / "assignments", shards, 2, manifest["made_from"])
+    before, after = origin(outdir, "0"), origin(tmp_path, "0")
+    assert {key for key, value in after.items() if value != before[key]} == {"tokens"}
+    assert origin(tmp_path, "1") == origin(outdir, "1")
+
+
+def test_equal_text_is_an_equal_input_whatever_the_cluster_is_called(outdir):
+    assert origin(outdir, "0") == origin(outdir, "random-0")
+    assert origin(outdir, "0")["tokens"] != origin(outdir, "1")["tokens"]
+
+
+# --- inputs that do not belong together, or are damaged ------------------------------------------------
+
+
+def refused(outdir: Path, name: str, message: str) -> None:
+    """Check that a training ends with this message, and leaves neither weights nor a state."""
+    where = made.files(outdir, name)
+    with pytest.raises(ValueError, match=message):
+        made.train(made.make_config(), where, name)
+    assert not where.out.exists() and not where.work.exists()
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("path", "name"),
     [
-        ("experts/seed/model.safetensors", r"not the weights that card\.json "),
-        ("tokenizer/tokenizer.json", r"not the tokenizer of the seed model|not the tokenizer of"),
-        ("assignments/manifest.json", r"made from another shards"),
+        ("assignments/train-00000.arrow", "0"),
+        ("random/train-00001.arrow", "random-0"),
+        ("shards/train-00001.arrow", "dense"),
     ],
 )
-def test_a_seed_of_something_else_is_refused(outdir, tmp_path, path, message):
-    for folder in ("experts/seed", "tokenizer", "assignments"):
-        shutil.copytree(outdir / folder, tmp_path / folder)
-    text = (tmp_path / path).read_bytes()
-    corpus = artifact.identity(outdir / "shards/manifest.json").encode()
-    (tmp_path / path).write_bytes(text.replace(corpus, b"0" * 32) if corpus in text else text + b" ")
-    for name in ("train-00000.arrow", "train-00001.arrow"):
-        tokens = (tmp_path / "assignments" / name).read_bytes()
-        if "assignments" in path:
-            (tmp_path / "assignments" / name).write_bytes(tokens.replace(corpus, b"0" * 32))
-    with pytest.raises(ValueError, match=message):
-        made.train(made.make_config(), made.files(tmp_path, "0"), "0")
+def test_a_flipped_bit_in_a_token_file_is_refused(outdir, tmp_path, path, name):
+    file = copies(outdir, tmp_path) / path
+    tokens = token_files.read_unverified(file, 0).values
+    at = file.read_bytes().index(tokens.tobytes())
+    file.write_bytes(damaged.flipped(file.read_bytes(), at + 2 * (len(tokens) // 2)))
+    refused(tmp_path, name, rf"{path}: group 0 is not the one that its manifest speaks of")
+
+
+def test_a_seed_whose_config_has_changed_is_refused(outdir, tmp_path):
+    path = copies(outdir, tmp_path) / "experts/seed/config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"rms_norm_eps": 2 * content["rms_norm_eps"]}))
+    refused(tmp_path, "0", r"experts/seed/config\.json: another file than it was")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "card.json", "files.json", "generation_config.json", "metrics.jsonl"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ],
+)
+def test_a_seed_with_a_changed_file_is_refused(outdir, tmp_path, name):
+    path = copies(outdir, tmp_path) / "experts/seed" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    refused(
+        tmp_path, "dense", rf"experts/seed/{name}: (another file than it was|changed since it was written)"
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_changed_tokenizer_is_refused(outdir, tmp_path, name):
+    path = copies(outdir, tmp_path) / "tokenizer" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    refused(tmp_path, "0", rf"tokenizer/{name}: ")
+
+
+@pytest.mark.parametrize("name", ["seed", "0", "random-1", "dense"])
+def test_tokens_of_another_tokenizer_are_refused(outdir, tmp_path, name):
+    """Its words are the same but for one, so that its tokens would do."""
+    copies(outdir, tmp_path)
+    path = tmp_path / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text().replace('"w299"', '"w300"'))
+    identity = artifact.identity(path)
+    files = json.loads(path.with_name("card.json").read_text())["files"]
+    made.change_json(path.with_name("card.json"), identity=identity, files={**files, path.name: identity})
+    folder = {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data_of(name)[0]]
+    where = made.files(tmp_path, name, to="new")
+    with pytest.raises(ValueError, match=rf"{folder}/manifest\.json: made from another tokenizer"):
+        made.train(made.make_config(), where, name)
+
+
+def test_a_seed_of_another_tokenizer_is_refused(outdir, tmp_path):
+    copies(outdir, tmp_path)
+    card = tmp_path / "experts/seed/card.json"
+    origin = {**json.loads(card.read_text())["made_from"], "tokenizer": "0" * 32}
+    made.change_json(card, made_from=origin)
+    files = artifact.read_sealed(card.with_name("files.json"), "expert_files")["files"]
+    made.change_json(card.with_name("files.json"), files={**files, card.name: artifact.identity(card)})
+    refused(tmp_path, "0", r"experts/seed/model\.safetensors: made from another tokenizer")

@@ -85,7 +85,7 @@ def test_seed_and_dense_models_are_validated_on_all_clusters(outdir):
     cfg = made.make_config(validations=2, validation_share=0.25, steps=4)
     made.train(cfg, where, "dense")
     assert all(math.isfinite(row["valid_loss"]) for row in rows_of(where) if row["step"] in (2, 4))
-    manifest = artifact.read_json(where.data, "shards")
+    manifest = artifact.read_sealed(where.data, "shards")
     stream = data.read_validation(where.data, manifest, plan.train_expert(cfg, "dense"))
     assert stream is not None
     assert stream.n_tokens == sum(
