@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import damaged
 import made_training as made
 from cbtm_pipeline import config, score_expert
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import heldout
+from cbtm_pipeline.corpus import heldout, token_files
 from cbtm_pipeline.score_expert import batched, cut, logprobs, score, windows
 from cbtm_pipeline.training import model
 
@@ -80,7 +82,7 @@ def net(outdir):
 
 @pytest.fixture(scope="module")
 def documents(outdir) -> list[np.ndarray]:
-    manifest = artifact.read_json(outdir / "shards/manifest.json")
+    manifest = artifact.read_sealed(outdir / "shards/manifest.json", "shards")
     return [document for _, document in heldout.documents(outdir / "shards", manifest, None)]
 
 
@@ -179,16 +181,10 @@ def test_command_line(outdir, net, documents):
     assert arrays["logprob_N"].dtype == np.float32
     assert np.abs(arrays["logprob_N"] - score(net, documents, CONTEXT, STRIDE)).max() < 1e-5
     card = json.loads((outdir / "experts/seed/card.json").read_text())
-    assert meta["made_from"] == {
-        "expert": card["weights"],
-        "shards": artifact.identity(outdir / "shards/manifest.json"),
-    }
-    assert {key: meta[key] for key in ("expert", "context", "stride", "max_document_tokens")} == {
-        "expert": "seed",
-        "context": CONTEXT,
-        "stride": STRIDE,
-        "max_document_tokens": None,
-    }
+    held_out = artifact.read_sealed(outdir / "shards/manifest.json", "shards")["identity_eval"]
+    assert meta["made_from"] == {"expert": card["identity"], "held_out": held_out}
+    assert meta["expert"] == "seed"
+    assert meta["made_with"] == {"context": CONTEXT, "stride": STRIDE, "max_document_tokens": None}
 
 
 def main(monkeypatch, outdir: Path) -> None:
@@ -200,23 +196,78 @@ def main(monkeypatch, outdir: Path) -> None:
     score_expert.main()
 
 
+def refused(monkeypatch, outdir: Path, message: str) -> None:
+    """Check that the rule ends with this message, and writes nothing."""
+    with pytest.raises(ValueError, match=message):
+        main(monkeypatch, outdir)
+    assert not (outdir / "x.npz").exists()
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("experts/seed/model.safetensors", r"not the weights that card\.json "),
-        ("shards/manifest.json", r"trained on the corpus of another"),
-        ("shards/eval-00000.arrow", r"not the file that its manifest speaks of"),
+        ("experts/seed/model.safetensors", r"model\.safetensors: another file than it was"),
+        ("experts/seed/card.json", r"card\.json: changed since it was written"),
+        ("experts/seed/files.json", r"files\.json: changed since it was written"),
+        ("experts/seed/generation_config.json", r"generation_config\.json: another file than it was"),
+        ("experts/seed/tokenizer.json", r"tokenizer\.json: another file than it was"),
+        ("experts/seed/tokenizer_config.json", r"tokenizer_config\.json: another file than it was"),
+        ("experts/seed/metrics.jsonl", r"metrics\.jsonl: another file than it was"),
+        ("shards/manifest.json", r"manifest\.json: changed since it was written"),
     ],
 )
-def test_files_that_do_not_belong_together_are_refused(outdir, monkeypatch, path, message):
-    good = (outdir / path).read_bytes()
-    try:
-        (outdir / path).write_bytes(good + b"\n")
-        with pytest.raises(ValueError, match=message):
-            main(monkeypatch, outdir)
-        assert not (outdir / "x.npz").exists()
-    finally:
-        (outdir / path).write_bytes(good)
+def test_a_file_with_one_more_byte_is_refused(outdir, monkeypatch, path, message):
+    with damaged.replaced(outdir / path, (outdir / path).read_bytes() + b"\n"):
+        refused(monkeypatch, outdir, message)
+
+
+def test_a_changed_setting_of_the_model_is_refused(outdir, monkeypatch):
+    path = outdir / "experts/seed/config.json"
+    content = json.loads(path.read_text())
+    changed = json.dumps(content | {"rms_norm_eps": 2 * content["rms_norm_eps"]}).encode()
+    with damaged.replaced(path, changed):
+        refused(monkeypatch, outdir, r"experts/seed/config\.json: another file than it was")
+
+
+def test_a_flipped_bit_of_a_held_out_token_is_refused(outdir, monkeypatch, documents):
+    path = outdir / "shards/eval-00000.arrow"
+    content, tokens = path.read_bytes(), np.concatenate(documents).tobytes()
+    at = content.index(tokens) + len(tokens) // 2
+    with damaged.replaced(path, damaged.flipped(content, at)):
+        refused(monkeypatch, outdir, r"eval-00000\.arrow: group 0 is not the one that its manifest speaks of")
+
+
+@pytest.fixture
+def copy(outdir, tmp_path) -> Path:
+    """A copy of the run, to change."""
+    return shutil.copytree(outdir, tmp_path / "run")
+
+
+def test_held_out_text_of_another_tokenizer_is_refused(copy, monkeypatch):
+    manifest = artifact.read_sealed(copy / "shards/manifest.json", "shards")
+    made.change_json(
+        copy / "shards/manifest.json", made_from={**manifest["made_from"], "tokenizer": "0" * 32}
+    )
+    refused(monkeypatch, copy, r"model\.safetensors: made from another tokenizer")
+
+
+def test_a_model_of_another_training_text_is_refused(copy, monkeypatch):
+    """Its training text may have what is held out here."""
+    train = {"train-00000": made.documents(50, np.random.default_rng(1))}
+    made.write_shards(copy, train, n_held_out=12)
+    refused(monkeypatch, copy, r"model\.safetensors: made from another tokens")
+
+
+def test_new_held_out_text_is_scored(copy, monkeypatch):
+    train = {
+        name: token_files.read_unverified(copy / f"shards/{name}.arrow", 0)
+        for name in ("train-00000", "train-00001")
+    }
+    new = made.write_shards(copy, train, n_held_out=5)
+    main(monkeypatch, copy)
+    arrays, meta = artifact.read_npz(copy / "x.npz", "scores")
+    assert meta["made_from"]["held_out"] == new["identity_eval"]
+    assert len(arrays["logprob_N"]) == new["shards"][-1]["n_tokens"]
 
 
 def test_a_model_that_diverged_is_refused(outdir, monkeypatch):

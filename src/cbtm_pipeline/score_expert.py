@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     manifest = artifact.read_sealed(args.shards, "shards")
     tokenizer = manifest["made_from"]["tokenizer"]
     artifact.check_made_from(args.expert_weights, card, "tokenizer", tokenizer)
+    if card["made_with"]["data"] == "corpus":  # eval_ensemble checks the experts on clusters
+        artifact.check_made_from(args.expert_weights, card, "tokens", made_from.tokens(0, manifest))
     documents = [
         document for _, document in heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
     ]
