@@ -47,6 +47,7 @@ def test_groups_come_back_as_they_were(
         token_files.read(path, len(groups), identities[0])
 
 
+@settings(deadline=None)
 @given(documents.filter(len), st.data())
 def test_take(lists: list[list[int]], data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=6))
@@ -76,6 +77,7 @@ def test_dtype() -> None:
 # identities
 
 
+@settings(deadline=None)
 @given(documents, documents)
 def test_identity_is_that_of_the_documents(one: list[list[int]], other: list[list[int]]) -> None:
     assert (made(one).identity == made(other).identity) == (one == other)
