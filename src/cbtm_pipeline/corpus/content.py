@@ -6,6 +6,8 @@ uses it, too.
 """
 
 import contextlib
+import os
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,8 @@ from cbtm_pipeline.corpus import files as corpus_files
 
 SEEN = ".corpus.json"  # in the folder of the outputs: the identities of corpus files, remembered
 _THREADS = 4  # one thread hashes about 1 GB/s
+_SETTLED_NS = 3_000_000_000  # file systems count time in steps of up to two seconds
+_CTIME = 2  # index of the time of change, which nobody can set, in what is remembered of a file
 _KIND = "seen"
 
 
@@ -40,10 +44,14 @@ def of_training_text(train: Iterable[str], demo: Path | None, seen: Path) -> str
 
 
 def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
-    """The hash of each file. `seen` is the file that remembers them; it need not exist."""
+    """The hash of each file. `seen` is the file that remembers them; it need not exist.
+
+    A file that has changed a moment ago is not remembered: it may change again without another time.
+    """
     known = _read(seen)
-    names = [corpus_files.printable(path.absolute()) for path in paths]
+    names = [os.fsencode(path.absolute()).decode("utf-8", "backslashreplace") for path in paths]
     stats = [_stat(path) for path in paths]
+    settled = time.time_ns() - _SETTLED_NS
     new = {
         name: (path, stat)
         for name, path, stat in zip(names, paths, stats, strict=True)
@@ -57,7 +65,8 @@ def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
         # a dry run makes no folder; in a folder that is not ours, the next start hashes again
         with contextlib.suppress(OSError):
             if seen.parent.is_dir():
-                artifact.write_sealed(seen, artifact.make_meta(_KIND, {}, files=known))
+                old = {name: entry for name, entry in known.items() if entry[_CTIME] < settled}
+                artifact.write_sealed(seen, artifact.make_meta(_KIND, {}, files=old))
     return [known[name][-1] for name in names]
 
 
