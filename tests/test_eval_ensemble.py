@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout
-from made_run import QUICK, Files, change_json, change_npz, evaluate, make, make_config
+from made_run import QUICK, Files, evaluate, make, make_config
+from resealed import change_json, change_npz
 
 
 @pytest.fixture
@@ -49,10 +51,16 @@ def test_every_system_has_its_rows(run: Files):
     assert all(row["epsilon"] is None for row in rows(metrics, router="paper"))
     assert all(row["epsilon"] in (0.01, 0.1) and row["beta"] == 1 for row in rows(metrics, router="filter"))
     assert {frozenset(row) for row in metrics["systems"]} == {frozenset(metrics["systems"][0])}
-    assert metrics["kind"] == "metrics" and metrics["made_from"]["distances"] == artifact.identity(
-        run.distances
-    )
-    assert metrics["made_from"]["scores-random-2"] == artifact.identity(run.scores["random-2"])
+    assert metrics["made_from"] == {
+        "distances": artifact.read_record(run.distances, "distances")["seal"],
+        **{
+            f"scores-{name}": artifact.read_record(path, "scores")["seal"]
+            for name, path in run.scores.items()
+        },
+    }
+    assert metrics["made_with"] == plan.eval_ensemble(config.read(run.config)).content()
+    assert metrics["files"] == ["table.txt"]
+    assert metrics["table"] == artifact.identity(run.out.with_name("table.txt"))
 
 
 def test_numbers_are_those_of_the_reported_documents(run: Files):
@@ -130,6 +138,9 @@ def test_renaming_the_clusters_renames_the_results(run: Files):
         d2_NK=distances["d2_NK"][:, np.argsort(new)],
         cluster=new[distances["cluster"]].astype(np.int32),
     )
+    path = run.manifests["clusters"]
+    groups = artifact.read_sealed(path, "assignments")["identity_groups"]
+    change_json(path, identity_groups=[groups[old] for old in np.argsort(new)])
     for old in range(3):
         change_npz(run.scores[str(old)], "scores", meta={"expert": str(new[old])})
         change_json(run.cards[str(old)], expert=str(new[old]))

@@ -18,6 +18,7 @@ from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout, token_files
 from cbtm_pipeline.score_expert import batched, cut, logprobs, score, windows
 from cbtm_pipeline.training import model
+from resealed import change_json
 
 CONTEXT, STRIDE = made.SEQ_LEN, 16
 
@@ -245,7 +246,7 @@ def copy(outdir, tmp_path) -> Path:
 
 def test_held_out_text_of_another_tokenizer_is_refused(copy, monkeypatch):
     manifest = artifact.read_sealed(copy / "shards/manifest.json", "shards")
-    made.change_json(
+    change_json(
         copy / "shards/manifest.json", made_from={**manifest["made_from"], "tokenizer": "0" * 32}
     )
     refused(monkeypatch, copy, r"model\.safetensors: made from another tokenizer")

@@ -16,6 +16,7 @@ from cbtm_pipeline.base import artifact, lock
 from cbtm_pipeline.corpus import encoding, token_files
 from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import batches, checkpoint, data, expert_folder, model, training_log
+from resealed import change_json
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +392,7 @@ def test_tokens_of_another_tokenizer_are_refused(outdir, tmp_path, name):
     path.write_text(path.read_text().replace('"w299"', '"w300"'))
     identity = artifact.identity(path)
     files = json.loads(path.with_name("card.json").read_text())["files"]
-    made.change_json(path.with_name("card.json"), identity=identity, files={**files, path.name: identity})
+    change_json(path.with_name("card.json"), identity=identity, files={**files, path.name: identity})
     folder = {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data_of(name)[0]]
     where = made.files(tmp_path, name, to="new")
     with pytest.raises(ValueError, match=rf"{folder}/manifest\.json: made from another tokenizer"):
@@ -402,7 +403,7 @@ def test_a_seed_of_another_tokenizer_is_refused(outdir, tmp_path):
     copies(outdir, tmp_path)
     card = tmp_path / "experts/seed/card.json"
     origin = {**json.loads(card.read_text())["made_from"], "tokenizer": "0" * 32}
-    made.change_json(card, made_from=origin)
+    change_json(card, made_from=origin)
     files = artifact.read_sealed(card.with_name("files.json"), "expert_files")["files"]
-    made.change_json(card.with_name("files.json"), files={**files, card.name: artifact.identity(card)})
+    change_json(card.with_name("files.json"), files={**files, card.name: artifact.identity(card)})
     refused(tmp_path, "0", r"experts/seed/model\.safetensors: made from another tokenizer")

@@ -160,17 +160,21 @@ def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
     return {**flops, "forward_per_token": cards["seed"]["flops_per_token"] / 3}
 
 
-def check_data(cards: Cards, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
-    """Raise ValueError unless each expert on a cluster was trained on that cluster of these manifests.
+def check_data(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
+    """Raise ValueError unless each expert on a cluster was trained on that cluster of these manifests, and
+    the distances are to the centres of these clusters.
 
     `paths` are those of the cards, in any order.
     """
-    manifests = {}
+    manifests, routed = {}, found.distances["made_from"]
     for path in clusters:
         manifest = artifact.read_sealed(path, "assignments")
-        manifests["clusters" if "clusterer" in manifest["made_from"] else "random"] = path, manifest
+        is_random = "clusterer" not in manifest["made_from"]
+        for name in ["held_out"] if is_random else ["held_out", "clusterer"]:
+            artifact.check_made_from(path, manifest, name, routed[name])
+        manifests["random" if is_random else "clusters"] = path, manifest
     by_name = {path.parent.name: path for path in paths}
-    for name, card in cards.items():
+    for name, card in found.cards.items():
         data, group = plans.data_of(name)
         if data == "corpus":
             continue
@@ -222,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
     expected = scored.Expected(cfg.outdir, experts, k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
-    check_data(found.cards, args.experts, args.clusters)
+    check_data(found, args.experts, args.clusters)
     metrics = evaluate(cfg, found.scored, found.cards)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:

@@ -19,6 +19,7 @@ from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import heldout, shard_files, token_files
 from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import expert_folder, training_log
+from resealed import change_json
 
 VOCAB_SIZE, SEQ_LEN = 300, 32
 LLAMA = {
@@ -203,12 +204,6 @@ def write_validation(outdir: Path) -> None:
     labels = [np.arange(len(d)) % 2 for d in found]
     origin = artifact.read_sealed(out, "assignments")["made_from"]
     change_json(out, identity_validation=heldout.write_validation(out, found, labels, 2, origin))
-
-
-def change_json(path: Path, **keys: Any) -> None:
-    """Write a JSON artifact again with some keys replaced, and a seal that fits."""
-    content = json.loads(path.read_text())
-    artifact.write_sealed(path, {**{key: value for key, value in content.items() if key != "seal"}, **keys})
 
 
 def write_empty_cluster(outdir: Path) -> Path:

@@ -30,7 +30,7 @@ def test_a_new_router_goes_from_the_config_to_the_report(tmp_path: Path):
     route = {**QUICK["route"], "routers": ["paper", "toy"], "beta": [0.5, 2.0]}
     cfg = make_config(outdir=str(tmp_path), cluster={"k": 3}, route=route, eval={"bootstrap": 50})
     files = make(tmp_path, cfg)
-    arguments = make_report_inputs(tmp_path, cfg, files)
+    arguments = make_report_inputs(files)
 
     metrics = evaluate(files)
     rows = [row for row in metrics["systems"] if row["router"] == "toy"]

@@ -7,7 +7,8 @@ import pytest
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.mixture import verdict
-from made_run import QUICK, Files, change_npz, evaluate, make, make_config
+from made_run import QUICK, Files, evaluate, make, make_config
+from resealed import change_npz
 
 
 @pytest.fixture

@@ -61,7 +61,10 @@ def test_no_flipped_bit_and_no_cut_of_any_file_goes_unnoticed(weights, name):
     path = weights.parent / name
     n_refused = 0
     for content in damaged.versions(path.read_bytes(), N_DAMAGES):
-        with damaged.replaced(path, content), pytest.raises(ValueError, match="Make it again|Check the path"):
+        with (
+            damaged.replaced(path, content),
+            pytest.raises(ValueError, match=rf"Make it again: .*{weights}$|Check the path"),
+        ):
             expert_folder.read_card(weights)
         n_refused += 1
     assert n_refused == N_DAMAGES

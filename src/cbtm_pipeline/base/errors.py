@@ -10,4 +10,12 @@ def first_sentence(error: BaseException) -> str:
 
 def make_again(path: str | Path) -> str:
     """The advice for a file that does not belong to this run."""
-    return f"Make it again: snakemake --cores 2 --force {path}"
+    return f"Make it again: snakemake --cores 2 --force {output_of(path)}"
+
+
+def output_of(path: str | Path) -> Path:
+    """The output of the workflow that a file comes with: a record, with a tokenizer or a model beside it."""
+    path = Path(path)
+    if path.name not in ("card.json", "files.json"):
+        return path
+    return path.with_name("tokenizer.json" if path.parent.name == "tokenizer" else "model.safetensors")

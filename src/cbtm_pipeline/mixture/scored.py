@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.errors import make_again, output_of
 
 LOWEST = -700.0  # nats; below it the perplexity could overflow, and no trained model comes near it
 
@@ -139,7 +139,7 @@ def _by_expert(metas: dict[Path, Meta], names: list[str], template: str) -> dict
             path = template.format(name)
             raise ValueError(
                 f"{path}: not given. Expected one file each for {', '.join(names)}. "
-                f"Make it: snakemake --cores 2 {path}"
+                f"Make it: snakemake --cores 2 {output_of(path)}"
             )
     return found
 
