@@ -270,6 +270,37 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
             parts(path)
 
 
+def checksummed(path: Path, checksums: bool, **options: Any) -> bytes:
+    """Write a Parquet file with `needle` in its text and `pin` in its ids; returns its bytes."""
+    table = pa.table(
+        {"text": ["hay"] * 500 + ["needle"] + ["hay"] * 500, "id": [f"pin {i}" for i in range(1001)]}
+    )
+    pq.write_table(
+        table, path, write_page_checksum=checksums, compression="none", row_group_size=300, **options
+    )
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("options", [{"use_dictionary": False}, {}, {"data_page_version": "2.0"}])
+@pytest.mark.parametrize("word", [b"needle", b"pin 7"])
+def test_parquet_page_that_does_not_fit_its_checksum_is_refused(
+    tmp_path: Path, options: dict[str, Any], word: bytes
+) -> None:
+    """Valid Parquet, one letter of which is another than was written."""
+    path = tmp_path / "a.parquet"
+    whole = checksummed(path, True, **options)
+    assert len(rows_of(parts(path))) == 1001
+    path.write_bytes(whole.replace(word, word[:-1] + b"x"))
+    with pytest.raises(ValueError, match=r"a\.parquet: unreadable .*CRC.* Expected Parquet\. Mend the file"):
+        parts(path)
+
+
+def test_parquet_pages_without_checksums_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(checksummed(path, False, use_dictionary=False).replace(b"needle", b"needlx"))
+    assert rows_of(parts(path))[500] == {"text": "needlx", "id": "pin 500"}
+
+
 def test_blocks_hold_whole_records_of_several_files(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:03d}.txt").write_bytes(b"x" * (1000 if i == 50 else 10))

@@ -41,10 +41,10 @@ def test_new_format_is_one_entry_and_its_functions(tmp_path: Path, tsv: None) ->
     (tmp_path / "in/notes.md").write_text("no corpus file")
     tokenizer_json = made_texts.make_tokenizer(tmp_path)
     plan = made_texts.shard_plan(train=[str(tmp_path / "in")], eval_fraction=0.3, max_bad_share=0.1)
-    shard.make(plan, tokenizer_json, tmp_path / "s/manifest.json", 1, None)
+    shard.make(plan, tokenizer_json, tmp_path / "s/manifest.json", 1, None, tmp_path / "seen.json")
 
     found: dict[str, str] = {}
-    for entry in artifact.read_json(tmp_path / "s/manifest.json", "shards")["shards"]:
+    for entry in artifact.read_sealed(tmp_path / "s/manifest.json", "shards")["shards"]:
         table = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", columns=["doc_id", "text"])
         found |= {row["doc_id"]: row["text"] for row in table.to_pylist()}
     assert found == {row["id"]: row["text"] for row in rows} | {"7": "caf"}

@@ -36,9 +36,9 @@ def test_one_document_cannot_be_split(ids: list[str]) -> None:
 @pytest.mark.parametrize("cut", [None, 7])
 def test_documents_of_all_shards_in_order_and_cut(tmp_path: Path, cut: int | None) -> None:
     shards = made_corpus.write(tmp_path, [5], [4, 0, 3])
-    found = list(heldout.documents(shards.parent, artifact.read_json(shards), cut))
+    found = list(heldout.documents(shards.parent, artifact.read_sealed(shards, "shards"), cut))
     assert [name for name, _ in found] == ["eval-00000"] * 4 + ["eval-00002"] * 3
-    groups = [token_files.read(shards.with_name(f"eval-{i:05d}.arrow"), 0) for i in range(3)]
+    groups = [token_files.read_unverified(shards.with_name(f"eval-{i:05d}.arrow"), 0) for i in range(3)]
     joined = token_files.join(groups)
     for i, (_, document) in enumerate(found):
         whole = joined.values[joined.offsets[i] : joined.offsets[i + 1]]
@@ -49,14 +49,14 @@ def test_documents_of_all_shards_in_order_and_cut(tmp_path: Path, cut: int | Non
 def test_nothing_held_out(tmp_path: Path) -> None:
     shards = made_corpus.write(tmp_path, [5], [0])
     with pytest.raises(ValueError, match=r"manifest.json: no held-out documents. Expected at least one"):
-        next(heldout.documents(shards.parent, artifact.read_json(shards), None))
+        next(heldout.documents(shards.parent, artifact.read_sealed(shards, "shards"), None))
 
 
 def test_validation_documents_are_limited_and_lie_among_those_of_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = made_corpus.write(tmp_path, [5], [30, 0, 20])
-    manifest = artifact.read_json(shards)
+    manifest = artifact.read_sealed(shards, "shards")
     entries = shard_files.entries(shards, manifest, "eval")
     ids = [
         doc_id
@@ -81,4 +81,33 @@ def test_validation_documents_are_limited_and_lie_among_those_of_calibration(
 
 def test_one_held_out_document_validates_nothing(tmp_path: Path) -> None:
     shards = made_corpus.write(tmp_path, [5], [1])
-    assert heldout.select_validation(shards, artifact.read_json(shards), 0.9, 0) == []
+    assert heldout.select_validation(shards, artifact.read_sealed(shards, "shards"), 0.9, 0) == []
+
+
+def test_held_out_text_that_was_changed_validates_nothing_and_is_not_scored(tmp_path: Path) -> None:
+    shards = made_corpus.write(tmp_path, [5], [30])
+    manifest = artifact.read_sealed(shards, "shards")
+    selection = heldout.select_validation(shards, manifest, 0.5, 0)
+    made_corpus.write(tmp_path / "other", [5], [30], rng_seed=1)
+    for suffix in (".arrow", ".parquet"):
+        name = f"eval-00000{suffix}"
+        shards.with_name(name).write_bytes((tmp_path / "other/shards" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"eval-00000\.arrow: group 0 is not the one"):
+        heldout.read_validation(shards, selection)
+    with pytest.raises(ValueError, match=r"eval-00000\.arrow: group 0 is not the one"):
+        next(heldout.documents(shards.parent, manifest, None))
+
+
+def test_validation_documents_are_written_in_a_group_for_each_cluster(tmp_path: Path) -> None:
+    shards = made_corpus.write(tmp_path, [5], [30, 20])
+    manifest = artifact.read_sealed(shards, "shards")
+    documents = heldout.read_validation(shards, heldout.select_validation(shards, manifest, 0.5, 0))
+    labels = [np.arange(len(part)) % 2 for part in documents]
+    out = tmp_path / "assignments/manifest.json"
+    identities = heldout.write_validation(out, documents, labels, 3, {"shards": "1"})
+    joined, clusters = token_files.join(documents), np.concatenate(labels)
+    for j, identity in enumerate(identities):
+        expected = joined.take(np.flatnonzero(clusters == j))
+        found = token_files.read(out.with_name(heldout.VALIDATION_FILE), j, identity)
+        assert found.identity == identity == expected.identity
+    assert len(identities) == 3 and len(expected) == 0, "the last cluster has none"
