@@ -1,6 +1,7 @@
 import gzip
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -15,10 +16,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import made_corpus
 import made_texts
 from cbtm_pipeline import shard
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import encoding, shard_block, token_files
+from cbtm_pipeline.corpus import encoding, shard_block, shard_files, token_files
+from cbtm_pipeline.corpus import content as corpus_content
 from cbtm_pipeline.corpus import rows as corpus_rows
 
 
@@ -32,7 +35,7 @@ class Result:
 
     def __init__(self, folder: Path, tokenizer_json: Path):
         self.folder = folder
-        self.manifest = artifact.read_json(folder / "manifest.json", "shards")
+        self.manifest = artifact.read_sealed(folder / "manifest.json", "shards")
         self.quarantine = [
             json.loads(line) for line in (folder / "quarantine.jsonl").read_text("utf-8").splitlines()
         ]
@@ -44,12 +47,14 @@ class Result:
             table = pq.read_table(folder / f"{entry['name']}.parquet")
             assert table.schema.equals(shard_block.SCHEMA, check_metadata=False)
             arrow = folder / f"{entry['name']}.arrow"
-            documents = token_files.read(arrow, 0)
-            assert token_files.read_meta(arrow)["made_from"] == self.manifest["made_from"]
+            documents = token_files.read_unverified(arrow, 0)
             assert entry["n_documents"] == len(table) == len(documents) > 0
             assert entry["n_tokens"] == documents.n_tokens.sum() == sum(table["n_tokens"].to_pylist())
             assert entry["n_bytes"] == sum(table["n_bytes"].to_pylist())
-            assert entry["identity_tokens"] == artifact.identity(arrow)
+            assert entry["identity_groups"] == [documents.identity]
+            assert entry["identity_columns"] == {
+                name: made_corpus.column_identity(table[name]) for name in shard_block.SCHEMA.names
+            }
             assert documents.n_tokens.tolist() == table["n_tokens"].to_pylist()
             for i, row in enumerate(table.to_pylist()):
                 assert len(row["text"].encode()) == row["n_bytes"]
@@ -61,6 +66,7 @@ class Result:
                 self.ids[row["doc_id"]] = stored[1:]
         names = {entry["name"] for entry in self.manifest["shards"]}
         files = {f"{name}{suffix}" for name in names for suffix in (".parquet", ".arrow")}
+        assert set(self.manifest["files"]) == files | {"quarantine.jsonl"}
         assert {path.name for path in folder.iterdir()} == files | {"manifest.json", "quarantine.jsonl"}
         assert self.manifest["n_quarantined"] == len(self.quarantine)
         assert not self.train.keys() & self.eval.keys()
@@ -80,7 +86,8 @@ class Result:
 def make(tokenizer_json: Path, out: Path, *train: Path, workers: int = 1, **corpus: Any) -> Result:
     """Run the rule on files; eval_fraction defaults to a half, and any share of the rows may be bad."""
     corpus = {"train": [str(path) for path in train], "eval_fraction": 0.5, "max_bad_share": 1.0, **corpus}
-    shard.make(made_texts.shard_plan(**corpus), tokenizer_json, out / "manifest.json", workers, None)
+    plan, seen = made_texts.shard_plan(**corpus), out.with_name(".corpus.json")
+    shard.make(plan, tokenizer_json, out / "manifest.json", workers, None, seen)
     return Result(out, tokenizer_json)
 
 
@@ -208,8 +215,8 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, tokenizer_json: P
         "a.json.gz": gzip.compress(array),
         "a.json.zst": zstandard.compress(array),
     }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     first = None
     for i, name in enumerate([*contents, "a.parquet"]):
@@ -294,10 +301,109 @@ def test_demo_file_stands_for_the_built_in_corpus(tmp_path: Path, tokenizer_json
     demo = made_texts.write_jsonl(tmp_path / "demo.jsonl", made_texts.rows(100))
     how = made_texts.shard_plan()
     assert how.train == ("builtin:demo",)
-    shard.make(how, tokenizer_json, tmp_path / "s/manifest.json", 1, demo)
+    shard.make(how, tokenizer_json, tmp_path / "s/manifest.json", 1, demo, tmp_path / "seen.json")
     assert len(Result(tmp_path / "s", tokenizer_json).all) == 100
     with pytest.raises(ValueError, match="--demo"):
-        shard.make(how, tokenizer_json, tmp_path / "s/manifest.json", 1, None)
+        shard.make(how, tokenizer_json, tmp_path / "s/manifest.json", 1, None, tmp_path / "seen.json")
+
+
+# what identifies it
+
+
+def test_manifest_says_what_made_it(tmp_path: Path, tokenizer_json: Path) -> None:
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(40))
+    manifest = make(tokenizer_json, tmp_path / "s", corpus).manifest
+    plan = made_texts.shard_plan(train=[str(corpus)], eval_fraction=0.5, max_bad_share=1.0)
+    assert manifest["made_with"] == plan.content() and not {"train", "eval"} & manifest["made_with"].keys()
+    seen = tmp_path / "seen.json"
+    assert manifest["made_from"] == {
+        "tokenizer": artifact.identity(tokenizer_json),
+        "corpus": corpus_content.of_corpus([str(corpus)], None, None, seen),
+    }
+    assert (tmp_path / ".corpus.json").exists() and seen.exists()
+    assert str(tmp_path) not in json.dumps(manifest), "the folder of the corpus plays no part"
+
+
+def test_copy_of_the_corpus_gives_the_same_bytes(tmp_path: Path, tokenizer_json: Path) -> None:
+    manifests = []
+    for folder in ("one", "another/place"):
+        corpus = made_texts.write_jsonl(tmp_path / folder / "a.jsonl", made_texts.rows(40))
+        make(tokenizer_json, tmp_path / folder / "s", corpus)
+        manifests.append((tmp_path / folder / "s/manifest.json").read_bytes())
+    assert manifests[0] == manifests[1]
+
+
+IDENTITIES = ("identity_train", "identity_eval")
+
+
+def make_held_out(
+    tmp_path: Path, tokenizer_json: Path, held_out: list[dict[str, Any]], **corpus: Any
+) -> Result:
+    """Shards of 60 training documents and of these held-out documents."""
+    train = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(60))
+    path = made_texts.write_jsonl(tmp_path / "b.jsonl", held_out)
+    return make(tokenizer_json, tmp_path / "s", train, eval=[str(path)], shard_bytes=4096, **corpus)
+
+
+def test_new_held_out_text_leaves_the_training_text_as_it_was(tmp_path: Path, tokenizer_json: Path) -> None:
+    few, more = (
+        make_held_out(tmp_path, tokenizer_json, made_texts.rows(n, rng_seed=1)).manifest for n in (20, 50)
+    )
+    assert few["identity_train"] == more["identity_train"] and few["identity_eval"] != more["identity_eval"]
+    assert few["made_from"]["corpus"] != more["made_from"]["corpus"] and few["seal"] != more["seal"]
+
+
+@pytest.mark.parametrize("taken", ["text", "id"])
+def test_held_out_text_that_takes_a_training_document_away_changes_the_training_text(
+    tmp_path: Path, tokenizer_json: Path, taken: str
+) -> None:
+    """A training document with the text or the id of a held-out document goes to the quarantine."""
+    held_out = made_texts.rows(20, rng_seed=1)
+    before = make_held_out(tmp_path, tokenizer_json, held_out)
+    held_out[3][taken] = made_texts.rows(60)[30][taken]
+    after = make_held_out(tmp_path, tokenizer_json, held_out)
+    assert before.train.keys() - after.train.keys() == {"0-30"}
+    assert before.manifest["identity_train"] != after.manifest["identity_train"]
+
+
+def test_changed_training_text_leaves_the_held_out_text_as_it_was(
+    tmp_path: Path, tokenizer_json: Path
+) -> None:
+    held_out = made_texts.write_jsonl(tmp_path / "b.jsonl", made_texts.rows(20, rng_seed=1))
+    found = []
+    for i, rows in enumerate([made_texts.rows(60), made_texts.rows(61), made_texts.rows(60)[::-1]]):
+        train = made_texts.write_jsonl(tmp_path / "a.jsonl", rows)
+        found.append(make(tokenizer_json, tmp_path / f"s{i}", train, eval=[str(held_out)]).manifest)
+    assert len({manifest["identity_train"] for manifest in found}) == 3
+    assert len({manifest["identity_eval"] for manifest in found}) == 1
+
+
+def test_ids_of_documents_are_part_of_their_identity(tmp_path: Path, tokenizer_json: Path) -> None:
+    found = []
+    for i, key in enumerate(("id", "key")):
+        rows = [{key: row["id"], "text": row["text"]} for row in made_texts.rows(60)]
+        corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", rows)
+        found.append(make(tokenizer_json, tmp_path / f"s{i}", corpus))
+    assert list(found[0].train.values()) == list(found[1].train.values())
+    assert found[0].train.keys() != found[1].train.keys()
+    for name in IDENTITIES:
+        assert found[0].manifest[name] != found[1].manifest[name]
+
+
+def test_another_tokenizer_changes_all_identities(tmp_path: Path, tokenizer_json: Path) -> None:
+    """Also one that gives the same tokens, because later rules decode them."""
+    shutil.copytree(tokenizer_json.parent, tmp_path / "t")
+    other = tmp_path / "t/tokenizer.json"
+    other.write_text(other.read_text() + "\n")
+    card = artifact.read_sealed(tmp_path / "t/card.json", "tokenizer")
+    del card["seal"]
+    card["files"]["tokenizer.json"] = artifact.identity(other)
+    artifact.write_sealed(tmp_path / "t/card.json", card)
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(60))
+    one, two = (make(path, tmp_path / f"s{path.parent.name}", corpus) for path in (tokenizer_json, other))
+    assert one.ids == two.ids
+    for name in IDENTITIES:
+        assert one.manifest[name] != two.manifest[name]
 
 
 # what is left out
@@ -396,7 +502,7 @@ def test_single_long_document(tmp_path: Path, tokenizer_json: Path) -> None:
     assert done.returncode == 0, done.stderr
     (entry,) = [
         e
-        for e in artifact.read_json(tmp_path / "s/manifest.json", "shards")["shards"]
+        for e in artifact.read_sealed(tmp_path / "s/manifest.json", "shards")["shards"]
         if e["n_bytes"] > 40_000_000
     ]
     ids = pq.read_table(tmp_path / f"s/{entry['name']}.parquet", columns=["doc_id"])["doc_id"].to_pylist()
@@ -404,7 +510,7 @@ def test_single_long_document(tmp_path: Path, tokenizer_json: Path) -> None:
         "text"
     ].to_pylist()
     assert stored == text
-    documents, row = token_files.read(tmp_path / f"s/{entry['name']}.arrow", 0), ids.index("long")
+    documents, row = shard_files.documents(tmp_path / "s", entry), ids.index("long")
     expected = encoding.TokenEncoder(tokenizer_json).encode(text.encode(), fast=True)
     assert np.array_equal(documents.values[documents.offsets[row] + 1 : documents.offsets[row + 1]], expected)
 
@@ -420,9 +526,9 @@ def test_document_without_tokens(tmp_path: Path) -> None:
         "separator_id": 0,
         "vocab_size": 2,
         "source": "test",
-        "identity": artifact.identity(tmp_path / "tokenizer.json"),
+        "files": {"tokenizer.json": artifact.identity(tmp_path / "tokenizer.json")},
     }
-    artifact.write_json(tmp_path / "card.json", artifact.make_meta("tokenizer", {}, **about))
+    artifact.write_sealed(tmp_path / "card.json", artifact.make_meta("tokenizer", {}, **about))
     corpus = made_texts.write_jsonl(
         tmp_path / "a.jsonl", [{"text": "a " * (i + 1)} for i in range(10)] + [{"text": "\u200b"}]
     )
@@ -516,6 +622,46 @@ def test_column_of_numbers_and_missing_column(tmp_path: Path, tokenizer_json: Pa
         tmp_path / "a.parquet",
         text_field="words",
     )
+
+
+def test_parquet_file_with_a_wrong_page_is_one_line(tmp_path: Path, tokenizer_json: Path) -> None:
+    """Its checksum says so. Without it, the wrong text would be trained on."""
+    rows, path = made_texts.rows(60), tmp_path / "a.parquet"
+    pq.write_table(
+        pa.Table.from_pylist(rows), path, write_page_checksum=True, compression="none", use_dictionary=False
+    )
+    path.write_bytes(path.read_bytes().replace(b"Document 0-33:", b"Document 0-3x:"))
+    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(path)]})
+    done = made_texts.run(
+        "shard", "--config", cfg, "--tokenizer", tokenizer_json, "--out", tmp_path / "s/manifest.json"
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"{path}: unreadable" in line and "CRC" in line and "Mend the file or leave it out." in line
+    assert not (tmp_path / "s/manifest.json").exists()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_shard_that_is_damaged_before_it_is_written_again_is_refused(
+    tmp_path: Path, tokenizer_json: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are read once more to take documents out whose id came before."""
+    rows = made_texts.rows(60)
+    rows[50]["id"] = rows[3]["id"]
+    drop = shard_block.drop
+
+    def damage_and_drop(setup: shard_block.Setup, work: tuple[dict[str, Any], np.ndarray]) -> object:
+        path = setup.folder / f"{work[0]['name']}{suffix}"
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        return drop(setup, work)
+
+    monkeypatch.setattr(shard_block, "drop", damage_and_drop)
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises((ValueError, OSError), match=rf"train-00000\{suffix}"):
+        make(tokenizer_json, tmp_path / "s", corpus, eval_fraction=0.01)
+    assert not (tmp_path / "s/manifest.json").exists()
 
 
 def test_unreadable_files(tmp_path: Path, tokenizer_json: Path) -> None:
@@ -633,7 +779,8 @@ def test_killed_run_starts_again(tmp_path: Path, tokenizer_json: Path) -> None:
     assert not (tmp_path / "s/manifest.json").exists()
     assert made_texts.run("shard", *args).returncode == 0
     again = Result(tmp_path / "s", tokenizer_json)
-    fresh = make(tokenizer_json, tmp_path / "fresh", corpus, shard_bytes=4096, eval_fraction=0.2)
+    how = {"shard_bytes": 4096, "eval_fraction": 0.2, "max_bad_share": 0.05}
+    fresh = make(tokenizer_json, tmp_path / "fresh", corpus, **how)
     assert again.manifest == fresh.manifest
 
 
