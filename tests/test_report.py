@@ -1,5 +1,6 @@
 """The report as a page: well-formed, self-contained, escaped, complete."""
 
+import contextlib
 import json
 import math
 import re
@@ -10,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cbtm_pipeline import report
+import damaged
+from cbtm_pipeline import config, plan, report
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.html import page
 from cbtm_pipeline.mixture import verdict
-from made_run import QUICK, change_json, evaluate, make, make_config, make_report_inputs, render
+from cbtm_pipeline.provenance import records
+from made_run import QUICK, evaluate, make, make_config, make_report_inputs, render
 from parsed_page import Page
+from resealed import change_json
 
 SECTIONS = ["Systems", "Routers", "Clusters", "Experts and clusters", "Training", "Compute", "The run"]
 
@@ -27,12 +31,14 @@ class Made(NamedTuple):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        return json.loads((self.folder / "eval/metrics.json").read_text())
+        """The metrics without their seal."""
+        content = json.loads((self.folder / "eval/metrics.json").read_text())
+        return {key: value for key, value in content.items() if key != "seal"}
 
 
 def make_run(folder: Path, cfg: Config) -> Made:
     files = make(folder, cfg)
-    arguments = make_report_inputs(folder, cfg, files)
+    arguments = make_report_inputs(files)
     evaluate(files)
     return Made(folder, arguments)
 
@@ -89,7 +95,7 @@ def test_the_claim_has_its_controls_beside_it_and_says_who_wins(made: Made):
 
     for row in (metrics := made.metrics)["systems"]:
         row["ci95"] = [1.1, 1.2]
-    artifact.write_json(made.folder / "eval/metrics.json", metrics)
+    artifact.write_sealed(made.folder / "eval/metrics.json", metrics)
     assert "Dense wins." in Page(render(made.arguments)).text
 
 
@@ -111,9 +117,6 @@ def test_the_run_is_described(made: Made):
     ):
         at = parsed.cells.index(cells[0])
         assert parsed.cells[at : at + len(cells)] == cells
-    assert (
-        "train.lr" in parsed.cells and "cluster.k" in parsed.cells and "run.log_seconds" not in parsed.cells
-    )
     assert str(made.folder) not in parsed.text
 
 
@@ -151,56 +154,232 @@ def test_an_empty_cluster_has_a_dash(made: Made):
     metrics["matrix"]["dense"][1] = None
     for line in metrics["matrix"]["perplexity"]:
         line[1] = None
-    artifact.write_json(made.folder / "eval/metrics.json", metrics)
+    artifact.write_sealed(made.folder / "eval/metrics.json", metrics)
     cells = Page(render(made.arguments)).cells
     at = cells.index("expert 0")
     assert cells[at + 2] == "–" and cells[at + 3] == page.decimals(metrics["matrix"]["perplexity"][0][2])
 
 
+# --- plans -------------------------------------------------------------------------------------------------
+
+
+def plans_of(parsed: Page) -> dict[tuple[str, str], Any]:
+    """The plans on a page: value by step and key."""
+    cells = parsed.cells[parsed.cells.index("step") :]
+    rows = [cells[i : i + 3] for i in range(3, len(cells), 3)]
+    return {(step, key): json.loads(value) for step, key, value in rows}
+
+
+def test_the_page_shows_the_plan_of_every_step(made: Made):
+    cfg = config.read(made.folder / "config.json")
+    found = plans_of(Page(render(made.arguments)))
+    steps = {step for step, _ in found}
+    assert steps == {
+        *("shard", "fit_kmeans", "assign", "route", "score_expert", "eval_ensemble", "train_expert"),
+        *(f"train_expert {name}" for name in plan.trained(cfg)),
+    }
+    for step in steps - {"shard"}:
+        rule, _, expert = step.partition(" ")
+        shown = {key: value for (name, key), value in found.items() if name == step}
+        if rule != "train_expert":
+            assert shown == plan.content(cfg, rule)
+        elif expert:
+            shared = {key: value for (name, key), value in found.items() if name == "train_expert"}
+            assert not shown.keys() & shared.keys()
+            assert shown | shared == plan.content(cfg, rule, expert)
+    assert found["train_expert", "lr"] == cfg.train.lr and ("train_expert 0", "lr") not in found
+    assert found["train_expert 1", "group"] == 1
+
+
+def test_the_page_shows_the_plans_of_the_records_whatever_the_config_says(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+):
+    first = render(made.arguments)
+    changed = make_config(cluster={"k": 3, "balance": "documents"}, train={"lr": 0.5}, eval={"stride": 7})
+    config.write(changed, made.folder / "config.json")
+    config.write(changed, made.folder / "config.yaml")
+    monkeypatch.chdir(made.folder)
+    assert render(made.arguments) == first
+    assert plans_of(Page(first))["train_expert", "lr"] != 0.5
+
+
+def test_another_plan_of_a_training_makes_another_page(made: Made):
+    """More validations give the same weights, so all scores are what they were. The page is another one."""
+    report_html = made.folder / "report.html"
+    render(made.arguments)
+    before = records.read_page(report_html)
+    card = made.folder / "experts/1/card.json"
+    change_json(card, made_with={**json.loads(card.read_text())["made_with"], "validations": 77})
+    found = plans_of(Page(render(made.arguments)))
+    assert found["train_expert 1", "validations"] == 77
+    after = records.read_page(report_html)
+    assert {key for key in after["made_from"] if after["made_from"][key] != before["made_from"][key]} == {
+        "plans"
+    }
+
+
+# --- the record of the page --------------------------------------------------------------------------------
+
+
+def test_the_page_has_its_record(made: Made):
+    text = render(made.arguments)
+    record = records.read_page(made.folder / "report.html")
+    seals = {
+        name: artifact.read_sealed(made.folder / path, kind)["seal"]
+        for name, path, kind in (
+            ("metrics", "eval/metrics.json", "metrics"),
+            ("top_terms", "cluster/top_terms.json", "top_terms"),
+            ("assignments", "assignments/manifest.json", "assignments"),
+            ("shards", "shards/manifest.json", "shards"),
+        )
+    }
+    assert {key: record["made_from"][key] for key in seals} == seals
+    assert (record["kind"], record["made_with"]) == ("report", {})
+    (element,) = [attributes for tag, attributes in Page(text).tags if attributes.get("name") == "cbtm"]
+    assert json.loads(str(element["content"])) == record
+
+
+def test_no_flipped_bit_of_a_page_goes_unnoticed(tmp_path: Path):
+    record = artifact.make_meta("report", {"metrics": "3" * 32, "plans": "a" * 32}, {})
+    path = tmp_path / "report.html"
+    path.write_text(
+        records.with_record('<html><head><title>k = "3" ü</title></head><p>&amp;</p></html>', record)
+    )
+    assert records.read_page(path) == {**record, "seal": records.read_page(path)["seal"]}
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        path.write_bytes(damaged.flipped(content, bit // 8, bit % 8))
+        with pytest.raises(ValueError, match=r"report\.html: .*Make it again"):
+            records.read_page(path)
+    for n in range(len(content)):
+        path.write_bytes(content[:n])
+        with pytest.raises(ValueError, match=r"report\.html: .*Make it again"):
+            records.read_page(path)
+
+
+def test_a_page_with_a_changed_number_is_noticed(made: Made):
+    text = render(made.arguments)
+    path = made.folder / "report.html"
+    number = str(page.decimals(made.metrics["systems"][0]["perplexity"]))
+    path.write_text(text.replace(number, "1.00", 1))
+    with pytest.raises(ValueError, match="changed since it was written"):
+        records.read_page(path)
+    for content in damaged.versions(text.encode(), 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"report\.html: "):
+            records.read_page(path)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+OTHER = "0" * 32
+
+
+def origin(made: Made, path: str, **changes: str) -> None:
+    """An artifact was made from something else."""
+    found = json.loads((made.folder / path).read_text())["made_from"]
+    change_json(made.folder / path, made_from={**found, **changes})
+
+
 REFUSED = {
     "other terms": (
-        "cluster/top_terms.json",
-        {"made_from": {"clusterer": "0"}},
+        lambda made: origin(made, "cluster/top_terms.json", clusterer=OTHER),
         "top_terms.json: made from another clusterer",
     ),
-    "other shards": (
-        "shards/manifest.json",
-        {"n_quarantined": 3},
+    "other training text": (
+        lambda made: change_json(made.folder / "shards/manifest.json", identity_train=OTHER),
         "assignments/manifest.json: made from another shards",
     ),
-    "other assignments": (
-        "assignments/manifest.json",
-        {"k": 4},
-        "experts/0/card.json: made from another assignments",
+    "other held-out text": (
+        lambda made: change_json(made.folder / "shards/manifest.json", identity_eval=OTHER),
+        "assignments/manifest.json: made from another held_out",
     ),
-    "retrained": ("experts/1/card.json", {"weights": "0"}, "experts/1/card.json: not the 1 of"),
-    "not metrics": ("eval/metrics.json", {"kind": "scores"}, "metrics.json: scores. Expected metrics."),
+    "experts of another clustering": (
+        lambda made: change_json(made.folder / "assignments/manifest.json", identity_groups=[OTHER] * 3),
+        "experts/0/card.json: made from another tokens",
+    ),
+    "dense of another text": (
+        lambda made: origin(made, "experts/dense/card.json", tokens=OTHER),
+        "experts/dense/card.json: made from another tokens",
+    ),
+    "retrained": (
+        lambda made: change_json(made.folder / "experts/1/card.json", weights=OTHER),
+        "experts/1/card.json: not the 1 of",
+    ),
+    "not metrics": (
+        lambda made: change_json(made.folder / "eval/metrics.json", kind="scores"),
+        "metrics.json: scores. Expected metrics.",
+    ),
+    "files of another expert": (
+        lambda made: origin(made, "experts/1/files.json", expert=OTHER),
+        "experts/1/files.json: made from another expert",
+    ),
+    "a changed log": (
+        lambda made: (made.folder / "experts/2/metrics.jsonl").write_text('{"n_tokens": 1, "loss": 2}\n'),
+        "experts/2/metrics.jsonl: another file than it was",
+    ),
+    "no record": (
+        lambda made: made.arguments.extend(["--records", str(made.folder / "eval/table.txt")]),
+        "eval/table.txt: no record of a rule. Expected one of tokenizer/card.json",
+    ),
 }
+
+
+def refusal(made: Made, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of the error. Nothing may have been written."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        render(made.arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert not (made.folder / "report.html").exists()
+    return line
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_of_one_run_is_refused_in_one_line(
     case: str, made: Made, capsys: pytest.CaptureFixture[str]
 ):
-    path, change, expected = REFUSED[case]
-    change_json(made.folder / path, **change)
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        render(made.arguments)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert expected in line
-    assert not (made.folder / "report.html").exists()
+    change, expected = REFUSED[case]
+    change(made)
+    assert expected in refusal(made, capsys)
 
 
-def test_a_missing_or_damaged_log_is_refused(made: Made, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("eval/metrics.json", "cluster/top_terms.json", "assignments/manifest.json", "shards/manifest.json"),
+        *("experts/0/card.json", "experts/0/files.json", "experts/seed/metrics.jsonl"),
+    ],
+)
+def test_no_flipped_bit_and_no_cut_of_an_input_goes_unnoticed(
+    name: str, made: Made, capsys: pytest.CaptureFixture[str]
+):
+    path = made.folder / name
+    for content in damaged.versions(path.read_bytes(), 30):
+        with damaged.replaced(path, content):
+            assert str(path.parent) in refusal(made, capsys)
+
+
+@pytest.mark.parametrize("name", ["cluster/clusterer.npz", "route/distances.npz"])
+def test_damage_to_arrays_that_the_page_does_not_show_changes_no_plan(name: str, made: Made):
+    """Only the record is read, so damage elsewhere may go unnoticed here. But the page is the same."""
+    first, path = render(made.arguments), made.folder / name
+    for content in damaged.versions(path.read_bytes(), 100):
+        with damaged.replaced(path, content), contextlib.suppress(SystemExit):
+            assert render(made.arguments) == first
+
+
+def test_a_missing_log_is_refused(made: Made, capsys: pytest.CaptureFixture[str]):
     log = made.folder / "experts/2/metrics.jsonl"
-    with pytest.raises(SystemExit):
-        render([a for a in made.arguments if a != str(log)])
-    assert "--training: no log of 2." in capsys.readouterr().err
+    made.arguments.remove(str(log))
+    assert "--training: no log of 2." in refusal(made, capsys)
+
+
+def test_a_line_that_is_no_row_of_a_log_is_named(tmp_path: Path):
+    log = tmp_path / "metrics.jsonl"
     log.write_text('{"n_tokens": 1, "loss": 2}\n{"n_tok')
-    with pytest.raises(SystemExit):
-        render(made.arguments)
-    assert f"{log}: line 2 is not a row of a training log." in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not a row of a training log\."):
+        report.read_losses(log)
 
 
 @given(st.integers(0, 500), st.integers(1, 40))

@@ -62,30 +62,32 @@ def read(files: Files) -> Report:
     )
     clusters = artifact.read_sealed(files.assignments, "assignments")
     shards = artifact.read_sealed(files.shards, "shards")
-    artifact.check_made_from(files.assignments, clusters, "shards", shards["identity_train"])
+    for name, split in (("shards", "train"), ("held_out", "eval")):
+        artifact.check_made_from(files.assignments, clusters, name, shards[f"identity_{split}"])
     artifact.check_made_from(files.top_terms, terms, "clusterer", clusters["made_from"].get("clusterer", ""))
-    rules = [(path, records.rule_of(path)) for path in files.records]
-    others = [(path, rule, records.PLACES[rule].kind) for path, rule in rules]
-    plans = {
-        **{rule: artifact.read_record(path, kind)["made_with"] for path, rule, kind in others},
-        "shard": shards["made_with"],
-        "assign": clusters["made_with"],
-        "eval_ensemble": metrics["made_with"],
-    }
+    others: dict[str, dict[str, Any]] = {}
+    for path in files.records:
+        rule = records.rule_of(path)
+        others[rule] = artifact.read_record(path, records.PLACES[rule].kind)
     losses = {}
     for path in files.training:
         name, card, curve = _read_training(path, files.metrics, metrics)
-        if plan.data_of(name)[0] == "clusters":
-            tokens = made_from.tokens(plan.data_of(name)[1], clusters)
+        data, group = plan.data_of(name)
+        if data != "random":
+            tokens = made_from.tokens(group, clusters if data == "clusters" else shards)
             artifact.check_made_from(path.with_name("card.json"), card, "tokens", tokens)
         losses[name] = curve
-        plans[f"train_expert {name}"] = card["made_with"]
+        others[f"train_expert {name}"] = card
     if missing := [name for name in metrics["weights"] if name not in losses]:
         raise ValueError(
             f"--training: no log of {', '.join(missing)}. Expected the metrics.jsonl of every expert. "
             "Add it to the command line."
         )
-    identities = made_from.report(metrics, terms, clusters, shards)
+    identities = made_from.report(metrics, terms, clusters, shards, others)
+    shown = {**others, "shard": shards, "assign": clusters, "eval_ensemble": metrics}
+    order = list(records.PLACES)
+    jobs = sorted(shown, key=lambda job: (order.index(job.partition(" ")[0]), job))
+    plans = {job: shown[job]["made_with"] for job in jobs}
     return Report(metrics, terms["top_terms"], clusters, shards, losses, plans, identities)
 
 
@@ -168,7 +170,7 @@ def training_section(report: Report) -> Html:
     series = [charts.Series("seed", "grey", downsample(seed))] if seed else []
     for i, name in enumerate(report.metrics["matrix"]["experts"]):
         series.append(branch(name, "" if i else "experts", "c0", "thin"))
-    dense = [name for name in report.losses if name.startswith("dense")]
+    dense = sorted(name for name in report.losses if name.startswith("dense"))
     for name, colour in zip(dense, ("c1", "c3", "c2"), strict=False):
         series.append(branch(name, name, colour))
     values = sorted(loss for s in series for _, loss in s.points)

@@ -32,7 +32,8 @@ def replaced(path: Path, content: bytes | None) -> Iterator[None]:
     try:
         if content is not None:
             path.write_bytes(content)
-            os.utime(path, (next(_times),) * 2)
+            at = next(_times)
+            os.utime(path, (at, at))
         yield
     finally:
         aside.replace(path)

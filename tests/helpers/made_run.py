@@ -205,7 +205,7 @@ def make_report_inputs(files: Files) -> list[str]:
     return [
         *("--metrics", str(files.out), "--top-terms", str(top_terms)),
         *("--assignments", str(files.manifests["clusters"]), "--shards", str(files.manifests["corpus"])),
-        *("--records", str(files.clusterer), str(files.distances)),
+        *("--records", str(files.clusterer), str(files.distances), str(files.scores["seed"])),
         *("--training", *map(str, logs), "--out", str(files.out.parents[1] / "report.html")),
     ]
 

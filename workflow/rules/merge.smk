@@ -58,7 +58,10 @@ rule report:
     params:
         launch=launch("report"),
         logs=lambda wildcards, input: beside(input.experts, "metrics.jsonl"),
-        records=[f"{OUT}/{records.PLACES[rule].record}" for rule in ("tokenizer", "embed", "fit_kmeans", "route")],
+        records=[
+            f"{OUT}/{records.PLACES[rule].record.format(expert)}"
+            for rule, expert in records.SHOWN.items()
+        ],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
         " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --out {output:q} --log {log:q}"

@@ -101,7 +101,10 @@ def eval_ensemble(distances: Record, scores: Mapping[str, Record]) -> Identities
     return {"distances": distances["seal"], **{f"scores-{name}": r["seal"] for name, r in scores.items()}}
 
 
-def report(metrics: Record, top_terms: Record, assignments: Record, shards: Record) -> Identities:
-    """Of report.html."""
+def report(
+    metrics: Record, top_terms: Record, assignments: Record, shards: Record, others: Mapping[str, Record]
+) -> Identities:
+    """Of report.html. `others`: further records by job, whose plans the page shows."""
     named = {"metrics": metrics, "top_terms": top_terms, "assignments": assignments, "shards": shards}
-    return {name: record["seal"] for name, record in named.items()}
+    plans = {job: record["made_with"] for job, record in others.items()}
+    return {**{name: record["seal"] for name, record in named.items()}, "plans": artifact.fingerprint(plans)}

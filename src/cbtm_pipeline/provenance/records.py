@@ -38,6 +38,10 @@ PLACES = {  # by rule, in the order of the data
 }
 
 
+# Rules whose plans the report shows, too, besides those of its inputs. The plan is the same for all scores.
+SHOWN = {"tokenizer": None, "embed": None, "fit_kmeans": None, "route": None, "score_expert": "seed"}
+
+
 def rule_of(path: Path) -> str:
     """The rule whose record is at `path`. Raises ValueError if it is that of none."""
     for rule, place in PLACES.items():
@@ -79,8 +83,8 @@ def table(outdir: Path) -> str:
 
 
 def with_record(page: str, record: dict[str, Any]) -> str:
-    """An HTML page with its record in a `meta` element of its head. The seal covers the page without it."""
-    seal = artifact.hash_of(page.encode())
+    """An HTML page with its record in a `meta` element of its head. The seal covers both."""
+    seal = artifact.hash_of(f"{artifact.compact(record)}\n{page}".encode())
     content = html.escape(artifact.compact({**record, "seal": seal}))
     return page.replace("<head>", f'<head><meta name="cbtm" content="{content}">', 1)
 

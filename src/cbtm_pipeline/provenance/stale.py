@@ -171,7 +171,9 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
             return made_from.eval_ensemble(read("route"), scores)
         case "report":
             terms = records.read_top_terms(Path(cfg.outdir))
-            return made_from.report(read("eval_ensemble"), terms, read("assign"), read("shard"))
+            others = {rule: read(rule, expert) for rule, expert in records.SHOWN.items()}
+            others |= {f"train_expert {name}": read("train_expert", name) for name in plan.trained(cfg)}
+            return made_from.report(read("eval_ensemble"), terms, read("assign"), read("shard"), others)
     raise AssertionError(job)
 
 
