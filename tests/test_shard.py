@@ -20,8 +20,8 @@ import made_corpus
 import made_texts
 from cbtm_pipeline import shard
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import encoding, shard_block, shard_files, token_files
 from cbtm_pipeline.corpus import content as corpus_content
+from cbtm_pipeline.corpus import encoding, shard_block, shard_files, token_files
 from cbtm_pipeline.corpus import rows as corpus_rows
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import made_texts
 from cbtm_pipeline import tokenizer
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import encoding
+from cbtm_pipeline.corpus import content, encoding
 from cbtm_pipeline.corpus import rows as corpus_rows
 
 
@@ -82,7 +82,7 @@ def test_training_never_sees_held_out_text(tmp_path: Path) -> None:
     how = made_texts.tokenizer_plan(
         corpus={"train": [str(corpus)], "eval_fraction": 0.4}, tokenizer={"vocab_size": 4000}
     )
-    tokenizer.make(how, tmp_path / "t/tokenizer.json", None)
+    tokenizer.make(how, tmp_path / "t/tokenizer.json", None, tmp_path / "seen.json")
     encoder = encoding.TokenEncoder(tmp_path / "t/tokenizer.json")
     for text in texts:
         held_out = corpus_rows.uniform(corpus_rows.text_hash(text.encode())) < 0.4
@@ -94,8 +94,48 @@ def test_no_text_to_train_on(tmp_path: Path) -> None:
     corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", [{"body": "no text"}])
     how = made_texts.tokenizer_plan(corpus={"train": [str(corpus)]})
     with pytest.raises(ValueError, match="no text to train a tokenizer on"):
-        tokenizer.make(how, tmp_path / "t/tokenizer.json", None)
+        tokenizer.make(how, tmp_path / "t/tokenizer.json", None, tmp_path / "seen.json")
     assert list((tmp_path / "t").iterdir()) == []
+
+
+def card_of(tmp_path: Path, train: list[str], **corpus: Any) -> dict[str, Any]:
+    """The card of a tokenizer trained on these files."""
+    how = made_texts.tokenizer_plan(corpus={"train": train, **corpus}, tokenizer={"vocab_size": 300})
+    tokenizer.make(how, tmp_path / "t/tokenizer.json", None, tmp_path / "seen.json")
+    return encoding.read_card(tmp_path / "t/tokenizer.json")
+
+
+def test_card_says_what_made_the_tokenizer_and_names_its_files(tmp_path: Path) -> None:
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(50))
+    card = card_of(tmp_path, [str(corpus)])
+    how = made_texts.tokenizer_plan(corpus={"train": [str(corpus)]}, tokenizer={"vocab_size": 300})
+    assert card["made_with"] == how.content() and "train" not in card["made_with"]
+    seen = tmp_path / "seen.json"
+    assert card["made_from"] == {"corpus": content.of_training_text([str(corpus)], None, seen)}
+    assert seen.exists()
+    files = {path.name: artifact.identity(path) for path in (tmp_path / "t").iterdir()}
+    assert card["files"] == {name: found for name, found in files.items() if name != "card.json"}
+    assert card["identity"] == files["tokenizer.json"]
+
+
+def test_text_that_lies_in_other_files_gives_the_same_tokenizer(tmp_path: Path) -> None:
+    """Copied, renamed, in another order, and with new held-out text beside it."""
+    rows = made_texts.rows(50)
+    for name, some in (("a", rows[:20]), ("b", rows[20:])):
+        made_texts.write_jsonl(tmp_path / f"{name}.jsonl", some)
+        made_texts.write_jsonl(tmp_path / f"copy/{name}{name}.jsonl", some)
+    held_out = made_texts.write_jsonl(tmp_path / "new.jsonl", made_texts.rows(50, rng_seed=1))
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    one = card_of(tmp_path, files, eval=["none"])
+    for train, evaluation in (
+        ([str(tmp_path / "copy")], "none"),
+        (files[::-1], "none"),
+        (files, str(held_out)),
+    ):
+        assert card_of(tmp_path, train, eval=[evaluation]) == one
+    rows[0]["text"] += "!"
+    made_texts.write_jsonl(tmp_path / "a.jsonl", rows[:20])
+    assert card_of(tmp_path, files, eval=["none"])["made_from"] != one["made_from"]
 
 
 DOCUMENTS = st.lists(
@@ -349,7 +389,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_pretrained(source: object, out: Path) -> Path:
-    tokenizer.make(made_texts.tokenizer_plan(tokenizer={"pretrained": str(source)}), out, None)
+    how = made_texts.tokenizer_plan(tokenizer={"pretrained": str(source)})
+    tokenizer.make(how, out, None, out.with_name("seen.json"))
     return out
 
 
@@ -358,6 +399,8 @@ def test_pretrained_folder(tmp_path: Path, pretrained: Path) -> None:
     card = encoding.read_card(out)
     assert (card["separator_id"], card["vocab_size"], card["source"]) == (0, 401, str(pretrained))
     assert "commit" not in card, "a folder is no repository"
+    assert card["made_from"] == {} and card["made_with"] == {"pretrained": str(pretrained)}
+    assert set(card["files"]) == {"tokenizer.json", "tokenizer_config.json"}
     encoder = encoding.TokenEncoder(out)
     ids = encoder.encode(b"The <s> rose</s>", fast=not encoder.why_slow)
     assert not {0, 400} & set(ids.tolist())
@@ -366,7 +409,7 @@ def test_pretrained_folder(tmp_path: Path, pretrained: Path) -> None:
 
 def test_seed_models_tokenizer_is_used_unless_another_is_named(tmp_path: Path, pretrained: Path) -> None:
     how = made_texts.tokenizer_plan(model={"pretrained": str(pretrained)})
-    tokenizer.make(how, tmp_path / "t/tokenizer.json", None)
+    tokenizer.make(how, tmp_path / "t/tokenizer.json", None, tmp_path / "seen.json")
     assert encoding.read_card(tmp_path / "t/tokenizer.json")["source"] == str(pretrained)
 
 
@@ -470,10 +513,22 @@ def test_failure_leaves_the_old_tokenizer(tmp_path: Path, trained: Path) -> None
     assert encoding.read_card(folder / "tokenizer.json")["vocab_size"] == 320
 
 
-def test_card_of_another_tokenizer_is_refused(tmp_path: Path, trained: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_file_that_is_not_the_one_of_the_card_is_refused(tmp_path: Path, trained: Path, name: str) -> None:
     shutil.copytree(trained.parent, tmp_path / "t")
-    path = tmp_path / "t/tokenizer.json"
+    path = tmp_path / "t" / name
     path.write_text(path.read_text() + " ")
-    assert artifact.identity(path) != artifact.identity(trained)
-    with pytest.raises(ValueError, match=r"card\.json: belongs to another tokenizer"):
-        encoding.read_card(path)
+    assert artifact.identity(path) != artifact.identity(trained.with_name(name))
+    with pytest.raises(ValueError, match=rf"{name}: another file than it was .*--force .*tokenizer\.json"):
+        encoding.read_card(tmp_path / "t/tokenizer.json")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        encoding.read_card(tmp_path / "t/tokenizer.json")
+
+
+def test_damaged_card_is_refused(tmp_path: Path, trained: Path) -> None:
+    shutil.copytree(trained.parent, tmp_path / "t")
+    path = tmp_path / "t/card.json"
+    path.write_text(path.read_text().replace('"separator_id": 0', '"separator_id": 1'))
+    with pytest.raises(ValueError, match=r"card\.json: changed since it was written"):
+        encoding.read_card(tmp_path / "t/tokenizer.json")
