@@ -22,12 +22,10 @@ def validated(**keys: Any) -> config.Config:
     return config.validate(changed(**keys))
 
 
-def plans(c: config.Config) -> dict[str, str]:
-    """`depends_on` of every rule and every training."""
-    found = {rule: plan.depends_on(c, rule) for rule in plan.RULES if rule != "train_expert"}
-    return found | {
-        f"expert {expert}": plan.depends_on(c, "train_expert", expert) for expert in plan.trained(c)
-    }
+def plans(c: config.Config) -> dict[str, dict[str, Any]]:
+    """The content of the plan of every rule and every training."""
+    found = {rule: plan.content(c, rule) for rule in plan.RULES if rule != "train_expert"}
+    return found | {f"expert {name}": plan.content(c, "train_expert", name) for name in plan.trained(c)}
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 12, 64, 200])
@@ -71,9 +69,9 @@ def test_experts_are_listed_once_each() -> None:
 
 
 def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
-    def of_rules(**keys: Any) -> list[str]:
+    def of_rules(**keys: Any) -> list[dict[str, Any]]:
         c = validated(**keys)
-        return [plan.depends_on(c, rule) for rule in ("embed", "route", "eval_ensemble")]
+        return [plan.content(c, rule) for rule in ("embed", "route", "eval_ensemble")]
 
     linear, encoded = of_rules(), of_rules(embed__encoder="me/tiny")
     assert linear == of_rules(embed__windows=1, route__window_tokens=8)
@@ -94,15 +92,32 @@ def test_a_plan_cannot_be_changed() -> None:
 
 
 def test_a_revision_that_is_not_set_leaves_old_plans_as_they_were() -> None:
-    for depends_on in plans(validated()).values():
-        assert "revision" not in depends_on
+    for content in plans(validated()).values():
+        assert "revision" not in content
     without, with_revisions = (
         plans(validated(**PRETRAINED, **revisions))
         for revisions in ({}, {f"{section}__revision": "v2" for section in ("model", "tokenizer", "embed")})
     )
     changed = {name for name in without if without[name] != with_revisions[name]}
     assert changed == {"tokenizer", "embed", "expert seed"}
-    assert json.loads(with_revisions["expert seed"])["revision"] == "v2"
+    assert with_revisions["expert seed"]["revision"] == "v2"
+
+
+def test_the_plan_of_a_record_is_the_plan_of_the_config() -> None:
+    """A record is read from JSON and compared with a plan, so no value may be another one afterwards."""
+    for c in (validated(), validated(**PRETRAINED), validated(corpus__eval=["held.jsonl"], cluster__k=1)):
+        for content in plans(c).values():
+            assert json.loads(json.dumps(content)) == content
+
+
+def test_other_paths_to_a_corpus_are_no_other_plan() -> None:
+    paths = {"corpus__train": ["a/*.jsonl"], "corpus__eval": ["held.jsonl"]}
+    others = {"corpus__train": ["/b/a.jsonl", "/b/b.jsonl"], "corpus__eval": ["/b/held.jsonl"]}
+    assert plans(validated(**paths)) == plans(validated(**others))
+    assert plan.shard(validated(**paths)) != plan.shard(validated(**others))
+    without = {key: value for key, value in paths.items() if key != "corpus__eval"}
+    assert plans(validated(**paths))["shard"] != plans(validated(**without))["shard"]
+    assert plans(validated(**paths, corpus__eval_fraction=0.3)) == plans(validated(**paths))
 
 
 def test_the_tokenizer_of_the_model_has_the_revision_of_the_model() -> None:
@@ -122,7 +137,9 @@ def keys(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def other(value: Any) -> list[Any]:
     """Values unlike this one, of which the schema takes at least one."""
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool):
+        return [not value]
+    if value is None:
         return [True, "new", 7, "125m"]
     if isinstance(value, dict):
         return [value | {"hidden_size": 128}]
@@ -133,7 +150,8 @@ def other(value: Any) -> list[Any]:
     return [value / 2, int(value) + 1, int(value) + 1 << 12, 0.29]
 
 
-NEVER = {"outdir"} | {key for key, _ in keys(DEFAULT) if key.startswith("run__")}
+# Another path to the same corpus is no other plan: the text is an input.
+NEVER = {"outdir", "corpus__train"} | {key for key, _ in keys(DEFAULT) if key.startswith("run__")}
 
 
 @pytest.mark.parametrize("key", [key for key, _ in keys(DEFAULT)])

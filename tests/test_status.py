@@ -20,6 +20,7 @@ import made_status
 import made_training as made
 from cbtm_pipeline import config, status
 from cbtm_pipeline.ops import run_state, status_table
+from cbtm_pipeline.provenance import records, stale
 from cbtm_pipeline.training import training_log
 from made_status import HOUR, last_time, look, rows_of, say, submit
 
@@ -117,12 +118,15 @@ def test_mfu_is_shown_where_it_is_known(out):
 def test_stages_are_the_rules_of_the_workflow():
     text = "".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
     rules = dict(zip(*[iter(re.split(r"^rule (\w+):", text, flags=re.M)[1:])] * 2, strict=True))
-    assert rules.keys() == {*status.OUTPUTS, "train_expert"}
-    for rule, output in status.OUTPUTS.items():
-        found = text if rule == "demo_corpus" else rules[rule]
-        assert f'f"{{OUT}}/{output.replace("{}", "{{expert}}")}"' in found
+    assert rules.keys() == {*status.OUTPUTS, "train_expert"} == {*records.PLACES, "demo_corpus"}
+    for rule in status.OUTPUTS:
         assert f'f"{{OUT}}/logs/{rule}{"/{{expert}}" if rule == "score_expert" else ""}.log"' in rules[rule]
     assert 'f"{OUT}/logs/train_expert/{{expert}}.log"' in rules["train_expert"]
+    assert status.OUTPUTS["demo_corpus"] == stale.DEMO
+    for rule, place in records.PLACES.items():
+        for output in place.outputs:
+            assert f'f"{{OUT}}/{output.replace("{}", "{{expert}}")}"' in rules[rule]
+        assert rule == "train_expert" or status.OUTPUTS[rule] == place.outputs[0]
 
 
 @contextmanager
