@@ -105,7 +105,7 @@ def test_three_processes_train_as_one_does(outdir, together):
     assert losses(alone)[N_STEPS - 1] < losses(alone)[0] - 0.1
     cards = [expert_folder.read_card(where.out) for where in (together, alone)]
     assert cards[0]["weights"] != cards[1]["weights"]  # summed in another order
-    changes = ("weights", "final_loss", "validation_loss")
+    changes = ("weights", "identity", "seal", "final_loss", "validation_loss")
     assert [{**card, **dict.fromkeys(changes)} for card in cards] == [
         {**cards[0], **dict.fromkeys(changes)}
     ] * 2
