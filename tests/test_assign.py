@@ -27,8 +27,14 @@ def test_shards_are_grouped_by_cluster(tmp_path: Path) -> None:
     arrays, certificate = artifact.read_npz(tmp_path / "cluster/clusterer.npz", "clusterer")
     assert manifest["n_tokens"] == arrays["loads_K"].tolist()
     assert manifest["duality_gap"] == pytest.approx(certificate["certificate"]["duality_gap"], rel=1e-6)
-    paths = {"clusterer": "cluster/clusterer.npz", "shards": "shards/manifest.json"}
-    assert manifest["made_from"] == {name: artifact.identity(tmp_path / path) for name, path in paths.items()}
+    shards = artifact.read_sealed(tmp_path / "shards/manifest.json", "shards")
+    assert manifest["made_from"] == {
+        "clusterer": certificate["seal"],
+        "shards": shards["identity_train"],
+        "held_out": shards["identity_eval"],
+        "tokenizer": artifact.identity(tmp_path / "tokenizer/tokenizer.json"),
+    }
+    assert manifest["made_with"] == plans.assign(config_module.read(config)).content()
 
     made = {path: path.read_bytes() for path in (tmp_path / "assignments").iterdir()}
     for path in made:
@@ -49,12 +55,12 @@ def test_validation_documents_are_held_out_and_labelled_as_the_router_does(tmp_p
     made_corpus.run_assign_all(tmp_path, config)
     manifest = made_corpus.check_grouping(tmp_path, "assignments")
     path = tmp_path / "assignments" / heldout.VALIDATION_FILE
-    assert manifest["identity_validation"] == artifact.identity(path)
-    assert token_files.read_meta(path)["made_from"] == manifest["made_from"]
+    identities = manifest["identity_validation"]
+    assert made_corpus.tokens_record(path)["made_from"] == manifest["made_from"]
 
     arrays, _ = artifact.read_npz(made_corpus.run_route(tmp_path, config), "distances")
     held_out = token_files.join(
-        [token_files.read(tmp_path / f"shards/eval-{i:05d}.arrow", 0) for i in range(3)]
+        [token_files.read_unverified(tmp_path / f"shards/eval-{i:05d}.arrow", 0) for i in range(3)]
     )
     chosen = heldout.calibration_documents(arrays["doc_id"], 0.2, 0)
     assert chosen.sum() == 20
@@ -62,7 +68,7 @@ def test_validation_documents_are_held_out_and_labelled_as_the_router_does(tmp_p
     assert not (chosen & ~calibration).any(), "a validation document is also a reported one"
     for j in range(3):
         expected = held_out.take(np.flatnonzero(chosen & (arrays["cluster"] == j)))
-        group = token_files.read(path, j)
+        group = token_files.read(path, j, identities[j])
         assert np.array_equal(group.values, expected.values) and np.array_equal(
             group.offsets, expected.offsets
         )
@@ -74,7 +80,7 @@ def test_no_validation_documents(tmp_path: Path) -> None:
         tmp_path / "config.yaml", cluster={"k": 2, "n_init": 1}, train={"validation_share": 0.1}
     )
     made_corpus.run_assign_all(tmp_path, config)
-    manifest = artifact.read_json(tmp_path / "assignments/manifest.json", "assignments")
+    manifest = artifact.read_sealed(tmp_path / "assignments/manifest.json", "assignments")
     assert manifest["identity_validation"] is None
     plan = plans.train_expert(config_module.read(config), "0")
     assert plan.validations and plan.validation_share == 0.1

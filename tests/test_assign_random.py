@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import made_corpus
 from cbtm_pipeline import assign_random
+from cbtm_pipeline import config as config_module
+from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout, token_files
 
@@ -62,7 +64,13 @@ def test_shards_are_grouped_by_random_cluster(tmp_path: Path) -> None:
 
     manifest = made_corpus.check_grouping(tmp_path, "random")
     assert [entry["name"] for entry in manifest["shards"]] == [f"train-{i:05d}" for i in range(3)]
-    assert manifest["made_from"] == {"shards": artifact.identity(shards)}
+    found = artifact.read_sealed(shards, "shards")
+    assert manifest["made_from"] == {
+        "shards": found["identity_train"],
+        "held_out": found["identity_eval"],
+        "tokenizer": found["made_from"]["tokenizer"],
+    }
+    assert manifest["made_with"] == plans.assign_random(config_module.read(config)).content()
     assert manifest["balance"] == "random" and not {"duality_gap", "prices", "prices_K"} & manifest.keys()
     assert manifest["load_over_mean"]["tokens"]["max"] < 1.02
     assert np.ptp(manifest["n_documents"]) <= 1
@@ -74,12 +82,11 @@ def test_validation_documents_are_dealt_too(tmp_path: Path) -> None:
     config = made_corpus.write_config(
         tmp_path / "config.yaml", cluster={"k": 3}, train={"validation_share": 0.2}
     )
-    manifest = artifact.read_json(made_corpus.run_assign_random(tmp_path, config), "assignments")
+    manifest = artifact.read_sealed(made_corpus.run_assign_random(tmp_path, config), "assignments")
     path = tmp_path / "random" / heldout.VALIDATION_FILE
-    assert manifest["identity_validation"] == artifact.identity(path)
-    groups = [token_files.read(path, j) for j in range(3)]
+    groups = [token_files.read(path, j, manifest["identity_validation"][j]) for j in range(3)]
     assert sorted(map(len, groups)) == [6, 7, 7]
-    selection = heldout.select_validation(shards, artifact.read_json(shards), 0.2, 0)
+    selection = heldout.select_validation(shards, artifact.read_sealed(shards, "shards"), 0.2, 0)
     selected = token_files.join(heldout.read_validation(shards, selection))
     assert sorted(token_files.join(groups).values.tolist()) == sorted(selected.values.tolist())
 
@@ -89,7 +96,7 @@ def test_no_validation_documents(tmp_path: Path) -> None:
     config = made_corpus.write_config(
         tmp_path / "config.yaml", cluster={"k": 2}, train={"validation_share": 0.1}
     )
-    manifest = artifact.read_json(made_corpus.run_assign_random(tmp_path, config), "assignments")
+    manifest = artifact.read_sealed(made_corpus.run_assign_random(tmp_path, config), "assignments")
     assert manifest["identity_validation"] is None
     assert not (tmp_path / "random" / heldout.VALIDATION_FILE).exists()
 

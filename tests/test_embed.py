@@ -7,8 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
+import every_damage
 import made_corpus
 import made_encoder
+from cbtm_pipeline import config as config_module
+from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import encoder, encoder_files, tfidf, vectors
@@ -24,10 +27,16 @@ def test_vectors_are_those_of_the_embedder_shard_by_shard(tmp_path: Path, config
     path = made_corpus.run_embed(tmp_path, config)
     manifest = vectors.read_manifest(path, shards)
     embedder = vectors.read_embedder(path.with_name("embedder.npz"), shards)
-    assert manifest["made_from"]["embedder"] == artifact.identity(path.with_name("embedder.npz"))
+    record = artifact.read_record(path.with_name("embedder.npz"), "embedder")
+    identity = artifact.read_sealed(shards, "shards")["identity_train"]
+    assert record["made_from"] == {"shards": identity}
+    assert manifest["made_from"] == {"shards": identity, "embedder": record["seal"]}
+    plan = plans.embed(config_module.read(config))
+    assert record["made_with"] == manifest["made_with"] == plan.content()
+    assert sorted(manifest["files"]) == sorted(p.name for p in path.parent.iterdir() if p != path)
     assert isinstance(embedder, tfidf.Embedder)
     assert embedder.E_VD.dtype == embedder.idf_V.dtype == np.float32
-    entries = shard_files.entries(shards, artifact.read_json(shards), "train")
+    entries = shard_files.entries(shards, artifact.read_sealed(shards, "shards"), "train")
     assert [s["name"] for s in manifest["shards"]] == [entry["name"] for entry in entries]
     for entry, vectors_entry in zip(entries, manifest["shards"], strict=True):
         x_ND = vectors.read(path.parent, vectors_entry)
@@ -51,34 +60,14 @@ def test_the_same_twice_and_another_seed_changes_the_sample(tmp_path: Path) -> N
     assert identities[0] == identities[1] != identities[2]
 
 
-def test_sample_is_spread_over_all_shards() -> None:
-    entries = [{"name": str(i), "n_documents": n} for i, n in enumerate([10, 0, 300, 90])]
-    drawn = list(shard_files.sample(entries, 40, 3))
-    assert [entry["name"] for entry, _ in drawn] == ["0", "1", "2", "3"]
-    assert sum(len(rows) for _, rows in drawn) == 40
-    for entry, rows in drawn:
-        assert np.all(np.diff(rows) > 0) and np.all((rows >= 0) & (rows < entry["n_documents"]))
-    assert 20 < len(drawn[2][1]) < 40
-    everything = [rows.tolist() for _, rows in shard_files.sample(entries, 400, 3)]
-    assert everything == [list(range(n)) for n in (10, 0, 300, 90)]
-
-
 def test_what_does_not_belong_together_is_refused(tmp_path: Path, config: Path) -> None:
     shards = made_corpus.write(tmp_path, [40])
     path = made_corpus.run_embed(tmp_path, config)
     entry = vectors.read_manifest(path, shards)["shards"][0]
     file = path.with_name("train-00000.npy")
     vectors.write(file, np.load(file)[::-1])
-    with pytest.raises(ValueError, match=r"train-00000.npy: not the file that its manifest speaks of"):
+    with pytest.raises(ValueError, match=r"train-00000.npy: another file than it was"):
         vectors.read(path.parent, entry)
-
-    tokens_file = shards.with_name("train-00000.arrow")
-    content = tokens_file.read_bytes()
-    tokens_file.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"train-00000.arrow: not the file that its manifest speaks of"):
-        made_corpus.run_embed(tmp_path, config)
-    tokens_file.write_bytes(content)
-
     made_corpus.write(tmp_path, [40], rng_seed=1)
     with pytest.raises(ValueError, match=r"made from another shards"):
         vectors.read_manifest(path, shards)
@@ -93,19 +82,44 @@ def test_no_training_documents(tmp_path: Path, config: Path) -> None:
     assert not (tmp_path / "embed/manifest.json").exists()
 
 
-def test_a_parquet_file_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
-    shards = made_corpus.write(tmp_path, [5])
-    (entry,) = shard_files.entries(shards, artifact.read_json(shards), "train")
-    assert shard_files.attributes(shards.parent, entry, ["doc_id"]).to_pydict() == {
-        "doc_id": [f"train-00000#{i}" for i in range(5)]
-    }
-    with pytest.raises(ValueError, match=r"Expected the columns nothing"):
-        shard_files.attributes(shards.parent, entry, ["nothing"])
-    with pytest.raises(ValueError, match=r"5 rows. Expected 6, as in the manifest"):
-        shard_files.attributes(shards.parent, {**entry, "n_documents": 6}, ["doc_id"])
-    shards.with_name("train-00000.parquet").write_bytes(b"not parquet")
-    with pytest.raises(ValueError, match=r"train-00000.parquet: unreadable"):
-        shard_files.attributes(shards.parent, entry, ["doc_id"])
+def test_tokens_that_are_not_those_of_the_manifest(tmp_path: Path, config: Path) -> None:
+    shards = made_corpus.write(tmp_path, [40, 40])
+    path, other = shards.with_name("train-00000.arrow"), shards.with_name("train-00001.arrow")
+    content = path.read_bytes()
+    for wrong in (other.read_bytes(), content[:-1], content[: len(content) // 2], b""):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"train-00000.arrow: .*Expected"):
+            made_corpus.run_embed(tmp_path, config)
+        assert not (tmp_path / "embed/manifest.json").exists()
+    path.write_bytes(content)
+    made_corpus.run_embed(tmp_path, config)
+
+
+def test_new_held_out_text_leaves_the_vectors_as_they_were(tmp_path: Path, config: Path) -> None:
+    shards = made_corpus.write(tmp_path, [40, 25], [3])
+    path = made_corpus.run_embed(tmp_path, config)
+    made = {path: path.read_bytes() for path in path.parent.iterdir()}
+    before = artifact.read_sealed(shards, "shards")
+    made_corpus.write(tmp_path, [40, 25], [8, 2])
+    after = artifact.read_sealed(shards, "shards")
+    assert before["identity_train"] == after["identity_train"] and before["seal"] != after["seal"]
+    assert len(vectors.read_manifest(path, shards)["shards"]) == 2
+    assert isinstance(vectors.read_embedder(path.with_name("embedder.npz"), shards), tfidf.Embedder)
+    made_corpus.run_embed(tmp_path, config)
+    assert made == {path: path.read_bytes() for path in made}
+
+
+def test_every_flipped_bit_and_every_cut_of_a_vectors_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000.npy"
+    vectors.write(path, np.ones((2, 3), np.float32))
+    entry = {"name": "train-00000", "n_documents": 2, "identity": artifact.identity(path)}
+
+    def read() -> np.ndarray:
+        artifact._identity.cache_clear()  # damage may come so fast that the file's time is the same
+        return vectors.read(tmp_path, entry)
+
+    every_damage.check_refused(path, read)
+    assert read().tolist() == [[1, 1, 1]] * 2
 
 
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
@@ -137,10 +151,11 @@ def test_vectors_are_those_of_the_encoder_row_by_row(
     shards = made_corpus.write(tmp_path, [40, 0, 25])
     path = made_corpus.run_embed(tmp_path, encoded)
     manifest, embedder = vectors.read_manifest(path, shards), path.with_name("embedder.npz")
-    assert (
-        manifest["made_from"]["embedder"] == artifact.identity(embedder)
-        and manifest["n_components"] == made_encoder.HIDDEN
-    )
+    record = artifact.read_record(embedder, "embedder")
+    assert manifest["made_from"]["embedder"] == record["seal"]
+    assert manifest["n_components"] == made_encoder.HIDDEN
+    plan = plans.embed(config_module.read(encoded))
+    assert record["made_with"] == manifest["made_with"] == plan.content()
     found = encoder_files.load(str(tmp_path / "encoder"), 2)
     arrays, meta = artifact.read_npz(embedder, "embedder")
     assert not arrays and meta["encoder"] == {
@@ -200,8 +215,9 @@ def test_texts_that_are_not_the_manifests(tmp_path: Path, encoded: Path) -> None
     shards = made_corpus.write(tmp_path, [40])
     parquet = shards.with_name("train-00000.parquet")
     pq.write_table(pq.read_table(parquet).slice(1), parquet)
-    with pytest.raises(ValueError, match=r"train-00000.parquet: 39 rows. Expected 40, as in the manifest"):
+    with pytest.raises(ValueError, match=r"train-00000.parquet: its column text is not the one"):
         made_corpus.run_embed(tmp_path, encoded)
+    assert not (tmp_path / "embed/manifest.json").exists()
     parquet.write_bytes(b"not parquet")
     with pytest.raises(ValueError, match=r"train-00000.parquet: unreadable"):
         made_corpus.run_embed(tmp_path, encoded)
@@ -211,7 +227,7 @@ def test_an_encoder_has_clusters_with_terms(tmp_path: Path, encoded: Path) -> No
     made_corpus.write(tmp_path, [160])
     made_corpus.run_embed(tmp_path, encoded)
     clusterer = made_corpus.run_fit_kmeans(tmp_path, encoded)
-    terms = artifact.read_json(clusterer.with_name("top_terms.json"), "top_terms")["top_terms"]
+    terms = artifact.read_sealed(clusterer.with_name("top_terms.json"), "top_terms")["top_terms"]
     assert len(terms) == 4 and all(len(of_one) == 12 for of_one in terms)
     # each topic's words begin with a letter of their own, and no word that all topics share is among them
     assert {of_one[0][0] for of_one in terms} == set("abcd")

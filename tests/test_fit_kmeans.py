@@ -7,7 +7,9 @@ import pytest
 from scipy import sparse
 
 import made_corpus
+from cbtm_pipeline import config as config_module
 from cbtm_pipeline import fit_kmeans
+from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.clustering import kmeans
 
@@ -37,14 +39,17 @@ def test_clusters_are_balanced_and_certified(made: Path, tmp_path: Path) -> None
     assert arrays["centres_KD"].shape == (4, 8) and arrays["centres_KD"].dtype == np.float32
     assert arrays["prices_K"].dtype == arrays["loads_K"].dtype == np.float64
     assert meta["made_from"] == {
-        name: artifact.identity(made / path)
-        for name, path in (("vectors", "embed/manifest.json"), ("embedder", "embed/embedder.npz"))
+        "vectors": artifact.read_record(made / "embed/manifest.json", "vectors")["seal"],
+        "embedder": artifact.read_record(made / "embed/embedder.npz", "embedder")["seal"],
     }
+    plan = plans.fit_kmeans(config_module.read(tmp_path / "config.yaml"))
+    assert meta["made_with"] == plan.content() and plan.balance == "tokens"
+    assert meta["files"] == ["top_terms.json"]
     assert certificate["n_documents"] == 350 and certificate["balance"] == "tokens"
     assert 1 <= certificate["max_load"] < 1.02 and 0.98 < certificate["min_load"] <= 1
     assert certificate["max_load"] == pytest.approx(arrays["loads_K"].max() / arrays["loads_K"].mean())
 
-    shards = artifact.read_json(made / "shards/manifest.json")["shards"]
+    shards = artifact.read_sealed(made / "shards/manifest.json", "shards")["shards"]
     assert arrays["loads_K"].sum() == sum(s["n_tokens"] for s in shards if s["split"] == "train")
     by_documents, _ = clusterer(made, tmp_path, k=4, balance="documents")
     assert sorted(by_documents["loads_K"]) == [87, 87, 88, 88]
@@ -58,9 +63,10 @@ def test_top_terms_name_the_topics(
     made: Path, tmp_path: Path, n_counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit_kmeans, "TERM_DOCUMENTS", n_counted)
-    _, _ = clusterer(made, tmp_path, k=4, balance="none")
-    content = artifact.read_json(made / "cluster/top_terms.json", "top_terms")
-    assert content["made_from"] == {"clusterer": artifact.identity(made / "cluster/clusterer.npz")}
+    _, meta = clusterer(made, tmp_path, k=4, balance="none")
+    content = artifact.read_sealed(made / "cluster/top_terms.json", "top_terms")
+    assert content["made_from"] == {"clusterer": meta["seal"]}
+    assert content["made_with"] == meta["made_with"]
     assert [len(terms) for terms in content["top_terms"]] == [12] * 4
     # a word of topic t begins with the t-th letter
     topics = [{term[0] for term in terms} for terms in content["top_terms"]]
@@ -126,6 +132,12 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"made from another tokenizer"):
         made_corpus.run_fit_kmeans(tmp_path, config)
     tokenizer.write_text(right)
+    vectors = tmp_path / "embed/train-00000.npy"
+    content = vectors.read_bytes()
+    vectors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"train-00000.npy: another file than it was"):
+        made_corpus.run_fit_kmeans(tmp_path, config)
+    vectors.write_bytes(content)
     made_corpus.write(tmp_path, [30], rng_seed=1)
     with pytest.raises(ValueError, match=r"made from another shards"):
         made_corpus.run_fit_kmeans(tmp_path, config)

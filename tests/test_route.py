@@ -73,14 +73,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_documents_and_bytes(made: Path, tmp_path: Path, cut: int | None) -> None:
     config = made_corpus.write_config(tmp_path / "config.yaml", eval={"max_document_tokens": cut})
     arrays, meta = artifact.read_npz(made_corpus.run_route(made, config), "distances")
-    shards, manifest = made / "shards", artifact.read_json(made / "shards/manifest.json")
-    paths = {
-        "shards": "shards/manifest.json",
-        "embedder": "embed/embedder.npz",
-        "clusterer": "cluster/clusterer.npz",
+    shards, manifest = made / "shards", artifact.read_sealed(made / "shards/manifest.json", "shards")
+    assert meta["made_from"] == {
+        "held_out": manifest["identity_eval"],
+        "embedder": artifact.read_record(made / "embed/embedder.npz", "embedder")["seal"],
+        "clusterer": artifact.read_record(made / "cluster/clusterer.npz", "clusterer")["seal"],
     }
-    assert meta["made_from"] == {name: artifact.identity(made / path) for name, path in paths.items()}
-    assert meta["max_document_tokens"] == cut
+    assert meta["made_with"] == {"max_document_tokens": cut}
 
     held_out = [document for _, document in heldout.documents(shards, manifest, cut)]
     assert len(held_out) == 17
@@ -119,7 +118,7 @@ def test_cluster_is_that_of_the_whole_document_with_prices(made: Path, tmp_path:
     embedder, _ = artifact.read_npz(made / "embed/embedder.npz", "embedder")
     clusterer, _ = artifact.read_npz(made / "cluster/clusterer.npz", "clusterer")
     manifest = made / "shards/manifest.json"
-    entries = shard_files.entries(manifest, artifact.read_json(manifest), "eval")
+    entries = shard_files.entries(manifest, artifact.read_sealed(manifest, "shards"), "eval")
     h_ND = np.concatenate(
         [tfidf.embed(shard_files.documents(manifest.parent, entry), embedder["E_VD"]) for entry in entries]
     )
@@ -240,12 +239,12 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_distances_with_an_encoder(encoded: tuple[Path, Path]) -> None:
     outdir, config = encoded
     arrays, meta = artifact.read_npz(made_corpus.run_route(outdir, config), "distances")
-    assert meta["window_tokens"] == 8 and meta["max_document_tokens"] == 50
+    assert meta["made_with"] == {"window_tokens": 8, "max_document_tokens": 50}
     centres_KD = artifact.read_npz(outdir / "cluster/clusterer.npz", "clusterer")[0]["centres_KD"]
     prices_K = artifact.read_npz(outdir / "cluster/clusterer.npz", "clusterer")[0]["prices_K"]
     found = encoder_files.load(str(outdir / "encoder"), 2)
     words = made_corpus.words(4)
-    manifest = artifact.read_json(outdir / "shards/manifest.json")
+    manifest = artifact.read_sealed(outdir / "shards/manifest.json", "shards")
     held_out = [document for _, document in heldout.documents(outdir / "shards", manifest, 50)]
     assert np.diff(arrays["offsets"]).tolist() == [len(document) - 1 for document in held_out]
     assert arrays["d2_NK"].dtype == np.float32

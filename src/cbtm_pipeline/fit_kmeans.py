@@ -170,7 +170,7 @@ def main() -> None:
     seal = write_clusterer(args.out, clustering, plan, identities)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
-    meta = artifact.make_meta("top_terms", {"clusterer": seal}, top_terms=terms)
+    meta = artifact.make_meta("top_terms", {"clusterer": seal}, plan.content(), top_terms=terms)
     artifact.write_sealed(args.out.with_name(TOP_TERMS), meta)
 
 

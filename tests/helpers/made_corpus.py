@@ -262,6 +262,11 @@ def check_grouping(outdir: Path, folder: str) -> dict[str, Any]:
     return manifest
 
 
+def tokens_record(path: Path) -> dict[str, Any]:
+    """The record of a token file."""
+    return artifact.from_compact(pa.ipc.open_file(path).schema.metadata[b"cbtm"])
+
+
 def check_shards_are_single_groups(outdir: Path, folder: str) -> None:
     """Check that with one cluster, each shard's only group holds the shard's tokens."""
     for entry in artifact.read_sealed(outdir / folder / "manifest.json", "assignments")["shards"]:
