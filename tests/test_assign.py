@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import made_corpus
+import resealed
 from cbtm_pipeline import config as config_module
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact
@@ -144,12 +145,39 @@ def no_clusterer(outdir: Path, config: Path) -> None:
     (outdir / "cluster/clusterer.npz").write_bytes(b"PK")
 
 
+def flip_last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def flipped_vectors(outdir: Path, config: Path) -> None:
+    flip_last_byte(outdir / "embed/train-00000.npy")
+
+
+def flipped_clusterer(outdir: Path, config: Path) -> None:
+    flip_last_byte(outdir / "cluster/clusterer.npz")
+
+
+def other_tokens(outdir: Path, config: Path) -> None:
+    made_corpus.write(outdir / "other", [40], rng_seed=1)
+    (outdir / "other/shards/train-00000.arrow").replace(outdir / "shards/train-00000.arrow")
+
+
+def other_ids(outdir: Path, config: Path) -> None:
+    """A valid Parquet file with one id changed."""
+    made_corpus.change_id(outdir / "shards/train-00000.parquet")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (wrong_shards, "made from another shards"),
         (wrong_vectors, "made from another vectors"),
-        (no_clusterer, "clusterer.npz: "),
+        (no_clusterer, "clusterer.npz: damaged"),
+        (flipped_clusterer, "clusterer.npz: damaged"),
+        (flipped_vectors, "train-00000.npy: another file than it was"),
+        (other_tokens, "train-00000.arrow: group 0 is not the one that its manifest speaks of"),
+        (other_ids, "train-00000.parquet: its column doc_id is not the one that its manifest speaks of"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(
@@ -165,14 +193,30 @@ def test_what_does_not_belong_together_is_refused(
     assert not (tmp_path / "assignments").exists()
 
 
+def test_new_held_out_text_gives_the_same_clusters(tmp_path: Path) -> None:
+    """Only the validation documents are others."""
+    config = made_corpus.write_config(
+        tmp_path / "config.yaml",
+        embed={"n_components": 8},
+        cluster={"k": 2, "n_init": 1},
+        train={"validation_share": 0.5},
+    )
+    made_corpus.write(tmp_path, [40, 30], [20])
+    before = artifact.read_sealed(made_corpus.run_assign_all(tmp_path, config), "assignments")
+    made_corpus.write(tmp_path, [40, 30], [30])
+    after = artifact.read_sealed(made_corpus.run_assign(tmp_path, config), "assignments")
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"made_from", "identity_validation", "seal"}
+    differ = {key for key in before["made_from"] if before["made_from"][key] != after["made_from"][key]}
+    assert differ == {"held_out"}
+
+
 def test_a_cluster_that_stays_empty(tmp_path: Path) -> None:
     made_corpus.write(tmp_path, [40])
     config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 3})
     made_corpus.run_embed(tmp_path, config)
     path = made_corpus.run_fit_kmeans(tmp_path, config)
-    arrays, meta = artifact.read_npz(path, "clusterer")
-    arrays["prices_K"][1] = 99
-    artifact.write_npz(path, meta, **arrays)
+    resealed.change_npz(path, "clusterer", prices_K=np.array([0.0, 99, 0]))
     with pytest.raises(
         ValueError,
         match=r"cluster.k: 3, of which cluster 1 and 0 more are empty. Expected documents in each. Lower",

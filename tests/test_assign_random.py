@@ -123,6 +123,31 @@ def test_any_number_of_documents_and_clusters(tmp_path: Path, k: int) -> None:
                 made_corpus.run_assign_random(tmp_path, config)
 
 
+def test_new_held_out_text_gives_the_same_clusters(tmp_path: Path) -> None:
+    config = made_corpus.write_config(
+        tmp_path / "config.yaml", cluster={"k": 2}, train={"validation_share": 0.5}
+    )
+    made_corpus.write(tmp_path, [40, 30], [20])
+    before = artifact.read_sealed(made_corpus.run_assign_random(tmp_path, config), "assignments")
+    made_corpus.write(tmp_path, [40, 30], [30])
+    after = artifact.read_sealed(made_corpus.run_assign_random(tmp_path, config), "assignments")
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"made_from", "identity_validation", "seal"}
+
+
+@pytest.mark.parametrize("name", ["train-00001.parquet", "eval-00000.parquet"])
+def test_changed_ids_are_refused(tmp_path: Path, name: str) -> None:
+    """They decide which document goes where."""
+    shards = made_corpus.write(tmp_path, [5, 5], [9])
+    config = made_corpus.write_config(
+        tmp_path / "config.yaml", cluster={"k": 2}, train={"validation_share": 0.5}
+    )
+    made_corpus.change_id(shards.with_name(name))
+    with pytest.raises(ValueError, match=rf"{name}: its column doc_id is not the one"):
+        made_corpus.run_assign_random(tmp_path, config)
+    assert not (tmp_path / "random/manifest.json").exists()
+
+
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path) -> None:
     config = made_corpus.write_config(tmp_path / "config.yaml", cluster={"k": 2})
     peaks = []

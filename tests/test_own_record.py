@@ -1,4 +1,4 @@
-"""The results folder is its own record: what a start runs, wherever the folder is and whoever started it before."""
+"""The results folder is its own record: what a start runs, wherever the folder is, whoever started before."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def moved_outdir(project: Path) -> Path:
 
 
 def second_clone(project: Path) -> Path:
-    """Another folder with its own workflow and no records of Snakemake; outdir and corpus by absolute path."""
+    """Another folder with its own workflow, unknown to Snakemake; outdir and corpus by absolute path."""
     other = make_project(project.with_name("clone"))
     paths = {"outdir": str(project / "results"), "corpus": {"train": [str(project / "corpus.jsonl")]}}
     (other / "moved.yaml").write_text(yaml.safe_dump(paths))
@@ -54,7 +54,7 @@ def without_snakemakes_records(project: Path) -> Path:
 
 
 def touched_and_copied(project: Path) -> Path:
-    """The corpus lies in another folder, is spelled otherwise and is newer; all times of the results are random."""
+    """The corpus lies in another folder and is newer; all times of the results are random."""
     (project / "data").mkdir()
     shutil.copyfile(project / "corpus.jsonl", project / "data/corpus.jsonl")
     (project / "corpus.jsonl").unlink()
@@ -171,15 +171,12 @@ def test_new_held_out_text_trains_nothing_again(tmp_path: Path) -> None:
     corpus = {"eval": ["held-*.jsonl"]}
     project = make_project(tmp_path / "project", corpus=corpus, train={"controls": []})
     write_corpus(project / "held-1.jsonl", 30, rng_seed=1)
+    held_out = (project / "held-1.jsonl").read_text().replace('"id": "', '"id": "held-')
+    (project / "held-1.jsonl").write_text(held_out)
     snakemake(project, "--cores", "2")
     weights = {path: path.stat().st_ino for path in (project / "results/experts").glob("*/model.safetensors")}
     before = json.loads((project / "results/eval/metrics.json").read_text())
-    text = (
-        (project / "held-1.jsonl")
-        .read_text()
-        .replace('"id": "', '"id": "new-')
-        .replace('"text": "', '"text": "x ')
-    )
+    text = held_out.replace('"id": "', '"id": "new-').replace('"text": "', '"text": "x ')
     (project / "held-2.jsonl").write_text(text)
     printed = snakemake(project, "--cores", "2")
     assert "tokenizer" not in jobs(printed) and "step 1/" not in printed
@@ -187,7 +184,8 @@ def test_new_held_out_text_trains_nothing_again(tmp_path: Path) -> None:
     metrics = json.loads((project / "results/eval/metrics.json").read_text())
     assert metrics["n_documents"] > before["n_documents"]
     assert metrics["weights"] == before["weights"]
-    (project / "held-3.jsonl").write_text((project / "corpus.jsonl").read_text().splitlines(True)[0])
+    row = {**json.loads((project / "corpus.jsonl").read_text().splitlines()[0]), "id": "taken"}
+    (project / "held-3.jsonl").write_text(json.dumps(row) + "\n")
     printed = snakemake(project, "--cores", "2")
     assert "step 1/" in printed, "a document that training loses changes the experts"
 

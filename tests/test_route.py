@@ -1,5 +1,6 @@
 """Distances of prefixes: no look ahead, no evidence, windows of an encoder, and files that fit together."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,59 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     made_corpus.run_embed(tmp_path, other)
     with pytest.raises(ValueError, match=r"clusterer.npz: made from another embedder"):
         made_corpus.run_route(tmp_path, config)
+    made_corpus.run_embed(tmp_path, config)
+    made_corpus.run_route(tmp_path, config)
     made_corpus.write(tmp_path, [40], rng_seed=1)
     with pytest.raises(ValueError, match=r"embedder.npz: made from another shards"):
         made_corpus.run_route(tmp_path, config)
+
+
+def other_ids(outdir: Path) -> None:
+    made_corpus.change_id(outdir / "shards/eval-00000.parquet")
+
+
+def other_tokens(outdir: Path) -> None:
+    made_corpus.write(outdir / "other", [40], rng_seed=1)
+    (outdir / "other/shards/eval-00000.arrow").replace(outdir / "shards/eval-00000.arrow")
+
+
+def other_tokenizer(outdir: Path) -> None:
+    path = outdir / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_ids, "eval-00000.parquet: its column doc_id is not the one that its manifest speaks of"),
+        (other_tokens, "eval-00000.arrow: group 0 is not the one that its manifest speaks of"),
+        (other_tokenizer, "made from another tokenizer"),
+    ],
+)
+def test_held_out_text_and_tokenizer_that_are_not_those_of_the_shards(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    made_corpus.write(tmp_path, [40])
+    config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 2})
+    made_corpus.run_embed(tmp_path, config)
+    made_corpus.run_fit_kmeans(tmp_path, config)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        made_corpus.run_route(tmp_path, config)
+    assert not (tmp_path / "route/distances.npz").exists()
+
+
+def test_new_held_out_text_is_routed_by_the_old_clusters(tmp_path: Path) -> None:
+    made_corpus.write(tmp_path, [40], [3])
+    config = made_corpus.write_config(tmp_path / "config.yaml", embed={"n_components": 8}, cluster={"k": 2})
+    made_corpus.run_embed(tmp_path, config)
+    made_corpus.run_fit_kmeans(tmp_path, config)
+    _, before = artifact.read_npz(made_corpus.run_route(tmp_path, config), "distances")
+    made_corpus.write(tmp_path, [40], [5])
+    arrays, after = artifact.read_npz(made_corpus.run_route(tmp_path, config), "distances")
+    assert len(arrays["doc_id"]) == 5
+    differ = {key for key in before["made_from"] if before["made_from"][key] != after["made_from"][key]}
+    assert differ == {"held_out"}
 
 
 def test_no_held_out_documents(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Passes over vectors in float32, and k-means by passes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from cbtm_pipeline.clustering import distances, kmeans, lloyd
 
@@ -48,15 +51,68 @@ def test_sums_per_cluster() -> None:
     assert not sums_KD[6].any()
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    x_ND, centres_KD, prices_K = made(20_000, 32)
+def passes(x_ND: np.ndarray, k: int) -> list[bytes]:
+    """Results of all passes over these vectors."""
+    _, centres_KD, prices_K = made(100, k)
+    mass_N = np.random.default_rng(0).uniform(1, 9, len(x_ND))
+    two = distances.two_nearest(torch.from_numpy(x_ND), centres_KD, prices_K)
+    sums_KD = distances.sums(torch.from_numpy(x_ND), mass_N, two.first_N, k)
+    return [a.tobytes() for a in (*two, sums_KD, distances.squared_distances(x_ND, centres_KD))]
+
+
+@pytest.mark.parametrize("k", [1, 2, 32])
+def test_the_number_of_threads_changes_no_bit(k: int) -> None:
+    x_ND, _, _ = made(20_000, 1)
     before, found = torch.get_num_threads(), []
-    for n_threads in (1, 3):
+    for n_threads in (1, 2, 3):
         torch.set_num_threads(n_threads)
-        found.append(distances.two_nearest(torch.from_numpy(x_ND), centres_KD, prices_K))
+        found.append(passes(x_ND, k))
         assert torch.get_num_threads() == n_threads
     torch.set_num_threads(before)
-    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("k", [1, 2, 32])
+def test_the_place_in_memory_changes_no_bit(k: int) -> None:
+    x_ND, _, _ = made(5000, 1)
+    found = []
+    for offset in (0, 4, 16, 32, 48):
+        buffer = np.empty(x_ND.nbytes + 128, np.uint8)
+        start = -buffer.ctypes.data % 64 + offset
+        moved_ND = buffer[start : start + x_ND.nbytes].view(np.float32).reshape(x_ND.shape)
+        moved_ND[:] = x_ND
+        found.append(passes(moved_ND, k))
+    assert all(other == found[0] for other in found)
+
+
+def test_one_thread_holds_in_a_thread_that_has_not_computed_yet() -> None:
+    def inside() -> int:
+        with distances.one_thread():
+            torch.linalg.qr(torch.ones(300, 100))
+            return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(inside).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("k", [2, 150, 400])
+def test_the_number_of_threads_changes_no_bit_of_a_solution(k: int) -> None:
+    rng = np.random.default_rng(0)
+    a_KK, b_K = rng.uniform(size=(k, k)) + k * np.eye(k), rng.normal(size=k)
+    before, found = torch.get_num_threads(), []
+    for n_threads in (1, 2, 4):
+        torch.set_num_threads(n_threads)
+        with threadpool_limits(n_threads):
+            found.append(distances.solve(a_KK, b_K))
+    torch.set_num_threads(before)
+    np.testing.assert_allclose(a_KK @ found[0], b_K, atol=1e-12 * k)
+    assert len({x_K.tobytes() for x_K in found}) == 1
 
 
 @pytest.mark.parametrize("weighted", [False, True])

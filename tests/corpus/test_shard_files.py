@@ -126,10 +126,8 @@ def test_another_layout_of_the_same_rows_is_accepted(shards: Path) -> None:
 
 
 def another_id(table: pa.Table) -> pa.Table:
-    ids = table["doc_id"].to_pylist()
-    return table.set_column(
-        0, "doc_id", [["train-00000#x" if i == 7 else name for i, name in enumerate(ids)]]
-    )
+    ids = [f"{name}!" if i == 7 else name for i, name in enumerate(table["doc_id"].to_pylist())]
+    return table.set_column(0, "doc_id", [ids])
 
 
 def other_order(table: pa.Table) -> pa.Table:

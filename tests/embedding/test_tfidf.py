@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -131,6 +132,20 @@ def test_fit_finds_the_topics_and_is_deterministic() -> None:
     similar_NN = h_ND @ h_ND.T
     same_NN = topics[:, None] == topics
     assert similar_NN[same_NN].mean() > 0.8 > 0.3 > similar_NN[~same_NN].mean()
+
+
+def test_another_number_of_threads_gives_the_same_embedder() -> None:
+    documents, _ = made_corpus.documents(1500, 40, np.random.default_rng(3))
+    counts = tfidf.count(documents, len(made_corpus.words(40)))
+    before, found = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 4):
+            torch.set_num_threads(n_threads)
+            found.append(tfidf.fit(counts, **FIT))
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    assert len({embedder.E_VD.tobytes() for embedder in found}) == 1
 
 
 def test_components_are_those_of_the_weighted_rows() -> None:

@@ -131,6 +131,13 @@ def _write_shard(
     }
 
 
+def change_id(path: Path) -> None:
+    """Write the Parquet file of a shard again, valid and with another id in its third row."""
+    table = pq.read_table(path)
+    ids = [f"{name}!" if i == 2 else name for i, name in enumerate(table["doc_id"].to_pylist())]
+    pq.write_table(table.set_column(0, table.schema.field(0), [ids]), path)
+
+
 def column_identity(column: pa.ChunkedArray) -> str:
     """The identity of a column of a shard, as its manifest gives it."""
     digest = shard_files.ColumnHash()

@@ -60,29 +60,42 @@ class Clustering:
     n_iterations: int
 
 
-class Distinct(NamedTuple):
-    """The documents to cluster, each distinct vector once, in random order.
+class Sample(NamedTuple):
+    """Distinct vectors of some documents, what their copies weigh together, and random numbers to draw by."""
 
-    `first_U` are their rows in `x_ND`. `keys_U` are random numbers, ascending. They belong to the rows.
+    x_SD: np.ndarray
+    mass_S: np.ndarray
+    keys_S: np.ndarray
+
+
+class Shuffled(NamedTuple):
+    """The documents in random order, and their distinct vectors, numbered as they appear in this order.
+
+    No prices separate identical vectors, so they are clustered as one vector with the weight of all.
     """
 
     x_ND: np.ndarray
-    first_U: np.ndarray
-    keys_U: np.ndarray
-    mass_U: np.ndarray
+    weights_N: np.ndarray
+    rows_N: np.ndarray  # the random order
+    vector_N: np.ndarray  # number of the vector of each of rows_N
+    first_U: np.ndarray  # row of each distinct vector
+    keys_U: np.ndarray  # a random number for each distinct vector
     k: int
 
     def shares(self) -> list[int]:
-        """Shares of the samples, from the smallest sample to all vectors; a share n is one n-th of them."""
+        """Shares of the samples, from the smallest sample to all documents; a share n is one n-th of them."""
         enough, shares = 2 * max(SAMPLE_ROWS, SAMPLE_PER_CLUSTER * self.k), [1]
         while len(self.first_U) > shares[0] * enough:
             shares.insert(0, 4 * shares[0])
         return shares
 
-    def sample(self, share: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors and masses of one `share`-th of the vectors. The first ones will do, in a random order."""
-        n = -(-len(self.first_U) // share)
-        return gather(self.x_ND, self.first_U[:n]), lloyd.at_most_a_share(self.mass_U[:n], self.k)
+    def sample(self, share: int) -> Sample:
+        """The distinct vectors of the first documents, one `share`-th of all."""
+        n = -(-len(self.rows_N) // share)
+        mass_S = np.bincount(self.vector_N[:n], self.weights_N[self.rows_N[:n]])
+        n_vectors = len(mass_S)
+        x_SD = gather(self.x_ND, self.first_U[:n_vectors])
+        return Sample(x_SD, lloyd.at_most_a_share(mass_S, self.k), self.keys_U[:n_vectors])
 
 
 def fit(
@@ -119,28 +132,28 @@ def fit(
     x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
     weights_N = np.ones(len(x_ND)) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
     _check(x_ND, k, weights_N)
-    documents = _distinct(x_ND, weights_N, k, rng_seed)
+    documents = _shuffled(x_ND, weights_N, k, rng_seed)
     settings = lloyd.Settings(balanced, max_iterations, device)
     smallest, *larger = documents.shares()
     number, state = _best_run(documents, smallest, settings, n_init, rng_seed, progress)
     report = _report_of(number, progress)
     for share in larger:
-        state = lloyd.run(*documents.sample(share), state, settings, report, is_sample=share > 1)
+        x_SD, mass_S, _ = documents.sample(share)
+        state = lloyd.run(x_SD, mass_S, state, settings, report, is_sample=share > 1)
     return _certify(x_ND, weights_N, _numbered(x_ND, state))
 
 
 def _best_run(
-    documents: Distinct,
+    documents: Shuffled,
     share: int,
     settings: lloyd.Settings,
     n_init: int,
     rng_seed: int,
     progress: Progress | None,
 ) -> tuple[int, lloyd.State]:
-    """The number and the result of the best of `n_init` runs on one `share`-th of the vectors."""
+    """The number and the result of the best of `n_init` runs on one `share`-th of the documents."""
     k = documents.k
-    x_SD, mass_S = documents.sample(share)
-    keys_S = documents.keys_U[: len(x_SD)]
+    x_SD, mass_S, keys_S = documents.sample(share)
     runs: list[tuple[int, lloyd.State, Clustering]] = []
     for number in range(n_init):
         seeds_KD = lloyd.seeds(x_SD, mass_S, keys_S, k, np.random.default_rng([rng_seed, number]))
@@ -184,12 +197,11 @@ def _check(x_ND: np.ndarray, k: int, weights_N: np.ndarray) -> None:
         )
 
 
-def _distinct(x_ND: np.ndarray, weights_N: np.ndarray, k: int, rng_seed: int) -> Distinct:
-    """One row of each distinct vector, the first, with the weight of all its copies.
+def _shuffled(x_ND: np.ndarray, weights_N: np.ndarray, k: int, rng_seed: int) -> Shuffled:
+    """The documents in an order that depends on their number and the seed alone, never on their vectors.
 
-    No prices separate identical vectors. Vectors are compared by a hash of 64 bits. If two different vectors
-    had the same hash, one would only lend its weight to the other while fitting. The order does not come from
-    the hash, which one bit of a vector changes altogether.
+    Vectors are compared by a hash of 64 bits. If two different vectors had the same hash, one would only lend
+    its weight to the other while fitting.
     """
     factors_2D = np.random.default_rng(0).integers(1 << 63, size=(2, x_ND.shape[1]), dtype=np.uint64) * 2 + 1
     hash_N = np.empty(len(x_ND), np.uint64)
@@ -198,13 +210,15 @@ def _distinct(x_ND: np.ndarray, weights_N: np.ndarray, k: int, rng_seed: int) ->
         bits_RD = (x_ND[rows] + np.float32(0)).view(np.uint32)  # adding 0 turns -0 into 0
         words_RD = bits_RD * factors_2D[0]
         hash_N[rows] = ((words_RD ^ words_RD >> np.uint64(29)) * factors_2D[1]).sum(axis=1)
-    _, first_U, copy_N = np.unique(hash_N, return_index=True, return_inverse=True)
-    mass_U = lloyd.at_most_a_share(np.bincount(copy_N, weights_N), k)
     # the last number sets this stream apart from those of the runs
     keys_N = np.random.default_rng([rng_seed, 0, 1]).integers(1 << 64, size=len(x_ND), dtype=np.uint64)
-    order_U = np.argsort(keys_N[first_U])
-    first_U = first_U[order_U]
-    return Distinct(x_ND, first_U, keys_N[first_U], mass_U[order_U], k)
+    rows_N = np.argsort(keys_N)
+    _, place_U, hash_number_N = np.unique(hash_N[rows_N], return_index=True, return_inverse=True)
+    order_U = np.argsort(place_U)  # of appearance, where np.unique has that of the hashes
+    number_U = np.empty_like(order_U)
+    number_U[order_U] = np.arange(len(order_U))
+    first_U = rows_N[place_U[order_U]]
+    return Shuffled(x_ND, weights_N, rows_N, number_U[hash_number_N], first_U, keys_N[first_U], k)
 
 
 def _numbered(x_ND: np.ndarray, state: lloyd.State) -> lloyd.State:
@@ -212,10 +226,12 @@ def _numbered(x_ND: np.ndarray, state: lloyd.State) -> lloyd.State:
 
     Documents that tie exactly belong to the lowest of their clusters, so some may move with a new order. The
     order is taken again until it stays: each time, one more cluster at least is final. A cluster of nothing
-    but ties would become empty. Then the order stays as it is.
+    but ties could become empty. Then the order stays as it is.
     """
     k, order = len(state.prices_K), _order_of_appearance(x_ND, state)
-    while len(order) == k and (order != np.arange(k)).any():
+    for _ in range(k):
+        if len(order) < k or (order == np.arange(k)).all():
+            break
         ordered = state._replace(centres_KD=state.centres_KD[order], prices_K=state.prices_K[order])
         order = _order_of_appearance(x_ND, ordered)
         state = ordered if len(order) == k else state
