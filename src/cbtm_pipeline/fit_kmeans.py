@@ -163,10 +163,10 @@ def main() -> None:
     strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
     clustering = fit(sample, plan)
     terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], plan.k, strings)
-    made_from = {"vectors": artifact.identity(args.vectors), "embedder": artifact.identity(embedder)}
-    write_clusterer(args.out, clustering, plan, made_from)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
+    made_from = {"vectors": artifact.identity(args.vectors), "embedder": artifact.identity(embedder)}
+    write_clusterer(args.out, clustering, plan, made_from)
     made_from = {"clusterer": artifact.identity(args.out)}
     artifact.write_json(
         args.out.with_name("top_terms.json"), artifact.make_meta("top_terms", made_from, top_terms=terms)

@@ -10,6 +10,7 @@ from cbtm_pipeline import config as schema
 from cbtm_pipeline import plan
 from cbtm_pipeline.base import lock
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.ops import terminal
 from cbtm_pipeline.slurm import request
 
 
