@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     with artifact.publish(args.out.with_name("table.txt")) as tmp:
         tmp.write_text(table, "utf-8")
     artifact.write_json(args.out, {**artifact.make_meta("metrics", made_from), **metrics})
+    cli.log.info("%s", metrics["verdict"][0])
     print(table, end="")
 
 

@@ -181,7 +181,8 @@ def test_a_run_prints_two_lines_for_each_job_and_its_logs_have_every_line(finish
     jobs = done(printed)
     assert len(jobs) == len(set(jobs)) == 23
     assert set(re.findall(r"^\S+ I (\S+(?: \S+)?) +started$", printed, re.M)) == set(jobs)
-    assert "(23 of 23 jobs done)" in printed and "(1 of 23 jobs done)" in printed
+    n_done = re.findall(r"done in .*\((\d+) of 23 jobs done\): \S", printed)
+    assert n_done == [str(i + 1) for i in range(23)], "each with its result"
     assert not re.search(r"^(local)?rule |^    \w+: |^Execute |of \d+ steps", printed, re.M), "no blocks"
     table = (finished / "results/eval/table.txt").read_text()
     assert table in printed
