@@ -10,9 +10,9 @@ from made_project import make_project, snakemake
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project after one whole run; tests that use it must leave it as it is."""
+    """The project after one whole run, whose terminal is printed.txt; tests must leave it as it is."""
     folder = make_project(tmp_path_factory.mktemp("finished") / "project")
-    snakemake(folder, "--cores", "2")
+    (folder / "printed.txt").write_text(snakemake(folder, "--cores", "2"))
     return folder
 
 

@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     artifact.write_sealed(
         args.out, {**meta, "table": artifact.identity(args.out.with_name(TABLE)), **metrics}
     )
+    cli.log.info("%s", metrics["verdict"][0])
     print(table, end="")
 
 

@@ -166,10 +166,10 @@ def main() -> None:
     strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
     clustering = fit(sample, plan)
     terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], plan.k, strings)
-    identities = made_from.fit_kmeans(artifact.read_sealed(args.vectors, "vectors"))
-    seal = write_clusterer(args.out, clustering, plan, identities)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
+    identities = made_from.fit_kmeans(artifact.read_sealed(args.vectors, "vectors"))
+    seal = write_clusterer(args.out, clustering, plan, identities)
     meta = artifact.make_meta("top_terms", {"clusterer": seal}, plan.content(), top_terms=terms)
     artifact.write_sealed(args.out.with_name(TOP_TERMS), meta)
 

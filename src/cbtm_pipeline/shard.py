@@ -236,7 +236,7 @@ def _check_split(n: Counter[str], plan: ShardPlan) -> None:
 def _log_splits(shards: list[Entry]) -> None:
     n_shards = Counter(entry["split"] for entry in shards)
     n_documents, n_tokens, n_bytes = (_count(shards, k) for k in ("n_documents", "n_tokens", "n_bytes"))
-    for split, what in (("train", "training"), ("eval", "held-out")):
+    for split, what in (("eval", "held-out"), ("train", "training")):
         cli.log.info(
             "%d %s documents, %d tokens, %.1f MB, in %d shards",
             n_documents[split],

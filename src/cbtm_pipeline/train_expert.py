@@ -129,6 +129,9 @@ def train_and_publish(
     card = expert_folder.publish(files.out, net, files.tokenizer, metrics, card)
     checkpoint.discard(state)
     log.info("published %s (%s)", files.out, card["weights"])
+    losses = {"loss": card["final_loss"], "validation": card["validation_loss"]}
+    known = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
+    log.info("%d steps, %d tokens%s", n_steps, card["n_train_tokens"], known)
     return True
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -90,3 +91,8 @@ def snakemake(folder: Path, *args: str, configfiles: Sequence[str] = ("small.yam
     assert not ok or run.returncode == 0, run.stdout
     assert ok or run.returncode != 0, run.stdout
     return run.stdout
+
+
+def done(printed: str) -> list[str]:
+    """The jobs that a run says are done, in order: rule names, for experts `rule expert`."""
+    return re.findall(r"^\S+ I (\S+(?: \S+)?) +done in", printed, re.M)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cbtm_pipeline.slurm import events
-from made_project import make_project, snakemake_command
+from made_project import done, make_project, snakemake_command
 
 from .box import Box
 from .machine import wait
@@ -60,7 +60,7 @@ def jobs(box: Box, project: Path) -> dict[str, dict[str, str]]:
 def on_slurm(box: Box, tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = make_project(tmp_path_factory.mktemp("slurm") / "project")
     write_profile(project)
-    snakemake(box, project)
+    (project / "printed.txt").write_text(snakemake(box, project))
     return project
 
 
@@ -71,6 +71,16 @@ def test_the_result_is_that_of_a_run_without_slurm(on_slurm: Path, finished: Pat
         *(f"experts/{expert}/model.safetensors" for expert in EXPERTS),
     ]:
         assert (on_slurm / "results" / name).read_bytes() == (finished / "results" / name).read_bytes(), name
+
+
+def test_the_terminal_has_few_lines_for_each_job(on_slurm: Path) -> None:
+    printed = (on_slurm / "printed.txt").read_text()
+    n_jobs = len(list(on_slurm.glob("results/slurm/*/events.jsonl")))
+    assert len(done(printed)) == len(set(done(printed))) == n_jobs
+    assert printed.count(" submitted\n") == n_jobs
+    assert "started\n" not in printed and "rule train_expert:" not in printed
+    n_table = len((on_slurm / "results/eval/table.txt").read_text().splitlines())
+    assert len(printed.splitlines()) <= 4 * n_jobs + n_table + 10
 
 
 def test_every_rule_was_a_job_and_the_experts_ran_at_the_same_time(box: Box, on_slurm: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cbtm_pipeline.base import cli
 from cbtm_pipeline.slurm import events, request
 
 from .box import Box
@@ -82,9 +83,21 @@ def test_a_job_gets_what_it_asked_for_and_leaves_its_log(box: Box, start: Start,
     assert "SLURMD_NODENAME=gpu3\n" in env or "SLURMD_NODENAME=gpu4\n" in env
     folder = tmp_path / "slurm/job"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [".lock", "events.jsonl", f"{submitted(tmp_path)[0]}_0_log.out"]
+        [".lock", "events.jsonl", "launch.log", f"{submitted(tmp_path)[0]}_0_log.out"]
     )
     assert "hello" in next(folder.glob("*.out")).read_text()
+
+
+def test_a_brief_launcher_says_that_the_job_is_submitted_and_logs_the_rest(
+    box: Box, start: Start, tmp_path: Path
+) -> None:
+    printed = end_of(start("env > out", env={**box.env, cli.BRIEF: "1"}), 0)
+    job = f"job {submitted(tmp_path)[0]}"
+    assert f"{job} submitted" in printed
+    lines = (tmp_path / "slurm/job/launch.log").read_text().splitlines()
+    assert lines[0].endswith(f"{job} submitted") and lines[-1].endswith(f"{job} done")
+    assert set(printed.splitlines()) <= set(lines)
+    assert cli.BRIEF not in (tmp_path / "out").read_text(), "Slurm's own log of the job has all its lines"
 
 
 def test_a_failing_module_fails_once(start: Start, tmp_path: Path) -> None:

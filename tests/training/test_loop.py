@@ -74,7 +74,7 @@ def test_validation_changes_no_weight_and_is_logged(outdir):
     with made.log_lines() as lines:
         assert made.train(made.make_config(validations=5), validated, "0") == weights
     assert [row["step"] for row in rows_of(validated) if "valid_loss" in row] == [2, 4, 6, 8, 10]
-    assert sum("validation " in line for line in lines) == 5
+    assert sum(line.startswith("step ") and "validation " in line for line in lines) == 5
     card = expert_folder.read_card(validated.out)
     assert card["validation_loss"] == rows_of(validated)[-1]["valid_loss"]
     assert expert_folder.read_card(plain.out)["validation_loss"] is None

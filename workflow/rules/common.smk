@@ -13,6 +13,7 @@ from cbtm_pipeline import plan, preview
 from cbtm_pipeline.provenance import kept, records, stale
 from cbtm_pipeline.base import lock
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.ops import terminal
 from cbtm_pipeline.slurm import request
 
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import logging.handlers
 import os
+import re
 import sys
 import threading
 import time
@@ -13,6 +14,10 @@ from pathlib import Path
 
 # Exit status of a training that a signal stopped. Its state is saved; started again, it goes on from there.
 EXIT_SAVED = 85
+# With this variable set to 1, stderr shows few lines (see _Few); the log file has all of them.
+BRIEF = "CBTM_BRIEF"
+NEWS = {"is_news": True}  # `log.info(..., extra=NEWS)`: stderr shows this line in any case
+LINE = re.compile(r"\d\d:\d\d:\d\d ([A-Z]) (?:(?:expert|score) )?\S+ +(.+)")  # level and message of a line
 
 log = logging.getLogger("cbtm")
 
@@ -47,15 +52,39 @@ class _LogFile(logging.handlers.WatchedFileHandler):
         return super()._open()
 
 
+class _Few(logging.Filter):
+    """Lets through warnings, errors and news; of the other lines, one a minute as a sign of life.
+
+    After ten minutes the pauses grow: each is a tenth of the time so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = self.shown = time.monotonic()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        pause = max(60.0, (now - self.began) / 10)
+        is_shown = record.levelno > logging.INFO or hasattr(record, "is_news") or now - self.shown >= pause
+        if is_shown:
+            self.shown = now
+        return is_shown
+
+
+def formatter(label: str) -> logging.Formatter:
+    """The format of log lines, which LINE matches."""
+    return logging.Formatter(f"%(asctime)s %(levelname).1s {label:<12} %(message)s", "%H:%M:%S")
+
+
 def start_logging(label: str, log_file: Path | None) -> None:
     """Send log lines to stderr and the file, each with its time and `label`, a name of a rule or expert."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file:
         handlers.append(_LogFile(log_file, encoding="utf-8"))
+        if os.environ.get(BRIEF) == "1":
+            handlers[0].addFilter(_Few())
     for handler in handlers:
-        handler.setFormatter(
-            logging.Formatter(f"%(asctime)s %(levelname).1s {label:<12} %(message)s", "%H:%M:%S")
-        )
+        handler.setFormatter(formatter(label))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -105,9 +105,9 @@ def _failure(
     """Why a job failed, by the last line of its log, its result or its newest event; None if it did not."""
     is_new = (lenient.changed(log) or -1.0) >= run.began
     lines = lenient.end(log, LOG_TAIL).splitlines() if is_new else []
-    error_line = r"\d\d:\d\d:\d\d E (?:(?:expert|score) )?\S+ +(.+)"
-    if lines and (logged := re.fullmatch(error_line, lines[-1].decode(errors="replace"))):
-        return lenient.text(logged[1])
+    logged = cli.LINE.fullmatch(lines[-1].decode(errors="replace")) if lines else None
+    if logged and logged[1] == "E":
+        return lenient.text(logged[2])
     newest = events[-1] if events else {}
     result = lenient.json_object(folder / "result.json")
     failed = bool(record and result.get("token") == record.get("token") and result.get("status"))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cbtm_pipeline.base import cli
 from cbtm_pipeline.slurm import events
 
 TIMEOUT_S = 60  # of one command; a busy controller answers late
@@ -56,10 +57,13 @@ _FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "Commen
 
 
 def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment without what a surrounding Slurm job set: it would change jobs submitted from there."""
+    """The environment without what a surrounding Slurm job set: it would change jobs submitted from there.
+
+    Also without cli.BRIEF, as Slurm's own log of a job has all lines.
+    """
     kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
-    of_a_job = ("SLURM_", "SBATCH_", "SRUN_", "PMI")
-    return {name: value for name, value in base.items() if name in kept or not name.startswith(of_a_job)}
+    left_out = ("SLURM_", "SBATCH_", "SRUN_", "PMI", cli.BRIEF)
+    return {name: value for name, value in base.items() if name in kept or not name.startswith(left_out)}
 
 
 def ask(*command: str, timeout_s: float = TIMEOUT_S) -> str:

@@ -80,9 +80,9 @@ def detach(number: int, frame: object) -> NoReturn:
 def main() -> None:
     parent = os.getppid()
     args = parse()
-    cli.start_logging(args.name, None)
     folder = args.folder / args.name
     folder.mkdir(parents=True, exist_ok=True)
+    cli.start_logging(args.name, folder / "launch.log")
     order = make_order(args, folder)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, detach)
@@ -92,7 +92,7 @@ def main() -> None:
         launcher.lock()
         launcher.run()
     except Detached as reason:
-        log.info("left alone (%s): the job goes on, start again to wait for it", reason)
+        log.info("left alone (%s): the job goes on, start again to wait for it", reason, extra=cli.NEWS)
         sys.exit(143)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

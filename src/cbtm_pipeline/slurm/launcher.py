@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.base.cli import NEWS, log
 from cbtm_pipeline.slurm import commands, events
 from cbtm_pipeline.slurm.watch import Watch
 
@@ -72,7 +72,8 @@ class Launcher:
                 self._fail(f"{job} {HELPLESS[state]}.")
             self._forget()
             step = self._from_step()
-            self.watch.say(f"{job} ended ({state.lower()}) before it was done, the next one goes on{step}")
+            line = f"{job} ended ({state.lower()}) before it was done, the next one goes on{step}"
+            self.watch.say(line, is_news=True)
             record = None
 
     def cancel(self) -> None:
@@ -86,7 +87,7 @@ class Launcher:
                 commands.cancel(job_id)
                 events.write_json(self.folder / "job.json", {**record, "job_id": job_id, "cancelled": True})
                 self._add("cancelled", job_id=job_id)
-                log.info("job %s cancelled", job_id)
+                log.info("job %s cancelled", job_id, extra=NEWS)
         except OSError as error:
             job_id = record["job_id"]
             found = f"job {job_id}: not cancelled ({error})"
@@ -107,10 +108,10 @@ class Launcher:
             events.write_json(self.folder / "job.json", record)
         same = record["fingerprint"] == self.order["fingerprint"]
         if same and not record.get("cancelled"):
-            log.info("waiting again for job %s", record["job_id"])
+            log.info("waiting again for job %s", record["job_id"], extra=NEWS)
             return record
         reason = "cancelled" if same else "of another config or other data"
-        log.info("job %s is %s: waiting for its end", record["job_id"], reason)
+        log.info("job %s is %s: waiting for its end", record["job_id"], reason, extra=NEWS)
         self.watch.wait_for(lambda: commands.cancel(record["job_id"]))
         while self.watch.wait_for(lambda: self._state(record)) in commands.LIVE:
             self.watch.sleep()
@@ -138,7 +139,7 @@ class Launcher:
                 found = message or "sbatch failed"
                 self._fail(f"{found}. Expected sbatch to take the job. Correct the profile.")
             else:
-                self.watch.say(f"Slurm takes no job now ({message}), trying again")
+                self.watch.say(f"Slurm takes no job now ({message}), trying again", is_news=True)
                 self.watch.sleep(pause)
                 pause = min(2 * pause, 60.0)
                 # Slurm may have taken the job, and its answer was lost.
@@ -147,7 +148,7 @@ class Launcher:
         record["submitted"] = time.time()
         events.write_json(self.folder / "job.json", record)
         self._add("submitted", job_id=record["job_id"], step=step)
-        self.watch.say(f"job {record['job_id']} submitted{self._from_step()}")
+        self.watch.say(f"job {record['job_id']} submitted{self._from_step()}", is_news=True)
         return record
 
     def _call_submit(self, order: Order) -> subprocess.CompletedProcess[str]:

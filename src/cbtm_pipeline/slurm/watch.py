@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.base.cli import NEWS, log
 from cbtm_pipeline.slurm import commands
 
 POLL_S = 1.0  # between two looks for a result
@@ -28,10 +28,10 @@ class Watch:
     def __init__(self, folder: Path, parent: int):
         self.folder, self.parent, self.last_line = folder, parent, ""
 
-    def say(self, line: str) -> None:
-        """Log a line unless it is the one before."""
+    def say(self, line: str, is_news: bool = False) -> None:
+        """Log a line unless it is the one before. With `is_news`, a brief terminal shows it."""
         if line != self.last_line:
-            log.info(line)
+            log.info(line, extra=NEWS if is_news else None)
             self.last_line = line
 
     def sleep(self, seconds: float = POLL_S) -> None:
@@ -70,5 +70,5 @@ class Watch:
             reason = f" ({job.reason})" if job.reason not in ("", "None") else ""
             where = f" on {job.nodes}" if job.nodes else reason
             again = f", restarted {job.restarts} times" if job.restarts else ""
-            self.say(f"job {job.id} {job.state.lower()}{where}{again}")
+            self.say(f"job {job.id} {job.state.lower()}{where}{again}", is_news=job.state == "RUNNING")
         return job

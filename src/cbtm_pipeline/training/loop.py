@@ -20,7 +20,7 @@ import torch
 
 from cbtm_pipeline import config
 from cbtm_pipeline.base import lock, parallel
-from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.base.cli import NEWS, log
 from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.training import batches, checkpoint, distributed, model, training_log
 from cbtm_pipeline.training.placement import place
@@ -218,6 +218,7 @@ def train(
                     patience,
                     step,
                     n_steps,
+                    extra=NEWS,
                 )
                 return step
             training.step(step)
@@ -234,6 +235,7 @@ def train(
                     "stopped by a signal: state saved after step %d of %d, start again to go on",
                     step + 1,
                     n_steps,
+                    extra=NEWS,
                 )
                 return None
     return n_steps
@@ -270,5 +272,5 @@ def resume(
     step, tensors = group.share(checkpoint.load(state, fingerprint) if group.rank == 0 else None)
     checkpoint.restore(tensors, net, optimizer)
     if step:
-        log.info("going on after step %d", step)
+        log.info("going on after step %d", step, extra=NEWS)
     return step
