@@ -103,7 +103,9 @@ def unless_done(job):
     if job not in STATES or job in start().anew or not (STATES[job].record or kept.has(Path(OUT), job)):
         return []
     expert = ["--expert", job.expert] if job.expert else []
-    return ["python", "-m", "cbtm_pipeline.provenance.unchanged", "--config", RUN_CONFIG, "--rule", job.rule, *expert, "--"]
+    log = f"{OUT}/logs/{job.rule}/{job.expert}.log" if job.expert else f"{OUT}/logs/{job.rule}.log"
+    check = ["python", "-m", "cbtm_pipeline.provenance.unchanged", "--config", RUN_CONFIG, "--log", log]
+    return [*check, "--rule", job.rule, *expert, "--"]
 
 
 def expert_inputs(wildcards):

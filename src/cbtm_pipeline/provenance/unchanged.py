@@ -39,11 +39,12 @@ def main() -> None:
     p.add_argument("--config", required=True, type=Path, help="config.json in the folder of the outputs")
     p.add_argument("--rule", required=True, help="the rule of the job")
     p.add_argument("--expert", help="the expert of the job, for train_expert and score_expert")
+    p.add_argument("--log", type=Path, help="write a line to this file if there is nothing to do")
     p.add_argument("command", nargs="+", help="after --: the command that does the job")
     args = p.parse_args()
     job = Job(args.rule, args.expert)
     if is_done(config.read(args.config), job):
-        cli.start_logging(str(job), None)
+        cli.start_logging(str(job), args.log)
         cli.log.info("its plan and inputs are what they were, nothing to do")
         return
     os.execvp(args.command[0], args.command)
