@@ -199,7 +199,7 @@ def test_new_held_out_text_gives_the_same_clusters(tmp_path: Path) -> None:
         tmp_path / "config.yaml",
         embed={"n_components": 8},
         cluster={"k": 2, "n_init": 1},
-        train={"validation_share": 0.5},
+        train={"validation_share": 0.3},
     )
     made_corpus.write(tmp_path, [40, 30], [20])
     before = artifact.read_sealed(made_corpus.run_assign_all(tmp_path, config), "assignments")
