@@ -246,9 +246,7 @@ def copy(outdir, tmp_path) -> Path:
 
 def test_held_out_text_of_another_tokenizer_is_refused(copy, monkeypatch):
     manifest = artifact.read_sealed(copy / "shards/manifest.json", "shards")
-    change_json(
-        copy / "shards/manifest.json", made_from={**manifest["made_from"], "tokenizer": "0" * 32}
-    )
+    change_json(copy / "shards/manifest.json", made_from={**manifest["made_from"], "tokenizer": "0" * 32})
     refused(monkeypatch, copy, r"model\.safetensors: made from another tokenizer")
 
 
