@@ -85,7 +85,8 @@ def filter_log_weights(
         logw_KN[:, begin:end] = mixed_KM
 
         credit_KM = np.where(active_KM, mixed_KM + gain_KN[:, begin:end], -np.inf)
-        logb_KM = np.where(active_KM, credit_KM + (log_total_M - _log_sum_exp(credit_KM)), belief_KM)
+        share_KM = credit_KM - _log_sum_exp(credit_KM)  # exactly 0 for a single active expert: ties stay ties
+        logb_KM = np.where(active_KM, share_KM + log_total_M, belief_KM)
 
     logw_NK = np.empty(d2_NK.shape)
     logw_NK[by_position_N] = logw_KN.T
