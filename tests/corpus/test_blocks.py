@@ -11,6 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import every_damage
 from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import records as corpus_records
@@ -299,6 +300,34 @@ def test_parquet_pages_without_checksums_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(checksummed(path, False, use_dictionary=False).replace(b"needle", b"needlx"))
     assert rows_of(parts(path))[500] == {"text": "needlx", "id": "pin 500"}
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_damaged_parquet_with_checksums_is_refused_or_gives_the_right_rows(
+    tmp_path: Path, compression: str
+) -> None:
+    """Above all, no row gets lost silently, which happens where a count of rows is damaged."""
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["one two", "three é", None, "four"], "n": [1, 2, 3, 4]})
+    pq.write_table(table, path, write_page_checksum=True, compression=compression, row_group_size=3)
+
+    def read() -> list[Any]:
+        return [row for part in parts(path) for row in corpus_rows.read(part, "text", "id")]
+
+    right, n_refused = read(), 0
+    assert [row.line for row in right] == [1, 2, 3, 4]
+    for i, damage in enumerate(every_damage.damages(path)):
+        if i % 5:  # some bits of each byte
+            continue
+        try:
+            found = read()
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: "), damage
+            n_refused += 1
+        else:
+            assert found == right, damage
+    assert n_refused > 500
+    assert read() == right
 
 
 def test_blocks_hold_whole_records_of_several_files(tmp_path: Path) -> None:

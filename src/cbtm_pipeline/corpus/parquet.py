@@ -23,15 +23,18 @@ def cut(source: Source) -> Iterator[Batch]:
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             takes, wanted = _columns(path, file.schema_arrow, source.text_field, source.id_field)
-            n_bytes_file, n_rows_file = path.stat().st_size, file.metadata.num_rows
+            n_bytes_file, n_rows_file, n_read = path.stat().st_size, file.metadata.num_rows, 0
             for group in range(file.metadata.num_row_groups):
                 about = file.metadata.row_group(group)
                 row_bytes = about.total_byte_size // max(1, about.num_rows)
                 n_rows = max(1, min(_MAX_ROWS, source.chunk_bytes // max(1, row_bytes)))
                 for batch in file.iter_batches(n_rows, row_groups=[group], columns=wanted):
                     table = pa.record_batch({column: take(batch) for column, take in takes.items()})
-                    yield Batch(table, table.nbytes, n_bytes_file * table.num_rows // n_rows_file)
-    except pa.ArrowException as error:
+                    n_read += table.num_rows
+                    yield Batch(table, table.nbytes, n_bytes_file * table.num_rows // max(1, n_rows_file))
+            if n_read != n_rows_file:
+                raise pa.ArrowInvalid(f"{n_read} rows, of {n_rows_file} by its metadata")
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
     except OSError as error:
         if error.errno is not None:
