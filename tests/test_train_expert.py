@@ -384,6 +384,34 @@ def test_a_changed_tokenizer_is_refused(outdir, tmp_path, name):
     refused(tmp_path, "0", rf"tokenizer/{name}: ")
 
 
+def test_a_tokenizer_that_changes_during_a_training_is_not_published(outdir, tmp_path):
+    where = made.files(copies(outdir, tmp_path), "0")
+    path = where.tokenizer.with_name("tokenizer_config.json")
+    whole = path.read_bytes()
+
+    def change() -> None:
+        path.write_bytes(whole + b" ")
+
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: another file than it was"):
+        made.train(made.make_config(run=made.NOW), where, "0", change)
+    assert not where.out.exists()
+    path.write_bytes(whole)
+    with made.log_lines() as lines:
+        made.train(made.make_config(run=made.NOW), where, "0")
+    assert any("going on after step 9" in line for line in lines)
+    made.check_published(where, 10)
+
+
+def test_other_files_beside_the_tokenizer_are_not_published(outdir, tmp_path):
+    where = made.files(copies(outdir, tmp_path), "0")
+    for name in ("config.json", "notes.txt"):
+        where.tokenizer.with_name(name).write_text("{}")
+    made.train(made.make_config(steps=1), where, "0")
+    made.check_published(where, 1)
+    assert json.loads(where.out.with_name("config.json").read_text())["model_type"] == "llama"
+    assert not where.out.with_name("notes.txt").exists()
+
+
 @pytest.mark.parametrize("name", ["seed", "0", "random-1", "dense"])
 def test_tokens_of_another_tokenizer_are_refused(outdir, tmp_path, name):
     """Its words are the same but for one, so that its tokens would do."""

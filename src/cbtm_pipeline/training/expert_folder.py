@@ -63,7 +63,8 @@ def publish(
 
     All files are written to a staging folder, then moved one by one. A run that is killed meanwhile leaves no
     weights, or weights that do not fit the card. Readers refuse such a folder, and the next start publishes
-    it again. `card` gets the entries `weights` and `identity`. Raises OSError if the disk is full.
+    it again. `card` gets the entries `weights` and `identity`. Raises OSError if the disk is full, and
+    ValueError if the tokenizer has changed.
     """
     folder = out.parent
     staging = folder / ".staging"
@@ -82,9 +83,10 @@ def publish(
     training_log.write_events(
         staging / "tensorboard" / "events.out.tfevents.0.cbtm", training_log.read(metrics)
     )
-    for path in tokenizer.parent.iterdir():
-        if path.is_file() and path.name != "card.json" and not path.name.startswith("."):
-            shutil.copyfile(path, staging / path.name)
+    record = artifact.read_sealed(tokenizer.with_name("card.json"), "tokenizer")
+    for name, expected in record["files"].items():
+        artifact.check_file(tokenizer.with_name(name), expected, make_again(tokenizer))
+        shutil.copyfile(tokenizer.with_name(name), staging / name)
 
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != WEIGHTS)
     hashes = {str(path.relative_to(staging)): artifact.identity(path) for path in files}
