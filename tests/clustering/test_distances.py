@@ -101,6 +101,16 @@ def test_one_thread_holds_in_a_thread_that_has_not_computed_yet() -> None:
         torch.set_num_threads(before)
 
 
+def test_the_number_of_threads_changes_no_bit_of_a_sum() -> None:
+    rng = np.random.default_rng(0)
+    weights_N, d2_N = rng.lognormal(5, 1, 200_000), rng.uniform(size=200_000).astype(np.float32)
+    found = set()
+    for n_threads in (1, 2, 4):
+        with threadpool_limits(n_threads):
+            found.add(distances.weighted_sum(weights_N, d2_N))
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("k", [2, 150, 400])
 def test_the_number_of_threads_changes_no_bit_of_a_solution(k: int) -> None:
     rng = np.random.default_rng(0)
