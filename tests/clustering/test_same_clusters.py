@@ -143,15 +143,26 @@ def test_a_cluster_of_nothing_but_ties_keeps_its_document() -> None:
     assert kmeans.assign(x_ND, *numbered[:2])[0].tolist() == [1, 0]
 
 
-def test_a_corpus_that_is_sorted_by_source_is_sampled_as_well_as_a_mixed_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    x_ND, weights_N = made_corpus.unit_vectors(8000, 20, 12, 0)
-    by_source = np.argsort(x_ND[:, 0])
-    monkeypatch.setattr(kmeans, "SAMPLE_ROWS", 500)
-    mixed, in_order = fit(x_ND, 8, weights_N), fit(x_ND[by_source], 8, weights_N[by_source])
-    assert in_order.balance < 1.01
-    assert in_order.inertia == pytest.approx(mixed.inertia, rel=0.01)
+def test_a_sample_of_a_corpus_sorted_by_source_holds_all_sources_alike() -> None:
+    x_ND = np.arange(40_000, dtype=np.float32)[:, None]  # a vector is its row, and a source is 4000 rows
+    documents = kmeans._shuffled(x_ND, np.ones(40_000), 4, 0)
+    assert documents.shares() == [4, 1]
+    sampled = documents.sample(4)
+    from_source = np.bincount(sampled.x_SD[:, 0].astype(int) // 4000)
+    assert from_source.sum() == 10_000 and (sampled.mass_S == 1).all()
+    assert (np.abs(from_source - 1000) < 4 * np.sqrt(1000 * 0.75)).all()
+    assert np.sort(documents.sample(1).x_SD[:, 0]).tolist() == x_ND[:, 0].tolist()
+
+
+def test_copies_in_a_sample_are_one_vector_with_the_weight_of_all() -> None:
+    x_ND = (np.arange(40_000, dtype=np.float32) // 2)[:, None]
+    documents = kmeans._shuffled(x_ND, np.arange(1.0, 40_001), 4, 0)
+    every = documents.sample(1)
+    assert len(every.x_SD) == 20_000
+    assert (every.mass_S == 4 * every.x_SD[:, 0] + 3).all()
+    part = documents.sample(4)
+    assert 7500 < len(part.x_SD) < 10_000  # most vectors once, some with both copies
+    assert part.mass_S.sum() == documents.weights_N[documents.rows_N[:10_000]].sum()
 
 
 def test_draws_follow_their_odds() -> None:
