@@ -115,12 +115,18 @@ def test_file_with_other_groups_than_its_manifest_names_is_refused(tmp_path: Pat
         token_files.read(other, 0, identities[0])
 
 
-def test_file_that_is_replaced_after_it_was_read_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.arrow"
+@pytest.mark.parametrize("in_place", [True, False])
+def test_file_that_is_changed_after_it_was_read_is_refused(tmp_path: Path, in_place: bool) -> None:
+    path, other = tmp_path / "x.arrow", tmp_path / "y.arrow"
     (identity,) = token_files.write(path, META, [made([[1, 2]])])
     token_files.read(path, 0, identity)
-    token_files.write(path, META, [made([[1, 3]])])
-    os.utime(path, ns=(1, 1))
+    token_files.write(other, META, [made([[1, 3]])])
+    if in_place:
+        path.write_bytes(other.read_bytes())
+        os.utime(path, ns=(1, 1))
+    else:
+        os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+        other.replace(path)
     with pytest.raises(ValueError, match=r"x\.arrow: group 0 is not the one"):
         token_files.read(path, 0, identity)
 
