@@ -8,8 +8,8 @@ The logits are the logarithm of the mixture's probabilities, so their softmax is
 
 The weights w depend on the text before t alone. A linear tf-idf embedding of the prefix, compared with the
 experts' centres, gives the paper's weights. The filter corrects them with what each active expert said of the
-text so far (fixed share, Herbster and Warmuth 1998). Only the `n_active` experts with the largest weights run.
-An expert that becomes active first catches up on what it has not seen, in one forward pass.
+text so far (fixed share, Herbster and Warmuth 1998). Only the `n_active` experts of largest weight run. An
+expert that becomes active first catches up on what it has not seen, in one forward pass.
 
 This file needs torch, transformers and safetensors. Its folder holds router.safetensors, and the experts as
 folders of transformers.
@@ -87,8 +87,9 @@ class CBTMConfig(PretrainedConfig):
 
 @dataclass
 class CBTMOutput(CausalLMOutputWithPast):
-    """The usual output. `router_log_weights` (B, T, K) has the logarithm of each expert's weight, in the order
-    of `model.names`; -inf for an expert that did not run.
+    """The usual output, and the logarithm of each expert's weight, (B, T, K), in the order of `model.names`.
+
+    It is -inf for an expert that did not run.
     """
 
     router_log_weights: torch.Tensor | None = None
@@ -118,7 +119,7 @@ class State:
 class CBTMCache(Cache):
     """The text so far, the router's state, and one KV cache per expert that has run.
 
-    `n_seen[j]` columns have gone through expert j; `tail[j]` has its log-probabilities after the last of them.
+    `n_seen[j]` columns have gone through expert j; `tail[j]` has its log-probabilities after the last one.
     """
 
     def __init__(self, state: State):
@@ -241,7 +242,7 @@ class Router(nn.Module):
         gain_BK: torch.Tensor | None,
         fixed: bool,
     ) -> State:
-        """The state after one more column. `gain_BK`: what the experts gave its tokens; None for the first."""
+        """The state after one more column. `gain_BK`: what the experts gave its tokens, None for the first."""
         config, new = self.config, copy.copy(state)
         new.sum_BD = state.sum_BD + self.embedding[ids_B.to(self.embedding.device)].double().cpu()
         logprior_BK = self.log_prior(new.sum_BD)
@@ -309,8 +310,8 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> "CBTMForCausalLM":
         """Load the router; experts load when they first run.
 
-        Further arguments: those of CBTMConfig; `dtype`, `attn_implementation` and `device_map` for the experts.
-        `device_map` is a device, `auto` (all GPUs in turn), or a device for each expert's name.
+        Further arguments: those of CBTMConfig; and for the experts `dtype`, `attn_implementation` and
+        `device_map`, which is a device, `auto` (all GPUs in turn), or a device for each expert's name.
         """
         config = kwargs.pop("config", None)
         if not isinstance(config, CBTMConfig):
@@ -372,7 +373,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         return expert
 
     def _run(self, net: nn.Module, cache: CBTMCache, j: int, end: int, n_keep: int) -> torch.Tensor:
-        """Let expert j read columns up to `end`; its log-probabilities (B, n_keep, V) after the last of them."""
+        """Let expert j read columns up to `end`. Its log-probabilities after the last ones, (B, n_keep, V)."""
         first, device = cache.n_seen.get(j, 0), next(net.parameters()).device
         kv = cache.kv.setdefault(j, DynamicCache(config=net.config))
         position = (cache.mask[:, :end].cumsum(1) - 1).clamp_min(0)
@@ -449,9 +450,9 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CBTMOutput:
-        """Log-probabilities of the next token after each of the last `logits_to_keep` columns (0: all), (B, T, V).
+        """Log-probabilities of the next token, (B, T, V), after the last `logits_to_keep` columns (0: all).
 
-        `past_key_values` is the cache of the call before. Other caches, such as `generate` makes, are left out.
+        `past_key_values` is the cache of the call before. An empty cache, as `generate` makes it, is left out.
         """
         cache = past_key_values if isinstance(past_key_values, CBTMCache) else kwargs.get("cache")
         if not isinstance(cache, CBTMCache):
