@@ -60,7 +60,8 @@ def touched_and_copied(project: Path) -> Path:
     (project / "corpus.jsonl").unlink()
     rng = random.Random(0)
     for path in (project / "results").rglob("*"):
-        os.utime(path, (rng.uniform(1e9, 2e9),) * 2)
+        seconds = rng.uniform(1e9, 2e9)
+        os.utime(path, (seconds, seconds))
     (project / "moved.yaml").write_text("corpus: {train: ['./data/*.jsonl']}\n")
     return project
 

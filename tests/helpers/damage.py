@@ -33,12 +33,8 @@ from cbtm_pipeline import (
     train_expert,
 )
 
-MODULES = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (
-        assign, assign_random, embed, eval_ensemble, fit_kmeans, report, route, score_expert, shard, train_expert
-    )
-}  # fmt: skip
+RULES = (assign, assign_random, embed, eval_ensemble, fit_kmeans, report, route, score_expert, shard)
+MODULES = {module.__name__.rpartition(".")[2]: module for module in (*RULES, train_expert)}
 READERS = {  # of the files that match, the commands that read them
     "tokenizer/*": ["shard", "fit_kmeans", "route", "train seed"],
     "shards/manifest.json": [

@@ -71,7 +71,9 @@ def corpus(wildcards):
     times of files nor what Snakemake remembers: it runs what is forced or missing, and what reads that.
     """
     made_before = [job for job in start().run if STATES[job].record]
-    workflow.dag.forcefiles.update(f"{OUT}/{output}" for job in made_before for output in job.outputs)
+    workflow.dag.forcefiles.update(
+        f"{OUT}/{output}" for job in made_before for output in job.outputs
+    )
     return ancient(CORPUS)
 
 
@@ -80,7 +82,14 @@ def made(*outputs):
 
     def paths(wildcards):
         named = [output.format(**dict(wildcards.items())) for output in outputs]
-        found = [f"{OUT}/{name}" if PRODUCERS[name] in start().run else ancient(f"{OUT}/{name}") for name in named]
+        found = [
+            (
+                f"{OUT}/{name}"
+                if PRODUCERS[name] in start().run
+                else ancient(f"{OUT}/{name}")
+            )
+            for name in named
+        ]
         return found if len(found) > 1 else found[0]
 
     return paths
@@ -100,17 +109,36 @@ def unless_done(job):
 
     Nothing, if no earlier run has made outputs, or if the user wants them made again.
     """
-    if job not in STATES or job in start().anew or not (STATES[job].record or kept.has(Path(OUT), job)):
+    if (
+        job not in STATES
+        or job in start().anew
+        or not (STATES[job].record or kept.has(Path(OUT), job))
+    ):
         return []
     expert = ["--expert", job.expert] if job.expert else []
-    log = f"{OUT}/logs/{job.rule}/{job.expert}.log" if job.expert else f"{OUT}/logs/{job.rule}.log"
-    check = ["python", "-m", "cbtm_pipeline.provenance.unchanged", "--config", RUN_CONFIG, "--log", log]
+    log = (
+        f"{OUT}/logs/{job.rule}/{job.expert}.log"
+        if job.expert
+        else f"{OUT}/logs/{job.rule}.log"
+    )
+    check = [
+        "python",
+        "-m",
+        "cbtm_pipeline.provenance.unchanged",
+        "--config",
+        RUN_CONFIG,
+        "--log",
+        log,
+    ]
     return [*check, "--rule", job.rule, *expert, "--"]
 
 
 def expert_inputs(wildcards):
     """The data, the tokenizer and the seed model of an expert. The seed itself has no seed model."""
-    inputs = {"data": MANIFESTS[plan.data_of(wildcards.expert)[0]], "tokenizer": "tokenizer/tokenizer.json"}
+    inputs = {
+        "data": MANIFESTS[plan.data_of(wildcards.expert)[0]],
+        "tokenizer": "tokenizer/tokenizer.json",
+    }
     if wildcards.expert != "seed":
         inputs["seed_model"] = "experts/seed/model.safetensors"
     return {name: made(output)(wildcards) for name, output in inputs.items()}

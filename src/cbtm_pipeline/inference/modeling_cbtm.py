@@ -135,7 +135,7 @@ class CBTMCache(Cache):
             torch.Tensor
         ] = []  # of each column but the first: log-probability of its token, (B, K)
         self.snapshots: list[tuple[int, State]] = [(0, state)]
-        self.merged: nn.Module | None = None
+        self.merged: PreTrainedModel | None = None
 
     def append(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Add columns. `mask` covers all columns, or the new ones."""
@@ -182,7 +182,7 @@ class CBTMCache(Cache):
         self.snapshots = [(n, state.take(indices)) for n, state in self.snapshots]
         self.tail = {j: tail.index_select(0, indices.to(tail.device)) for j, tail in self.tail.items()}
         for cache in self.kv.values():
-            cache.reorder_cache(indices.to(self.ids.device))
+            cache.batch_select_indices(indices.to(self.ids.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.ids)).repeat_interleave(repeats))
@@ -204,6 +204,9 @@ class CBTMCache(Cache):
 
 class Router(nn.Module):
     """The weights of the experts after each prefix. `embedding` and `centres` come from the clustering."""
+
+    embedding: torch.Tensor  # (V, D) float32
+    centres: torch.Tensor  # (K, D) float32
 
     def __init__(self, config: CBTMConfig, n_experts: int):
         super().__init__()
@@ -242,7 +245,7 @@ class Router(nn.Module):
         gain_BK: torch.Tensor | None,
         fixed: bool,
     ) -> State:
-        """The state after one more column. `gain_BK`: what the experts gave its tokens, None for the first."""
+        """The state after one more column. `gain_BK`: what experts gave its tokens, None for the first."""
         config, new = self.config, copy.copy(state)
         new.sum_BD = state.sum_BD + self.embedding[ids_B.to(self.embedding.device)].double().cpu()
         logprior_BK = self.log_prior(new.sum_BD)
@@ -284,6 +287,7 @@ class Router(nn.Module):
 class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     """The ensemble. `names` are its experts, in the order of the router's centres."""
 
+    config: CBTMConfig
     config_class = CBTMConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -313,9 +317,9 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         Further arguments: those of CBTMConfig; and for the experts `dtype`, `attn_implementation` and
         `device_map`, which is a device, `auto` (all GPUs in turn), or a device for each expert's name.
         """
-        config = kwargs.pop("config", None)
+        config: Any = kwargs.pop("config", None)
         if not isinstance(config, CBTMConfig):
-            config, kwargs = CBTMConfig.from_pretrained(
+            config, kwargs = CBTMConfig.from_pretrained(  # pyright: ignore
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
         folder = Path(pretrained_model_name_or_path)
@@ -340,7 +344,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.save_pretrained(save_directory)
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.router.centres.device
 
     def _devices(self) -> list[torch.device]:
@@ -360,7 +364,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         """Expert j, from memory or from its folder. The least recently used one makes room for it."""
         name = self.names[j]
         if name in self.experts:
-            expert = self.experts.pop(name)
+            expert: Any = self.experts.pop(name)
         else:
             limit = self.config.max_loaded
             while limit is not None and len(self.experts) >= max(limit, 1):
@@ -372,8 +376,8 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         self.experts[name] = expert
         return expert
 
-    def _run(self, net: nn.Module, cache: CBTMCache, j: int, end: int, n_keep: int) -> torch.Tensor:
-        """Let expert j read columns up to `end`. Its log-probabilities after the last ones, (B, n_keep, V)."""
+    def _run(self, net: Any, cache: CBTMCache, j: int, end: int, n_keep: int) -> torch.Tensor:
+        """Let expert j read columns up to `end`. Returns its last log-probabilities, (B, n_keep, V)."""
         first, device = cache.n_seen.get(j, 0), next(net.parameters()).device
         kv = cache.kv.setdefault(j, DynamicCache(config=net.config))
         position = (cache.mask[:, :end].cumsum(1) - 1).clamp_min(0)
@@ -452,7 +456,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CBTMOutput:
         """Log-probabilities of the next token, (B, T, V), after the last `logits_to_keep` columns (0: all).
 
-        `past_key_values` is the cache of the call before. An empty cache, as `generate` makes it, is left out.
+        `past_key_values` is the cache of the call before. An empty one, as `generate` makes it, is left out.
         """
         cache = past_key_values if isinstance(past_key_values, CBTMCache) else kwargs.get("cache")
         if not isinstance(cache, CBTMCache):
@@ -497,7 +501,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self._run(cache.merged, cache, -1, cache.get_seq_length(), n_keep)
         return logits.to(cache.ids.device), cache.state.logw_BK[:, None].expand(-1, n_keep, -1)
 
-    def merge(self, weight_K: torch.Tensor) -> nn.Module:
+    def merge(self, weight_K: torch.Tensor) -> PreTrainedModel:
         """A model whose weights are the mean of the experts' with these weights (TTMM, arXiv 2505.14136)."""
         active = [j for j, weight in enumerate(weight_K.tolist()) if weight > 0]
         merged = copy.deepcopy(self.expert(active[0]))

@@ -28,7 +28,7 @@ NO_TOKENIZER = {"card.json"}
 
 
 class Parts(NamedTuple):
-    """What an ensemble is made of. `experts` are folders by name, in the order of the rows of `centres_KD`."""
+    """What an ensemble is made of. `experts`: folders by name, in the order of the rows of `centres_KD`."""
 
     embedding_VD: np.ndarray
     centres_KD: np.ndarray
@@ -110,7 +110,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def copy(folder: Path, to: Path) -> None:
-    """Copy the folder, verified, with modes that everybody can read. Raises ValueError if `to` is not empty."""
+    """Copy the folder, verified, for everybody to read. Raises ValueError if `to` is not empty."""
     verify(folder)
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to}: not empty. Expected a new folder. Give another name.")

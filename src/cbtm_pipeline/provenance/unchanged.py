@@ -44,7 +44,8 @@ def main() -> None:
     args = p.parse_args()
     job = Job(args.rule, args.expert)
     if is_done(config.read(args.config), job):
-        cli.start_logging(str(job), args.log)
+        label = {"train_expert": f"expert {job.expert}", "score_expert": f"score {job.expert}"}
+        cli.start_logging(label.get(job.rule, job.rule), args.log)
         cli.log.info("its plan and inputs are what they were, nothing to do")
         return
     os.execvp(args.command[0], args.command)
