@@ -18,14 +18,16 @@ Shapes: B sequences, T new columns, C columns of a block, K experts, D dimension
 """
 
 import copy
+import functools
 import inspect
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -35,19 +37,22 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 BLOCK = 256  # columns that are mixed at once: bounds the memory of a long text
-ROUTER = "router.safetensors"
+FIRST_BLOCKS = (8, 64)  # ends of the first blocks: a text's first weights change fast, and waste little there
+ROUTER, RECORD = "router.safetensors", "files.json"
 NO_EVIDENCE = 1.0  # squared distance of a prefix without a usable term: equally far from all centres
-N_SNAPSHOTS = 8  # states of the router that are kept, so that a few columns can be taken back quickly
+MERGED = -1  # the number under which a cache keeps the merged model
+# transformers 5.24 has renamed the argument
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class CBTMConfig(PretrainedConfig):
     """What the ensemble is, and how it is run.
 
     `experts` are the names of their folders, `exclude` those that are left out. Router `paper` weighs by the
-    prefix alone, `filter` also by what the experts said of it. `n_active` experts run for each token.
-    `hysteresis`: an active expert is replaced only by one that weighs so many times more. `route="once"`
-    fixes the active experts after the prompt, `fix_after` after so many tokens. `max_loaded` experts stay in
-    memory, the least recently used goes first; None is no bound.
+    prefix alone, `filter` also by what the experts said of it. `n_active` experts run for each token; None is
+    all. `hysteresis`: an active expert is replaced only by one that weighs more than so many times as much.
+    `route="once"` fixes the active experts at the end of the prompt, `fix_after` after so many tokens behind
+    the first. `max_loaded` experts stay in memory, the least recently used goes first; None is no bound.
     """
 
     model_type = "cbtm"
@@ -70,19 +75,45 @@ class CBTMConfig(PretrainedConfig):
         max_loaded: int | None = None,
         **kwargs: Any,
     ):
-        for name, value, known in (
-            ("router", router, ("paper", "filter")),
-            ("route", route, ("token", "once")),
-            ("mode", mode, ("ensemble", "merge")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: {value!r}. Expected {' or '.join(known)}. Change it.")
         self.experts, self.exclude = list(experts), list(exclude)
         self.n_components, self.vocab_size = n_components, vocab_size
         self.router, self.n_active, self.router_temperature = router, n_active, router_temperature
         self.epsilon, self.beta, self.hysteresis = epsilon, beta, hysteresis
         self.route, self.fix_after, self.mode, self.max_loaded = route, fix_after, mode, max_loaded
+        self.check()
         super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError, with one line, for a value that the ensemble cannot run with."""
+        choices = {
+            "router": ("paper", "filter"),
+            "route": ("token", "once"),
+            "mode": ("ensemble", "merge"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(_wrong(name, getattr(self, name), " or ".join(known)))
+        for name, least in (("n_active", 1), ("max_loaded", 1), ("fix_after", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(_wrong(name, value, f"null or a whole number of at least {least}"))
+        for name, low, high, expected in (
+            ("router_temperature", 1e-9, math.inf, "a number above 0"),
+            ("epsilon", 0, 1, "a number from 0 to 1"),
+            ("beta", 0, math.inf, "a number of at least 0"),
+            ("hysteresis", 1, math.inf, "a number of at least 1"),
+        ):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise ValueError(_wrong(name, value, expected))
+        if unknown := set(self.exclude) - set(self.experts):
+            raise ValueError(_wrong("exclude", ", ".join(sorted(unknown)), ", ".join(self.experts)))
+        if self.experts and set(self.exclude) == set(self.experts):
+            raise ValueError(_wrong("exclude", "every expert", "at least one to be left"))
+
+
+def _wrong(name: str, found: Any, expected: str) -> str:
+    return f"{name}: {found}. Expected {expected}. Change it."
 
 
 @dataclass
@@ -96,192 +127,281 @@ class CBTMOutput(CausalLMOutputWithPast):
 
 
 class State:
-    """What the router knows of the text so far, by sequence (float64): the formulas are in `Router`."""
+    """What the router knows of the text so far (float64); a row is a sequence. The formulas are in `Router`.
+
+    `trail_BCK2` has for each column the belief, and the logarithm of the weights (-inf: not active).
+    """
 
     def __init__(self, batch_size: int, n_components: int, n_experts: int):
-        self.sum_BD = torch.zeros(batch_size, n_components, dtype=torch.float64)
-        self.logb_BK = torch.zeros(batch_size, n_experts, dtype=torch.float64)  # the filter's belief
-        self.logw_BK = torch.full((batch_size, n_experts), -torch.inf, dtype=torch.float64)
-        self.n_B = torch.zeros(batch_size, dtype=torch.long)  # columns so far, padding not counted
+        self.sum_BD = np.zeros((batch_size, n_components))
+        self.n_B = np.zeros(batch_size, int)  # columns so far, padding not counted
+        self.trail_BCK2 = np.empty((batch_size, 64, n_experts, 2))
 
-    @property
-    def active_BK(self) -> torch.Tensor:
-        return self.logw_BK > -torch.inf
+    def before(self, column: int) -> tuple[np.ndarray, np.ndarray]:
+        """The belief and the weights (logarithms) after the column before this one, (B, K) each."""
+        if column == 0:
+            shape = self.trail_BCK2[:, 0, :, 0].shape
+            return np.zeros(shape), np.full(shape, -np.inf)
+        return self.trail_BCK2[:, column - 1, :, 0], self.trail_BCK2[:, column - 1, :, 1]
 
-    def take(self, rows: torch.Tensor) -> "State":
-        """The state of these sequences."""
-        new = copy.copy(self)
-        for name, value in vars(self).items():
-            setattr(new, name, value.index_select(0, rows.cpu()))
-        return new
+    def reserve(self, n_columns: int) -> None:
+        """Make room for so many columns."""
+        if (now := self.trail_BCK2.shape[1]) < n_columns:
+            more = np.empty((len(self.n_B), max(now, n_columns - now), *self.trail_BCK2.shape[2:]))
+            self.trail_BCK2 = np.concatenate([self.trail_BCK2, more], 1)
+
+    def take(self, rows: np.ndarray) -> None:
+        """Keep these sequences, in this order."""
+        self.sum_BD, self.n_B, self.trail_BCK2 = self.sum_BD[rows], self.n_B[rows], self.trail_BCK2[rows]
 
 
 class CBTMCache(Cache):
     """The text so far, the router's state, and one KV cache per expert that has run.
 
-    `n_seen[j]` columns have gone through expert j; `tail[j]` has its log-probabilities after the last one.
+    `n_seen[j]` columns have gone through expert j; `tail[j]` has its log-probabilities after the last one,
+    (B, V). `n_prompt`: columns of the prompt; None: those of the first call.
     """
 
-    def __init__(self, state: State):
+    def __init__(self, n_prompt: int | None = None):
         super().__init__(layers=[])
-        batch_size = len(state.n_B)
-        self.ids = torch.zeros(batch_size, 0, dtype=torch.long)
-        self.mask = torch.zeros(batch_size, 0, dtype=torch.long)
+        self.n_prompt = n_prompt
+        self.ids = torch.zeros(0, 0, dtype=torch.long)
+        self.mask: torch.Tensor | None = None  # None: no padding
+        self.state: State | None = None
         self.kv: dict[int, DynamicCache] = {}
         self.n_seen: dict[int, int] = {}
         self.tail: dict[int, torch.Tensor] = {}
-        self.state, self.fixed = state, False
-        self.gains: list[
-            torch.Tensor
-        ] = []  # of each column but the first: log-probability of its token, (B, K)
-        self.snapshots: list[tuple[int, State]] = [(0, state)]
-        self.merged: PreTrainedModel | None = None
+        self.merged: tuple[PreTrainedModel, np.ndarray] | None = None  # and the experts' logw_BK
 
     def append(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Add columns. `mask` covers all columns, or the new ones."""
-        self.snapshots = [
-            self.snapshots[0],
-            *self.snapshots[1:][-N_SNAPSHOTS:],
-            (self.get_seq_length(), self.state),
-        ]
-        self.ids = torch.cat([self.ids.to(ids.device), ids], 1)
-        new = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :].to(ids.device, torch.long)
-        self.mask = torch.cat([self.mask.to(ids.device), new], 1)
+        if mask is not None:
+            mask = mask[:, -ids.shape[1] :].to(ids.device, torch.long)
+        if self.mask is not None or (mask is not None and not bool(mask.all())):
+            old = torch.ones_like(self.ids) if self.mask is None else self.mask
+            self.mask = _joined(old, torch.ones_like(ids) if mask is None else mask)
+        self.ids = _joined(self.ids, ids)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.ids.shape[1]
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
     get_max_cache_shape = get_max_length
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.get_seq_length() > 0
+    is_compileable = property(lambda self: False)
+    is_croppable = property(lambda self: True)
+    is_initialized = property(lambda self: self.get_seq_length() > 0)
+    is_linear = is_sliding = is_dummy = property(lambda self: [False])
+    batch_size = property(lambda self: len(self.ids) or -1)
 
     def activate_past_recording(self) -> None:
         """The text is recorded anyway."""
+
+    def reset(self) -> None:
+        self.crop(-self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take these sequences, for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.ids, self.mask = (x.index_select(0, indices.to(x.device)) for x in (self.ids, self.mask))
-        self.state = self.state.take(indices)
-        self.gains = [gain.index_select(0, indices.cpu()) for gain in self.gains]
-        self.snapshots = [(n, state.take(indices)) for n, state in self.snapshots]
-        self.tail = {j: tail.index_select(0, indices.to(tail.device)) for j, tail in self.tail.items()}
+        if self.state is None:
+            return
+        self.state.take(indices.cpu().numpy())
+        self.ids = self.ids[indices.to(self.ids.device)]
+        self.mask = None if self.mask is None else self.mask[indices.to(self.mask.device)]
+        self.tail = {j: tail[indices.to(tail.device)] for j, tail in self.tail.items()}
         for cache in self.kv.values():
-            cache.batch_select_indices(indices.to(self.ids.device))
+            cache.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.ids)).repeat_interleave(repeats))
 
-    def crop(self, max_length: int) -> None:
-        """Take the last columns back. A negative number counts them."""
-        n = max_length if max_length >= 0 else self.get_seq_length() + max_length
-        if n >= self.get_seq_length():
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last columns back: so many if 0 or negative, else all but so many."""
+        last, given = self.get_seq_length(), int(tokens_to_remove)
+        n = max(last + given, 0) if given <= 0 else min(given, last)
+        if n == last or self.state is None:
             return
-        self.ids, self.mask = self.ids[:, :n], self.mask[:, :n]
-        for j, n_seen in self.n_seen.items():
-            if n_seen > n - 1:  # what it said after column n - 1 is computed again
-                self.kv[j].crop(max(n - 1, 0))
-                self.n_seen[j] = max(n - 1, 0)
+        self.ids, self.mask = self.ids[:, :n], None if self.mask is None else self.mask[:, :n]
+        self.state.n_B[:] = -1 if n else 0  # forward counts again
+        self.state.sum_BD = np.zeros_like(self.state.sum_BD)
+        if self.n_prompt is not None and n < self.n_prompt:
+            self.n_prompt = None
+        for j, n_seen in list(self.n_seen.items()):
+            if n_seen > n - 1:  # what it said after column n - 1 is needed again
                 self.tail.pop(j, None)
-        self.snapshots = [(k, state) for k, state in self.snapshots if k <= n]
-        self.state, self.fixed = self.snapshots[-1][1], False
+                self.n_seen[j] = max(n - 1, 0)
+                try:
+                    self.kv[j].crop(self.n_seen[j] - n_seen)
+                except (RuntimeError, ValueError, NotImplementedError):
+                    self.n_seen[j] = 0  # a sliding window has forgotten: it reads all again
+                if not self.n_seen[j]:
+                    del self.kv[j], self.n_seen[j]
 
 
-class Router(nn.Module):
-    """The weights of the experts after each prefix. `embedding` and `centres` come from the clustering."""
+def _joined(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.cat([old.to(new.device), new], 1) if old.numel() else new
 
-    embedding: torch.Tensor  # (V, D) float32
-    centres: torch.Tensor  # (K, D) float32
 
-    def __init__(self, config: CBTMConfig, n_experts: int):
-        super().__init__()
-        self.config = config
-        self.register_buffer(
-            "embedding", torch.zeros(config.vocab_size, config.n_components), persistent=False
-        )
-        self.register_buffer("centres", torch.zeros(n_experts, config.n_components), persistent=False)
+class Router:
+    """The weights of the experts after each prefix. `embedding` and `centres` come from the clustering.
 
-    def log_prior(self, sum_BD: torch.Tensor) -> torch.Tensor:
-        """The paper's weights over all experts, (B, K): the softmax of -d2 / T (section 2.3)."""
-        length_B1 = sum_BD.norm(dim=1, keepdim=True)
-        h_BD = (sum_BD / length_B1.clamp_min(torch.finfo(torch.float64).tiny)).float().double()
-        centres_KD = self.centres.double().cpu()
-        d2_BK = (
-            h_BD.square().sum(1, keepdim=True) - 2 * h_BD @ centres_KD.T + centres_KD.square().sum(1)
-        ).float()
-        d2_BK = torch.where(length_B1 > 0, d2_BK.double(), NO_EVIDENCE)
-        return (-d2_BK / self.config.router_temperature).log_softmax(1)
+    The definition is that of cbtm_pipeline.mixture.ensemble, here by column instead of by document.
+    """
 
-    def credited(self, state: State, gain_BK: torch.Tensor) -> torch.Tensor:
-        """The belief after a token that expert j gave the log-probability `gain_BK`.
+    def __init__(self, config: CBTMConfig, embedding_VD: np.ndarray, centres_KD: np.ndarray):
+        self.config, self.embedding, self.centres = config, embedding_VD, centres_KD
+        self.centres64_KD = centres_KD.astype(np.float64)
+        self.norms_K = np.square(self.centres64_KD).sum(1)
 
-        Active experts share their total weight anew, in proportion to w_j p_j^beta. The others keep theirs.
-        """
-        credit_BK = torch.where(state.active_BK, state.logw_BK + self.config.beta * gain_BK, -torch.inf)
-        share_BK = credit_BK.log_softmax(1)
-        total_B1 = torch.where(state.active_BK, state.logb_BK, -torch.inf).logsumexp(1, keepdim=True)
-        return torch.where(state.active_BK, share_BK + total_B1, state.logb_BK)
+    @property
+    def n_active(self) -> int:
+        """Experts that run for each token."""
+        return min(self.config.n_active or len(self.centres), len(self.centres))
+
+    @property
+    def listens(self) -> bool:
+        """Whether weights depend on what experts said. They share anew what a single one keeps to itself."""
+        return self.config.router == "filter" and self.n_active > 1
+
+    def sums(self, state: State, ids_BC: np.ndarray, mask_BC: np.ndarray | None) -> np.ndarray:
+        """Sum of the term vectors up to each column, float64 (B, C, D); `state.sum_BD` is moved on."""
+        if ids_BC.max() >= len(self.embedding):
+            raise ValueError(_wrong("input_ids", ids_BC.max(), f"ids below {len(self.embedding)}"))
+        sum_BCD = self.embedding[ids_BC].astype(np.float64)
+        if mask_BC is not None:
+            sum_BCD[mask_BC == 0] = 0
+        sum_BCD[:, 0] += state.sum_BD
+        if sum_BCD.shape[1] > 1:
+            np.cumsum(sum_BCD, axis=1, out=sum_BCD)
+        state.sum_BD = sum_BCD[:, -1]
+        return sum_BCD
+
+    def log_prior(self, sum_BCD: np.ndarray) -> np.ndarray:
+        """The paper's weights over all experts, (B, C, K): the softmax of -d2 / T (section 2.3)."""
+        length_BC1 = np.sqrt(np.einsum("bcd,bcd->bc", sum_BCD, sum_BCD))[..., None]
+        h_BCD = (sum_BCD / np.where(length_BC1 > 0, length_BC1, 1)).astype(np.float32).astype(np.float64)
+        d2_BCK = self.norms_K - 2 * (h_BCD @ self.centres64_KD.T)
+        d2_BCK += np.einsum("bcd,bcd->bc", h_BCD, h_BCD)[..., None]
+        d2_BCK = np.where(length_BC1 > 0, np.maximum(d2_BCK, 0).astype(np.float32), np.float32(NO_EVIDENCE))
+        nearness_BCK = -d2_BCK.astype(np.float64)
+        nearness_BCK -= nearness_BCK.max(-1, keepdims=True)
+        nearness_BCK /= self.config.router_temperature
+        return nearness_BCK - _log_sum_exp(nearness_BCK)
 
     def step(
         self,
         state: State,
-        ids_B: torch.Tensor,
-        mask_B: torch.Tensor,
-        gain_BK: torch.Tensor | None,
+        column: int,
+        logprior_BK: np.ndarray,
+        gain_BK: np.ndarray | None,
+        rows: tuple[np.ndarray, np.ndarray] | None,
         fixed: bool,
-    ) -> State:
-        """The state after one more column. `gain_BK`: what experts gave its tokens, None for the first."""
-        config, new = self.config, copy.copy(state)
-        new.sum_BD = state.sum_BD + self.embedding[ids_B.to(self.embedding.device)].double().cpu()
-        logprior_BK = self.log_prior(new.sum_BD)
+    ) -> np.ndarray:
+        """Move the state on by a column; returns the logarithm of the weights, (B, K).
+
+        `gain_BK` has the log-probability that each active expert gave the column's token. `rows`: which
+        sequences have a token there (bool), and which had one in the column before; None: all have.
+        """
+        config, (logb_BK, before_BK) = self.config, state.before(column)
+        started_B1 = (state.n_B > 0)[:, None]
         value_BK = logprior_BK
         if config.router == "filter":
-            logb_BK = logprior_BK
             if gain_BK is not None:
-                logb_BK = torch.where(state.n_B[:, None] > 0, self.credited(state, gain_BK), logprior_BK)
-            stay, leak = (math.log(x) if x > 0 else -math.inf for x in (1 - config.epsilon, config.epsilon))
-            value_BK = torch.logaddexp(logb_BK + stay, logprior_BK + leak)
-        new.logb_BK, new.n_B = value_BK, state.n_B + 1
-        active_BK = self._active(value_BK, state, fixed)
-        new.logw_BK = value_BK.masked_fill(~active_BK, -torch.inf).log_softmax(1)
-        for name, value in vars(new).items():  # padding changes nothing
-            old = getattr(state, name)
-            setattr(new, name, torch.where(mask_B.view(-1, *[1] * (value.dim() - 1)).bool(), value, old))
-        return new
+                heard_B1 = started_B1 if rows is None else started_B1 & rows[1][:, None]
+                logb_BK = np.where(heard_B1, self._credited(logb_BK, before_BK, gain_BK), logb_BK)
+            logb_BK = np.where(started_B1, logb_BK, logprior_BK)
+            value_BK = _log_add(np.log1p(-config.epsilon) + logb_BK, np.log(config.epsilon) + logprior_BK)
+        fix_after = math.inf if config.fix_after is None else config.fix_after
+        fixed_B1 = started_B1 & (fixed | (state.n_B > fix_after)[:, None])
+        active_BK = self._active(value_BK, before_BK > -np.inf, started_B1, fixed_B1)
+        logw_BK = np.where(active_BK, value_BK, -np.inf)
+        logw_BK -= _log_sum_exp(logw_BK)
+        new_BK2 = state.trail_BCK2[:, column]
+        new_BK2[..., 0], new_BK2[..., 1] = value_BK, logw_BK
+        if rows is None:
+            state.n_B += 1
+            return logw_BK
+        here_B1 = rows[0][:, None]
+        new_BK2[~rows[0]] = np.stack([logb_BK, before_BK], 2)[~rows[0]]  # padding changes nothing
+        state.n_B += rows[0]
+        return np.where(here_B1, logw_BK, -np.inf)
 
-    def _active(self, value_BK: torch.Tensor, state: State, fixed: bool) -> torch.Tensor:
-        """The experts that run (bool, (B, K)): the largest values, or nearly those that ran before."""
-        n_active = min(self.config.n_active or value_BK.shape[1], value_BK.shape[1])
-        order_BK = torch.sort(value_BK, dim=1, descending=True, stable=True).indices[:, :n_active]
-        largest_BK = torch.zeros_like(value_BK, dtype=torch.bool).scatter(1, order_BK, True)
-        before_BK, has_before_B = state.active_BK.clone(), state.n_B > 0
-        sticky_BK, factor = before_BK.clone(), math.log(self.config.hysteresis)
-        for _ in range(n_active if factor else 0):
-            weakest = value_BK.masked_fill(~sticky_BK, torch.inf).min(1)
-            strongest = value_BK.masked_fill(sticky_BK, -torch.inf).max(1)
-            swap_B = strongest.values > weakest.values + factor
-            rows = swap_B.nonzero().squeeze(1)
-            sticky_BK[rows, weakest.indices[rows]] = False
-            sticky_BK[rows, strongest.indices[rows]] = True
-        found_BK = torch.where(has_before_B[:, None], sticky_BK, largest_BK) if factor else largest_BK
-        limit = self.config.fix_after
-        fixed_B = has_before_B & (torch.tensor(fixed) if limit is None else (state.n_B > limit) | fixed)
-        return torch.where(fixed_B[:, None], before_BK, found_BK)
+    def _credited(self, logb_BK: np.ndarray, logw_BK: np.ndarray, gain_BK: np.ndarray) -> np.ndarray:
+        """The belief after a token that expert j gave the log-probability `gain_BK`.
+
+        Active experts share their total weight anew, in proportion to w_j p_j^beta. The others keep theirs.
+        """
+        active_BK = logw_BK > -np.inf
+        credit_BK = np.where(active_BK, logw_BK + self.config.beta * gain_BK, -np.inf)
+        total_B1 = _log_sum_exp(np.where(active_BK, logb_BK, -np.inf))
+        return np.where(active_BK, credit_BK - _log_sum_exp(credit_BK) + total_B1, logb_BK)
+
+    def _active(
+        self, value_BK: np.ndarray, before_BK: np.ndarray, started_B1: np.ndarray, fixed_B1: np.ndarray
+    ) -> np.ndarray:
+        """The experts that run, bool (B, K): the largest values, or nearly those that ran before.
+
+        Among equals, the lowest index comes first.
+        """
+        if fixed_B1.all():
+            return before_BK
+        if self.n_active == value_BK.shape[1]:
+            return np.ones(value_BK.shape, bool)
+        found_BK = np.zeros(value_BK.shape, bool)
+        if self.config.hysteresis == 1 or not started_B1.all():
+            rest_BK, rows_B = value_BK.copy(), np.arange(len(value_BK))
+            for _ in range(self.n_active):
+                largest_B = rest_BK.argmax(1)
+                found_BK[rows_B, largest_B], rest_BK[rows_B, largest_B] = True, -np.inf
+        if self.config.hysteresis > 1 and started_B1.any():
+            found_BK = np.where(started_B1, self._sticky(value_BK, before_BK), found_BK)
+        return np.where(fixed_B1, before_BK, found_BK)
+
+    def _sticky(self, value_BK: np.ndarray, before_BK: np.ndarray) -> np.ndarray:
+        """The active set, where the heaviest other expert replaces the lightest active one if it weighs more
+        than `hysteresis` times as much; at most n_active times.
+        """
+        active_BK, factor = before_BK.copy(), math.log(self.config.hysteresis)
+        for _ in range(self.n_active):
+            lightest_B = np.where(active_BK, value_BK, np.inf).argmin(1)
+            heaviest_B = np.where(active_BK, -np.inf, value_BK).argmax(1)
+            rows = np.arange(len(value_BK))
+            swap_B = value_BK[rows, heaviest_B] > value_BK[rows, lightest_B] + factor
+            if not swap_B.any():
+                break
+            rows = rows[swap_B]
+            active_BK[rows, lightest_B[rows]], active_BK[rows, heaviest_B[rows]] = False, True
+        return active_BK
+
+
+def _log_sum_exp(value_: np.ndarray) -> np.ndarray:
+    """log(sum(exp(value))) over the last axis, which stays; exact for a single finite value."""
+    largest_1 = value_.max(-1, keepdims=True)
+    return largest_1 + np.log(np.exp(value_ - largest_1).sum(-1, keepdims=True))
+
+
+def _log_add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """log(exp(a) + exp(b)). Not both may be -inf."""
+    return np.maximum(a, b) + np.log1p(np.exp(-np.abs(a - b)))
+
+
+def _active(logw_BK: np.ndarray) -> list[int]:
+    """The experts that run for one of the sequences."""
+    return np.flatnonzero((logw_BK > -np.inf).any(0)).tolist()
+
+
+def _of_tokens(logprob_BCV: torch.Tensor, ids_BC: torch.Tensor) -> np.ndarray:
+    """The log-probabilities of these tokens, (B, C)."""
+    return logprob_BCV.gather(2, ids_BC[..., None].to(logprob_BCV.device))[..., 0].cpu().numpy()
+
+
+@functools.cache
+def _arguments(kind: type) -> frozenset[str]:
+    """The names of the arguments of a model's forward."""
+    return frozenset(inspect.signature(kind.forward).parameters)  # pyright: ignore
 
 
 class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -295,15 +415,17 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: CBTMConfig, folder: str | Path | None = None, **expert_kwargs: Any):
+        config.check()
         super().__init__(config)
-        if unknown := set(config.exclude) - set(config.experts):
-            raise ValueError(f"exclude: {', '.join(sorted(unknown))}. Expected {', '.join(config.experts)}.")
         self.names = [name for name in config.experts if name not in config.exclude]
-        if not self.names:
-            raise ValueError("exclude: every expert. Expected at least one to be left. Name fewer.")
         self.folder, self.expert_kwargs = Path(folder or config._name_or_path), expert_kwargs
         self.device_map = expert_kwargs.pop("device_map", None)
-        self.router = Router(config, len(self.names))
+        if isinstance(self.device_map, dict) and (unknown := set(self.device_map) - {"", *config.experts}):
+            raise ValueError(_wrong("device_map", ", ".join(sorted(unknown)), ", ".join(config.experts)))
+        self.router: Router | None = None
+        self.register_buffer(
+            "anchor", torch.empty(0), persistent=False
+        )  # shows where `to` has moved the model
         self.experts = nn.ModuleDict()  # those in memory, the least recently used first
         self.n_passes = 0  # columns that went through an expert, over all sequences: the cost
         self.eval()
@@ -318,6 +440,8 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         `device_map`, which is a device, `auto` (all GPUs in turn), or a device for each expert's name.
         """
         config: Any = kwargs.pop("config", None)
+        known = ("dtype", "torch_dtype", "attn_implementation", "device_map")
+        for_experts = {name: kwargs.pop(name) for name in known if kwargs.get(name) is not None}
         if not isinstance(config, CBTMConfig):
             config, kwargs = CBTMConfig.from_pretrained(  # pyright: ignore
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
@@ -327,36 +451,39 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(str(folder), revision=kwargs.get("revision")))
-        known = ("dtype", "torch_dtype", "attn_implementation", "device_map")
-        model = cls(config, folder, **{name: kwargs[name] for name in known if kwargs.get(name) is not None})
+        model = cls(config, folder, **for_experts)
         tensors = load_file(folder / ROUTER)
         rows = [config.experts.index(name) for name in model.names]
-        model.router.embedding, model.router.centres = tensors["embedding"], tensors["centres"][rows]
+        model.router = Router(config, tensors["embedding"].numpy(), tensors["centres"][rows].numpy())
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        devices = model._devices()
-        model.router.to(devices[0])
-        return model
+        return model.to(model._devices()[0])  # pyright: ignore[reportArgumentType]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Copy the ensemble's folder, with this config."""
-        shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
+        """Copy the ensemble's folder, with this config and without its record, which knows another one."""
+        if Path(save_directory).resolve() != self.folder.resolve():
+            left_out = shutil.ignore_patterns(RECORD)
+            shutil.copytree(self.folder, save_directory, dirs_exist_ok=True, ignore=left_out)
         self.config.save_pretrained(save_directory)
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.router.centres.device
+        return cast(torch.Tensor, self.anchor).device
+
+    @property
+    def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """That of the logits."""
+        return torch.float32
 
     def _devices(self) -> list[torch.device]:
         """The device of each expert."""
         where = self.device_map
         if isinstance(where, dict):
-            return [torch.device(where.get(name, where.get("", "cpu"))) for name in self.names]
+            return [torch.device(where.get(name, where.get("", self.device))) for name in self.names]
         if where in ("auto", "balanced"):
             n_gpus = torch.cuda.device_count()
             return [
-                torch.device("cuda", j % n_gpus) if n_gpus else torch.device("cpu")
-                for j in range(len(self.names))
+                torch.device("cuda", j % n_gpus) if n_gpus else self.device for j in range(len(self.names))
             ]
         return [self.device if where is None else torch.device(where)] * len(self.names)
 
@@ -364,82 +491,109 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         """Expert j, from memory or from its folder. The least recently used one makes room for it."""
         name = self.names[j]
         if name in self.experts:
-            expert: Any = self.experts.pop(name)
-        else:
-            limit = self.config.max_loaded
-            while limit is not None and len(self.experts) >= max(limit, 1):
-                del self.experts[next(iter(self.experts))]
-            expert = AutoModelForCausalLM.from_pretrained(
-                self.folder / "experts" / name, **self.expert_kwargs
-            )
-            expert = expert.to(self._devices()[j]).eval()
-        self.experts[name] = expert
+            self.experts[name] = expert = self.experts.pop(name)
+            return cast(PreTrainedModel, expert)
+        limit = self.config.max_loaded
+        while limit is not None and len(self.experts) >= limit:
+            del self.experts[next(iter(self.experts))]
+        expert = AutoModelForCausalLM.from_pretrained(self.folder / "experts" / name, **self.expert_kwargs)
+        self.experts[name] = expert.to(self._devices()[j]).eval()  # pyright: ignore[reportArgumentType]
         return expert
 
     def _run(self, net: Any, cache: CBTMCache, j: int, end: int, n_keep: int) -> torch.Tensor:
-        """Let expert j read columns up to `end`. Returns its last log-probabilities, (B, n_keep, V)."""
-        first, device = cache.n_seen.get(j, 0), next(net.parameters()).device
+        """Let expert j read columns up to `end`. Returns its last log-probabilities, (B, <= n_keep, V)."""
+        first, names = cache.n_seen.get(j, 0), _arguments(type(net))
         kv = cache.kv.setdefault(j, DynamicCache(config=net.config))
-        position = (cache.mask[:, :end].cumsum(1) - 1).clamp_min(0)
-        inputs = {
-            "input_ids": cache.ids[:, first:end],
-            "attention_mask": cache.mask[:, :end],
-            "position_ids": position[:, first:],
-        }
-        names = inspect.signature(net.forward).parameters
-        inputs = {name: value.to(device) for name, value in inputs.items() if name in names}
-        keep = {"logits_to_keep": n_keep} if "logits_to_keep" in names else {}
-        logits = net(**inputs, **keep, past_key_values=kv, use_cache=True).logits
+        inputs: dict[str, Any] = {"input_ids": cache.ids[:, first:end]}
+        if cache.mask is None:
+            position = torch.arange(first, end, device=cache.ids.device).expand(len(cache.ids), -1)
+        else:
+            inputs["attention_mask"] = cache.mask[:, :end]
+            position = (cache.mask[:, :end].cumsum(1) - 1).clamp_min(0)[:, first:]
+        if "position_ids" in names:
+            inputs["position_ids"] = position
+        device = next(net.parameters()).device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        if "logits_to_keep" in names:
+            inputs["logits_to_keep"] = min(n_keep, end - first)
+        logits = net(**inputs, **{CACHE: kv}, use_cache=True).logits
         self.n_passes += (end - first) * len(cache.ids)
         cache.n_seen[j] = end
-        logprob = logits[:, -n_keep:].float().log_softmax(-1)
-        cache.tail[j] = logprob[:, -1]
-        return logprob
+        return logits[:, -n_keep:].float().log_softmax(-1)
 
-    def _gain(
-        self, cache: CBTMCache, column: int, block: dict[int, torch.Tensor], begin: int
-    ) -> torch.Tensor:
-        """The log-probability that each active expert gave the token of a column, (B, K)."""
-        gain_BK = torch.full(cache.state.logb_BK.shape, -torch.inf, dtype=torch.float64)
-        for j in cache.state.active_BK.any(0).nonzero().flatten().tolist():
-            if j in block and column > begin:
-                logprob_BV = block[j][:, column - 1 - begin]
-            else:
-                if j not in cache.tail or cache.n_seen[j] != column:
-                    self._run(self.expert(j), cache, j, column, 1)
-                logprob_BV = cache.tail[j]
-            ids_B1 = cache.ids[:, column, None].to(logprob_BV.device)
-            gain_BK[:, j] = logprob_BV.gather(1, ids_B1).squeeze(1).double().cpu()
-        return gain_BK
-
-    def _mix(
-        self, cache: CBTMCache, begin: int, end: int, keep_from: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mix(self, cache: CBTMCache, begin: int, end: int, keep_from: int) -> tuple[torch.Tensor, np.ndarray]:
         """Mix columns `begin` to `end`: log-probabilities from `keep_from` on, and all weights (B, C, K)."""
-        block: dict[int, torch.Tensor] = {}
-        weights, is_filter = [], self.config.router == "filter"
-        for column in range(begin, end):
-            gain_BK = self._gain(cache, column, block, begin) if is_filter and column else None
-            ids_B, mask_B = cache.ids[:, column].cpu(), cache.mask[:, column].cpu()
-            cache.state = self.router.step(cache.state, ids_B, mask_B, gain_BK, cache.fixed)
-            weights.append(cache.state.logw_BK.masked_fill(~mask_B[:, None].bool(), -torch.inf))
-            if is_filter or column >= keep_from:
-                for j in (weights[-1] > -torch.inf).any(0).nonzero().flatten().tolist():
-                    if j not in block:
-                        net = self.expert(j)
-                        n_kept = end - (begin if is_filter else max(begin, keep_from))
-                        block[j] = self._run(net, cache, j, end, n_kept)
-        logw_BCK, first = torch.stack(weights, 1), max(begin, keep_from)
-        shape = (len(cache.ids), max(end - first, 0), self.config.vocab_size)
-        mixed_BCV = torch.full(shape, -torch.inf, device=cache.ids.device)
-        for j, logprob_BCV in block.items() if end > first else ():
-            logw_BC1 = logw_BCK[:, first - begin :, j, None].float().to(mixed_BCV.device)
-            own_BCV = logprob_BCV[:, logprob_BCV.shape[1] - (end - first) :].to(mixed_BCV.device)
-            mixed_BCV = torch.logaddexp(
-                mixed_BCV, torch.where(logw_BC1 > -torch.inf, own_BCV + logw_BC1, -torch.inf)
+        router, state = self._router(), cast(State, cache.state)
+        ids_BC = cache.ids[:, begin:end].cpu().numpy()
+        mask_BC = None if cache.mask is None else cache.mask[:, max(begin - 1, 0) : end].cpu().numpy() > 0
+        here_BC = None if mask_BC is None else mask_BC[:, -ids_BC.shape[1] :]
+        logprior_BCK = router.log_prior(router.sums(state, ids_BC, here_BC))
+        logw_BCK, gain_BCK = np.empty_like(logprior_BCK), np.full_like(logprior_BCK, -np.inf)
+        said: dict[int, torch.Tensor] = {}  # by expert: the log-probabilities that end at column `end`
+        first = max(begin, keep_from)
+        heard_from = max(begin - 1, 0) if router.listens else first
+
+        def run(j: int) -> None:
+            said[j] = said_BCV = self._run(self.expert(j), cache, j, end, end - heard_from)
+            if router.listens:
+                start = end - said_BCV.shape[1]  # the column of its first row
+                gain_BCK[:, start + 1 - begin :, j] = _of_tokens(
+                    said_BCV[:, :-1], cache.ids[:, start + 1 : end]
+                )
+                cache.tail[j] = said_BCV[:, -1].clone() if said_BCV.shape[1] > 1 else said_BCV[:, -1]
+
+        if router.listens and begin:
+            logw_BK = state.before(begin)[1]
+            for j in _active(logw_BK if mask_BC is None else logw_BK[mask_BC[:, 0] & mask_BC[:, 1]]):
+                if j in cache.tail and cache.n_seen[j] == begin:
+                    gain_BCK[:, 0, j] = _of_tokens(cache.tail[j][:, None], cache.ids[:, begin, None])[:, 0]
+                else:  # after a crop, it has to speak again
+                    run(j)
+        for c, column in enumerate(range(begin, end)):
+            rows = None
+            if here_BC is not None and mask_BC is not None:
+                rows = here_BC[:, c], mask_BC[:, c if begin else max(c - 1, 0)]
+            fixed = cache.n_prompt is not None and column >= cache.n_prompt and self.config.route == "once"
+            gain_BK = gain_BCK[:, c] if router.listens and column else None
+            logw_BCK[:, c] = router.step(state, column, logprior_BCK[:, c], gain_BK, rows, fixed)
+            if router.listens or column >= keep_from:
+                for j in _active(logw_BCK[:, c]):
+                    if j not in said:
+                        run(j)
+        return self._mixed(cache, said, logw_BCK[:, first - begin :], end), logw_BCK
+
+    def _mixed(
+        self, cache: CBTMCache, said: dict[int, torch.Tensor], logw_BCK: np.ndarray, end: int
+    ) -> torch.Tensor:
+        """The logarithm of sum_j w_j p_j after the last C columns before `end`, (B, C, V)."""
+        n_columns, mixed_BCV = logw_BCK.shape[1], None
+        for j in _active(logw_BCK.reshape(-1, logw_BCK.shape[2])):
+            own_BCV, logw_BC = said[j][:, -n_columns:].to(cache.ids.device), logw_BCK[..., j]
+            if logw_BC.any():  # not all zero: it is not alone
+                own_BCV = own_BCV + torch.from_numpy(logw_BC[..., None]).float().to(own_BCV.device)
+            mixed_BCV = own_BCV if mixed_BCV is None else torch.logaddexp(mixed_BCV, own_BCV)
+        if mixed_BCV is None:
+            shape = (len(cache.ids), n_columns, self.config.vocab_size)
+            return torch.full(shape, -math.log(self.config.vocab_size), device=cache.ids.device)
+        if cache.mask is not None:
+            padding_BC1 = cache.mask[:, end - n_columns : end, None] == 0
+            mixed_BCV = mixed_BCV.masked_fill(padding_BC1, -math.log(mixed_BCV.shape[2]))
+        return mixed_BCV
+
+    def _router(self) -> Router:
+        if self.router is None:
+            raise ValueError(
+                f"{ROUTER}: not loaded. Expected a folder. Load the ensemble with from_pretrained."
             )
-        padding_BC1 = cache.mask[:, first:end, None].to(mixed_BCV.device) == 0
-        return mixed_BCV.masked_fill(padding_BC1, -math.log(self.config.vocab_size)), logw_BCK
+        return self.router
+
+    def _blocks(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of the blocks in which columns are mixed."""
+        while first < last:
+            ends = [end for end in FIRST_BLOCKS if end > first] if self._router().listens else []
+            end = min([last, first + BLOCK, *ends])
+            yield first, end
+            first = end
 
     @torch.no_grad()
     def forward(
@@ -451,27 +605,40 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_router_weights: bool = False,
+        prompt_length: int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CBTMOutput:
         """Log-probabilities of the next token, (B, T, V), after the last `logits_to_keep` columns (0: all).
 
         `past_key_values` is the cache of the call before. An empty one, as `generate` makes it, is left out.
+        `prompt_length`: the columns at whose end `route="once"` fixes the experts, for calls without a cache.
         """
-        cache = past_key_values if isinstance(past_key_values, CBTMCache) else kwargs.get("cache")
-        if not isinstance(cache, CBTMCache):
-            _check_new(past_key_values, input_ids, kwargs)
-            cache = CBTMCache(State(len(input_ids), self.config.n_components, len(self.names)))
-        is_prompt, first = not cache.get_seq_length(), cache.get_seq_length()
+        given = kwargs.get("cache") if past_key_values is None else past_key_values
+        if not isinstance(given, CBTMCache):
+            _check_new(given, input_ids, kwargs)
+        cache = given if isinstance(given, CBTMCache) else CBTMCache(prompt_length)
+        first = cache.get_seq_length()
         cache.append(input_ids, attention_mask)
         last = cache.get_seq_length()
+        if cache.state is None:
+            cache.state = State(len(cache.ids), self.config.n_components, len(self.names))
+        cache.state.reserve(last)
+        if first and cache.state.n_B[0] < 0:
+            self._recount(cache, first)
         keep_from = first if labels is not None or not logits_to_keep else max(first, last - logits_to_keep)
         if self.config.mode == "merge":
-            logits, weights = self._merged(cache, is_prompt, last - keep_from)
+            logits, logw_BTK = self._merged(cache, first, last - keep_from)
         else:
-            parts = [self._mix(cache, b, min(b + BLOCK, last), keep_from) for b in range(first, last, BLOCK)]
-            logits, weights = (torch.cat(found, 1) for found in zip(*parts, strict=True))
-            cache.fixed = cache.fixed or self.config.route == "once"
+            with np.errstate(divide="ignore", invalid="ignore"):  # of sequences that have not begun
+                parts = [self._mix(cache, begin, end, keep_from) for begin, end in self._blocks(first, last)]
+            logits = (
+                parts[0][0]
+                if len(parts) == 1
+                else torch.cat([part[0] for part in parts if part[0].numel()], 1)
+            )
+            logw_BTK = np.concatenate([part[1] for part in parts], 1) if output_router_weights else None
+        cache.n_prompt = last if cache.n_prompt is None else cache.n_prompt
         loss = None
         if labels is not None:
             target_BT = labels[:, 1:].to(logits.device)
@@ -479,39 +646,79 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
                 logits[:, :-1].flatten(0, 1), target_BT.flatten(), ignore_index=-100
             )
         return CBTMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache if use_cache is None or use_cache else None,
-            router_log_weights=weights if output_router_weights else None,
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=logits,  # pyright: ignore[reportArgumentType]
+            router_log_weights=torch.from_numpy(logw_BTK).to(logits.device)
+            if output_router_weights
+            else None,
+            **{CACHE: cache if use_cache is None or use_cache else None},  # pyright: ignore[reportArgumentType]
         )
 
-    def _merged(self, cache: CBTMCache, is_prompt: bool, n_keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same with one model: the mean of the experts' weights by the prompt's router weights (TTMM)."""
-        if len(cache.ids) > 1 and is_prompt:
-            raise ValueError(
-                f"mode merge: {len(cache.ids)} sequences. Expected one, as each has its own model."
+    def _recount(self, cache: CBTMCache, n: int) -> None:
+        """The router's sums and counts over the first n columns, after a crop."""
+        state = cast(State, cache.state)
+        for begin in range(0, n, BLOCK):
+            ids_BC = cache.ids[:, begin : min(begin + BLOCK, n)].cpu().numpy()
+            mask = (
+                None if cache.mask is None else cache.mask[:, begin : begin + ids_BC.shape[1]].cpu().numpy()
             )
-        if is_prompt:
-            for column in range(cache.get_seq_length()):
-                ids_B, mask_B = cache.ids[:, column].cpu(), cache.mask[:, column].cpu()
-                state = self.router.step(cache.state, ids_B, mask_B, None, False)
-                cache.state = state
-            cache.merged = self.merge(cache.state.logw_BK[0].exp())
-        assert cache.merged is not None
-        logits = self._run(cache.merged, cache, -1, cache.get_seq_length(), n_keep)
-        return logits.to(cache.ids.device), cache.state.logw_BK[:, None].expand(-1, n_keep, -1)
+            self._router().sums(state, ids_BC, mask)
+        state.n_B[:] = n if cache.mask is None else cache.mask[:, :n].sum(1).cpu().numpy()
 
-    def merge(self, weight_K: torch.Tensor) -> PreTrainedModel:
+    def _merged(self, cache: CBTMCache, first: int, n_keep: int) -> tuple[torch.Tensor, np.ndarray]:
+        """The same with one model: the mean of the experts' weights by the prompt's router weights (TTMM)."""
+        router, n_columns = self._router(), cache.get_seq_length() - first
+        if cache.merged is None or not first:
+            if len(cache.ids) > 1:
+                found = f"{len(cache.ids)} sequences"
+                raise ValueError(_wrong("mode merge", found, "one, as each has its own model"))
+            self._recount(cache, n_columns)
+            logprior_BK = router.log_prior(cast(State, cache.state).sum_BD[:, None])[:, 0]
+            largest_K = np.argsort(-logprior_BK[0], kind="stable")[: router.n_active]
+            logw_BK = np.full_like(logprior_BK, -np.inf)
+            logw_BK[:, largest_K] = logprior_BK[:, largest_K]
+            logw_BK -= _log_sum_exp(logw_BK)
+            cache.merged = self.merge(np.exp(logw_BK[0])), logw_BK
+        net, logw_BK = cast(tuple[PreTrainedModel, np.ndarray], cache.merged)
+        logits = self._run(net, cache, MERGED, first + n_columns, n_keep)
+        return logits.to(cache.ids.device), np.repeat(logw_BK[:, None], n_columns, 1)
+
+    @torch.no_grad()
+    def merge(self, weight_K: Sequence[float] | np.ndarray) -> PreTrainedModel:
         """A model whose weights are the mean of the experts' with these weights (TTMM, arXiv 2505.14136)."""
-        active = [j for j, weight in enumerate(weight_K.tolist()) if weight > 0]
-        merged = copy.deepcopy(self.expert(active[0]))
-        for name, tensor in merged.state_dict().items():
-            if tensor.is_floating_point():
-                parts = (
-                    weight_K[j].item() * self.expert(j).state_dict()[name].to(tensor.device) for j in active
-                )
-                tensor.copy_(sum(parts))
+        mean: dict[str, torch.Tensor] = {}
+        merged = None
+        for j in np.flatnonzero(weight_K).tolist():  # one expert after the other: few have to be in memory
+            net = self.expert(j)
+            merged = copy.deepcopy(net) if merged is None else merged
+            for name, tensor in net.named_parameters():
+                part = float(weight_K[j]) * tensor.float()
+                mean[name] = mean[name] + part.to(mean[name].device) if name in mean else part
+        if merged is None:
+            raise ValueError(_wrong("weight_K", "no expert", "at least one weight above 0"))
+        for name, tensor in merged.named_parameters():
+            tensor.copy_(mean[name])
         return merged
+
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As of any causal language model of transformers, but with the experts' own caches, which grow."""
+        settings: Any = generation_config or self.generation_config
+        kind = kwargs.get("cache_implementation") or settings.cache_implementation
+        if kind is not None:
+            raise ValueError(_wrong("cache_implementation", kind, "none: each expert has a growing cache"))
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+            if kwargs.get("use_cache", settings.use_cache) is False:
+                kwargs.setdefault("prompt_length", ids.shape[1])
+            elif kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
+                kwargs[CACHE] = CBTMCache(ids.shape[1])
+        return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore
 
     def _supports_default_dynamic_cache(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
@@ -520,12 +727,10 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
 def _check_new(cache: Cache | None, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for input that the ensemble does not take."""
     if kwargs.get("inputs_embeds") is not None or input_ids is None:
-        raise ValueError("inputs_embeds: given. Expected input_ids, which the router reads. Give input_ids.")
+        raise ValueError(_wrong("inputs_embeds", "given", "input_ids, which the router reads"))
     if cache is not None and (cache.get_seq_length() or getattr(cache, "is_compileable", False)):
-        found = type(cache).__name__
-        raise ValueError(
-            f"past_key_values: {found}. Expected the ensemble's own cache, or an empty dynamic one."
-        )
+        expected = "the ensemble's own cache, or an empty dynamic one"
+        raise ValueError(_wrong("past_key_values", type(cache).__name__, expected))
 
 
 AutoConfig.register("cbtm", CBTMConfig, exist_ok=True)

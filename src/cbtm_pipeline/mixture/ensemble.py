@@ -41,6 +41,8 @@ def filter_log_weights(
     epsilon: float,
     beta: float,
     top_k: int,
+    hysteresis: float = 1.0,
+    fix_after: int | None = None,
 ) -> np.ndarray:
     """Weights of the filtering router, (N, K) float64.
 
@@ -57,17 +59,12 @@ def filter_log_weights(
     in proportion to w_j p_j^beta, and the others keep theirs: the update of specialists (Freund, Schapire,
     Singer and Warmuth 1997). The log-probabilities of inactive experts are not used. epsilon = 1 is the
     paper's router; epsilon = 0 with an infinite temperature and beta = 1 is the Bayes posterior over experts.
-    """
-    # All documents advance together, one position at a time, the longest document first. Then the documents
-    # that have a token at position t are the first M of those that had one at t - 1, and their rows are
-    # contiguous.
-    n_tokens_D = np.diff(offsets)
-    order_D = np.argsort(-n_tokens_D, kind="stable")
-    position_N = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_tokens_D)
-    rank_N = np.repeat(np.argsort(order_D), n_tokens_D)
-    by_position_N = np.lexsort((rank_N, position_N))
-    ends_T = np.cumsum(np.bincount(position_N))
 
+    A new active expert has to catch up, so two parameters make the set stay. An active expert is replaced only
+    by one that weighs more than `hysteresis` times as much (`_sticky`); 1 chooses anew at each token. The set
+    of token `fix_after` stays to the end of the document.
+    """
+    by_position_N, ends_T = _by_position(offsets)
     prior_NK = paper_log_weights(d2_NK, temperature, d2_NK.shape[1])
     logprior_KN = np.ascontiguousarray(prior_NK.T[:, by_position_N])
     gain_KN = beta * logprob_NK.T[:, by_position_N].astype(np.float64)
@@ -76,9 +73,14 @@ def filter_log_weights(
         log_stay, log_leak = np.log1p(-epsilon), np.log(epsilon)
 
     logb_KM = logprior_KN[:, : ends_T[0]] if len(ends_T) else logprior_KN
-    for begin, end in zip([0, *ends_T[:-1]], ends_T, strict=False):
+    active_KM, last_choice = np.zeros(logb_KM.shape, bool), math.inf if fix_after is None else fix_after
+    for t, (begin, end) in enumerate(zip([0, *ends_T[:-1]], ends_T, strict=False)):
         belief_KM = _log_add(log_stay + logb_KM[:, : end - begin], log_leak + logprior_KN[:, begin:end])
-        active_KM = _largest(belief_KM, top_k)
+        active_KM = active_KM[:, : end - begin]
+        if t == 0 or (hysteresis == 1 and t <= last_choice):
+            active_KM = _largest(belief_KM, top_k)
+        elif t <= last_choice:
+            active_KM = _sticky(belief_KM, active_KM, math.log(hysteresis))
         mixed_KM = np.where(active_KM, belief_KM, -np.inf)
         log_total_M = _log_sum_exp(mixed_KM)
         mixed_KM -= log_total_M
@@ -91,6 +93,19 @@ def filter_log_weights(
     logw_NK = np.empty(d2_NK.shape)
     logw_NK[by_position_N] = logw_KN.T
     return logw_NK
+
+
+def _by_position(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the tokens in which all documents advance together, one position at a time.
+
+    The longest document comes first. Then the documents that have a token at position t are the first M of
+    those that had one at t - 1, and their rows are contiguous. They end at `ends_T[t]`.
+    """
+    n_tokens_D = np.diff(offsets)
+    order_D = np.argsort(-n_tokens_D, kind="stable")
+    position_N = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_tokens_D)
+    rank_N = np.repeat(np.argsort(order_D), n_tokens_D)
+    return np.lexsort((rank_N, position_N)), np.cumsum(np.bincount(position_N))
 
 
 def posterior_log_weights(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -121,6 +136,22 @@ def oracle(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return logprob_NK[np.arange(len(best_N)), best_N].astype(np.float64)
 
 
+def passes_per_token(logw_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Expert passes of each document, the sum over its tokens, (D,) float64. Catching up is counted.
+
+    An expert that is active at position t has read the t + 1 tokens before that prediction. So it costs its
+    last active position + 1, and nothing if it is never active. The mean over tokens is the sum over
+    documents, divided by the number of tokens.
+    """
+    n_tokens_D = np.diff(offsets)
+    position_N = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_tokens_D)
+    read_NK = np.where(np.isneginf(logw_NK), 0, position_N[:, None] + 1)
+    passes_D, filled_D = np.zeros(len(n_tokens_D)), n_tokens_D > 0
+    if filled_D.any():
+        passes_D[filled_D] = np.maximum.reduceat(read_NK, offsets[:-1][filled_D]).sum(axis=1)
+    return passes_D
+
+
 def document_sums(value_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Sum of a value over the tokens of each document, (D,) float64."""
     n_documents = len(offsets) - 1
@@ -140,6 +171,27 @@ def _largest(value_KN: np.ndarray, top_k: int) -> np.ndarray:
         above_KN, equal_KN = value_KN[:, ties] > threshold_N[ties], value_KN[:, ties] == threshold_N[ties]
         mask_KN[:, ties] = above_KN | (equal_KN & (equal_KN.cumsum(axis=0) <= top_k - above_KN.sum(axis=0)))
     return mask_KN
+
+
+def _sticky(value_KM: np.ndarray, active_KM: np.ndarray, margin: float) -> np.ndarray:
+    """The active set of each column after swaps, bool (K, M).
+
+    A swap replaces the smallest active value by the largest other one, if that is larger by more than
+    `margin`. There are at most as many swaps as active values. Among equals, the lowest index is swapped.
+    """
+    active_KM, left_M = active_KM.copy(), np.arange(value_KM.shape[1])
+    for _ in range(int(active_KM[:, :1].sum())):
+        value_KL, active_KL = value_KM[:, left_M], active_KM[:, left_M]
+        lightest_L = np.where(active_KL, value_KL, np.inf).argmin(axis=0)
+        heaviest_L = np.where(active_KL, -np.inf, value_KL).argmax(axis=0)
+        columns_L = np.arange(len(left_M))
+        swaps_L = value_KL[heaviest_L, columns_L] > value_KL[lightest_L, columns_L] + margin
+        left_M = left_M[swaps_L]
+        if not len(left_M):
+            break
+        active_KM[lightest_L[swaps_L], left_M] = False
+        active_KM[heaviest_L[swaps_L], left_M] = True
+    return active_KM
 
 
 def _log_sum_exp(value_KN: np.ndarray) -> np.ndarray:
