@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.inference import package
 
 VOCAB_SIZE, N_COMPONENTS = 257, 6  # the separator and the bytes
 SIZES: dict[str, Any] = {
+    "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -49,17 +50,18 @@ def make(
 ) -> Ensemble:
     """Write an ensemble.
 
-    Experts with the same random seed are identical. `settings` are keys of CBTMConfig.
+    Experts with the same random seed are identical. `sizes` are keys of their configuration class, SIZES if
+    None. `settings` are keys of CBTMConfig.
     """
     rng = np.random.default_rng(0)
     _write_tokenizer(folder / "made/tokenizer")
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    keys: dict[str, Any] = {"vocab_size": vocab_size, **SIZES, **(sizes or {}), **tokens}
-    config = LlamaConfig(**keys)
+    keys: dict[str, Any] = {**(SIZES if sizes is None else sizes), "vocab_size": vocab_size, **tokens}
+    config = AutoConfig.for_model(**keys)
     experts = {str(j): folder / f"made/experts/{j}" for j in range(len(rng_seeds))}
     for path, rng_seed in zip(experts.values(), rng_seeds, strict=True):
         torch.manual_seed(rng_seed)
-        LlamaForCausalLM(config).save_pretrained(path)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
     embedding_VD = rng.normal(size=(vocab_size, n_components)).astype(np.float32)
     embedding_VD[0] = 0  # the separator is no term
     centres_KD = rng.normal(size=(len(rng_seeds), n_components)).astype(np.float32)

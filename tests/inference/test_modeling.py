@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import made_tiny_ensemble
+import made_training
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.inference import modeling_cbtm
@@ -270,6 +271,27 @@ def test_a_padded_batch_changes_nothing(different: Ensemble, settings: dict[str,
             assert_same(logits[i, n_pad:], expected_TV)
             assert_same(np.exp(weights[i, n_pad:]), np.exp(logw_TK))
             assert torch.isfinite(logits[i]).all()
+
+
+SLIDING = {
+    **{"model_type": "mistral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 12},
+}
+
+
+@pytest.mark.parametrize("kind", [*made_training.MODELS, "sliding"])
+def test_experts_of_every_architecture_are_mixed(tmp_path: Path, kind: str) -> None:
+    made = made_tiny_ensemble.make(tmp_path, (0, 1, 2), {**made_training.MODELS, "sliding": SLIDING}[kind])
+    ids, settings = text(N_TOKENS, 27), {"n_active": 2}
+    expected_TV, _ = mixture(made, ids, settings)
+    model = load(made, **settings)
+    logits, _, cache = feed(model, padded(ids), [N_PROMPT, 13, 14, 30, 40])
+    assert_same(logits[0], expected_TV[:40])
+    cache.crop(-7)
+    logits, _, _ = feed(model, padded(ids), [34, N_TOKENS], cache)
+    assert_same(logits[0], expected_TV[33:])
+    logits, _, _ = feed(model, padded(text(N_TOKENS, 28), ids[:, :30]), [N_TOKENS])
+    assert_same(logits[1, N_TOKENS - 30 :], expected_TV[:30])
 
 
 def test_padding_on_the_right_and_between_changes_nothing(different: Ensemble) -> None:

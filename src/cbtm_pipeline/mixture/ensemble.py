@@ -60,9 +60,9 @@ def filter_log_weights(
     Singer and Warmuth 1997). The log-probabilities of inactive experts are not used. epsilon = 1 is the
     paper's router; epsilon = 0 with an infinite temperature and beta = 1 is the Bayes posterior over experts.
 
-    A new active expert has to catch up, so two parameters make the set stay. An active expert is replaced only
-    by one that weighs more than `hysteresis` times as much (`_sticky`); 1 chooses anew at each token. The set
-    of token `fix_after` stays to the end of the document.
+    A new active expert has to catch up, so two parameters make the set stay. An active expert is replaced
+    only by one that weighs more than `hysteresis` times as much (`_sticky`); 1 chooses anew at each token.
+    The set of token `fix_after` stays to the end of the document.
     """
     by_position_N, ends_T = _by_position(offsets)
     prior_NK = paper_log_weights(d2_NK, temperature, d2_NK.shape[1])
