@@ -59,6 +59,9 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ({"model__preset": "1.3B"}, "model.preset: '1.3B'. Expected '10m'"),
         ({"corpus": None}, "corpus: None. Expected"),
         ({"route__routers": []}, r"route.routers: \[\]. Expected at least one value"),
+        ({"route__hysteresis": [0.5]}, r"route.hysteresis.0: 0.5\. Expected greater than or equal to 1"),
+        ({"route__hysteresis": []}, r"route.hysteresis: \[\]. Expected at least one value"),
+        ({"route__fix_after": [-1]}, r"route.fix_after.0: -1\. Expected greater than or equal to 0"),
         ({"model__pretrained": ""}, "model.pretrained: ''. Expected a name, or null"),
         ({"model__revision": "v2"}, "model.revision: v2 without model.pretrained. Expected the name"),
         ({"embed__revision": "v2"}, "embed.revision: v2 without embed.encoder"),
@@ -80,7 +83,9 @@ def test_the_config_of_an_older_version_is_read() -> None:
     content = changed()
     for section in ("tokenizer", "embed", "model"):
         del content[section]["revision"]
-    assert config.validate(content) == config.validate(changed())
+    del content["route"]["hysteresis"], content["route"]["fix_after"]
+    same = config.validate(changed(route__hysteresis=[1], route__fix_after=[]))
+    assert config.validate(content) == same
 
 
 def test_missing_key() -> None:

@@ -11,6 +11,7 @@ import pytest
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout
+from cbtm_pipeline.mixture import verdict
 from made_run import QUICK, Files, evaluate, make, make_config
 from resealed import change_json, change_npz
 
@@ -39,6 +40,10 @@ def test_every_system_has_its_rows(run: Files):
         "expert-1",
         "expert-2",
     ]
+    stays = [row for row in rows(metrics, system="ensemble") if verdict.stays(row)]
+    assert {(row["router"], row["top_k"]) for row in stays} == {("filter", 1), ("filter", 2)}
+    assert all(row["calibrated"] and not row["headline"] for row in stays)
+    metrics["systems"] = [row for row in metrics["systems"] if not verdict.stays(row)]
     grid = [(row["router"], row["top_k"], row["temperature"]) for row in rows(metrics, system="ensemble")]
     assert grid == [(router, k, t) for router in ("paper", "filter") for k in (1, 2, 3) for t in (0.1, 0.5)]
     for router in ("paper", "filter"):
@@ -50,6 +55,11 @@ def test_every_system_has_its_rows(run: Files):
         assert headline["calibrated"]
     assert all(row["epsilon"] is None for row in rows(metrics, router="paper"))
     assert all(row["epsilon"] in (0.01, 0.1) and row["beta"] == 1 for row in rows(metrics, router="filter"))
+    for row in metrics["systems"]:
+        n_active = row["n_active"]
+        assert row["passes"] == n_active if row["system"] != "ensemble" else n_active <= row["passes"] <= 3
+        hysteresis = 1 if row["router"] == "filter" else None
+        assert (row["hysteresis"], row["fix_after"]) == (hysteresis, None)
     assert {frozenset(row) for row in metrics["systems"]} == {frozenset(metrics["systems"][0])}
     assert metrics["made_from"] == {
         "distances": artifact.read_record(run.distances, "distances")["seal"],

@@ -85,6 +85,13 @@ def test_keys_of_one_embedder_do_not_touch_the_other() -> None:
     assert linear[2] == encoded[2]
 
 
+def test_sets_that_are_not_tried_leave_old_plans_as_they_were() -> None:
+    content = plan.eval_ensemble(validated(route__hysteresis=[1], route__fix_after=[])).content()
+    assert not {"hysteresis", "fix_after"} & set(content)
+    content = plan.eval_ensemble(validated(route__hysteresis=[1, 4], route__fix_after=[0])).content()
+    assert (content["hysteresis"], content["fix_after"]) == ([4.0], [0])
+
+
 def test_a_plan_cannot_be_changed() -> None:
     seed = plan.train_expert(validated(), "seed")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -144,7 +151,7 @@ def other(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [value | {"hidden_size": 128}]
     if isinstance(value, list):
-        return [value[:-1] or ["new.jsonl"], [0.5], [0.8, 0.9], ["new.jsonl"]]
+        return [value[:-1] or ["new.jsonl"], [0.5], [0.8, 0.9], ["new.jsonl"], [7]]
     if isinstance(value, str):
         return ["new", "block", "documents", "steps", "cosine", "float32"]
     return [value / 2, int(value) + 1, int(value) + 1 << 12, 0.29]

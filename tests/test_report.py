@@ -72,10 +72,12 @@ def test_every_number_of_the_systems_is_there(made: Made):
             verdict.interval(**row["ratios"]["dense-steps"]),
             f"{row['bits_per_byte']:.4f}",
             *(verdict.short(row[key]) for key in ("temperature", "epsilon", "beta")),
+            *(verdict.short(row[key]) for key in ("hysteresis", "fix_after")),
             "–" if row["n_active"] is None else str(row["n_active"]),
+            verdict.short(row["passes"]) or "–",
             str(page.flops(row["train_flops"])),
         ]
-        assert expected in [cells[i + 1 : i + 10] for i in at]
+        assert expected in [cells[i + 1 : i + 13] for i in at]
     for line in [*made.metrics["matrix"]["perplexity"], made.metrics["matrix"]["dense"]]:
         assert set(map(page.decimals, line)) <= set(cells)
 

@@ -49,6 +49,8 @@ CHANGES = {
     "route: {top_k: 1}": MERGE,
     "route: {temperature: [0.3]}": MERGE,
     "route: {routers: [paper]}": MERGE,
+    "route: {hysteresis: [1, 3]}": MERGE,
+    "route: {fix_after: []}": MERGE,
     "eval: {bootstrap: 100}": MERGE,
     "eval: {max_document_tokens: 20}": {"route"} | each("score_expert", EXPERTS | {"seed"}) | MERGE,
     "eval: {stride: 8}": each("score_expert", EXPERTS | {"seed"}) | MERGE,

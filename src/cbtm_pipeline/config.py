@@ -22,6 +22,8 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
     ("embed", "revision"): None,
     ("model", "revision"): None,
     ("run", "keep_replaced"): True,
+    ("route", "hysteresis"): [1.0],
+    ("route", "fix_after"): [],
 }
 
 
@@ -136,6 +138,8 @@ class Route(_Section):
     temperature: Annotated[list[Positive], BeforeValidator(_list), Field(min_length=1)]
     epsilon: Annotated[list[Share], BeforeValidator(_list), Field(min_length=1)]
     beta: Annotated[list[Annotated[Float, Field(ge=0)]], BeforeValidator(_list), Field(min_length=1)]
+    hysteresis: Annotated[list[Annotated[Float, Field(ge=1)]], BeforeValidator(_list), Field(min_length=1)]
+    fix_after: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_list)]
     calibration_share: Annotated[Float, Field(gt=0, lt=1)]
 
 

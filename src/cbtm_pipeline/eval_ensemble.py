@@ -46,7 +46,11 @@ def evaluate(cfg: config.Config, held_out: Scored, cards: Cards) -> dict[str, An
         dense=dense,
         randoms=plans.random_experts(cfg),
         train_flops={name: card["train_flops"] for name, card in cards.items()},
-        grid=sweep.Grid(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
+        grid=sweep.Grid(
+            *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
+            hysteresis=plan.hysteresis or (),
+            fix_after=plan.fix_after or (),
+        ),
     )
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)

@@ -206,6 +206,8 @@ class EvalPlan(Plan):
     calibration_share: float
     bootstrap: int
     rng_seed: int
+    hysteresis: tuple[float, ...] | None = None  # values above 1; None: none is tried
+    fix_after: tuple[int, ...] | None = None
 
 
 def cluster_experts(config: Config) -> list[str]:
@@ -317,8 +319,11 @@ def route(c: Config) -> RoutePlan:
 
 
 def eval_ensemble(c: Config) -> EvalPlan:
+    keys = _values(c.route, without={"window_tokens", "hysteresis", "fix_after"})
+    hysteresis = tuple(value for value in c.route.hysteresis if value > 1) or None
+    fix_after = tuple(c.route.fix_after) or None
     return EvalPlan(
-        **_values(c.route, without={"window_tokens"}), bootstrap=c.eval.bootstrap, rng_seed=c.seed
+        **keys, bootstrap=c.eval.bootstrap, rng_seed=c.seed, hysteresis=hysteresis, fix_after=fix_after
     )
 
 

@@ -29,11 +29,19 @@ class Case:
         epsilon: float = 0.05,
         beta: float = 0.8,
         top_k: int = 99,
+        hysteresis: float = 1.0,
+        fix_after: int | None = None,
         **changed: np.ndarray,
     ) -> np.ndarray:
         arrays = {"logprob_NK": self.logprob_NK, "d2_NK": self.d2_NK, "offsets": self.offsets, **changed}
         return ensemble.filter_log_weights(
-            **arrays, temperature=temperature, epsilon=epsilon, beta=beta, top_k=top_k
+            **arrays,
+            temperature=temperature,
+            epsilon=epsilon,
+            beta=beta,
+            top_k=top_k,
+            hysteresis=hysteresis,
+            fix_after=fix_after,
         )
 
 
@@ -54,16 +62,32 @@ def literal_top(w_K, top_k):
     return active, [w_K[j] / total if j in active else 0.0 for j in range(len(w_K))]
 
 
-def literal_filter(case, temperature, epsilon, beta, top_k):
+def literal_active(w, top_k, before, t, hysteresis, fix_after):
+    """The active set of token t: the largest weights, or those of before but for swaps that are worth it."""
+    if t > 0 and fix_after is not None and t > fix_after:
+        return before
+    if t == 0 or hysteresis == 1:
+        return set(literal_top(w, top_k)[0])
+    active = set(before)
+    for _ in before:
+        others = [j for j in range(len(w)) if j not in active]
+        lightest = min(sorted(active), key=lambda j: w[j])
+        if not others or max(w[j] for j in others) <= hysteresis * w[lightest]:
+            break
+        active = active - {lightest} | {max(others, key=lambda j: w[j])}
+    return active
+
+
+def literal_filter(case, temperature, epsilon, beta, top_k, hysteresis=1, fix_after=None):
     """The formulas of `filter_log_weights`, one document, one token, one expert at a time."""
     weights = []
     for begin, end in zip(case.offsets, case.offsets[1:], strict=False):
-        belief = literal_prior(case.d2_NK[begin], temperature)
+        belief, active = literal_prior(case.d2_NK[begin], temperature), set()
         for n in range(begin, end):
             prior = literal_prior(case.d2_NK[n], temperature)
             w = [(1 - epsilon) * b + epsilon * p for b, p in zip(belief, prior, strict=True)]
-            active, mixed = literal_top(w, top_k)
-            weights.append(mixed)
+            active = literal_active(w, top_k, active, n - begin, hysteresis, fix_after)
+            weights.append([w[j] / sum(w[i] for i in active) if j in active else 0.0 for j in range(len(w))])
             credit = {j: w[j] * math.exp(case.logprob_NK[n, j]) ** beta for j in active}
             kept = sum(w[j] for j in active)
             belief = [kept * credit[j] / sum(credit.values()) if j in active else w[j] for j in range(len(w))]
@@ -93,14 +117,17 @@ def test_paper_is_its_formula(case, temperature, top_k):
     st.sampled_from([0.0, 0.01, 0.3, 1.0]),
     st.sampled_from([0.0, 0.7, 1.0]),
     st.sampled_from(TOP_KS),
+    st.sampled_from([1.0, 1.5, 4.0]),
+    st.sampled_from([None, 0, 1, 3]),
 )
-def test_filter_is_its_formula(case, temperature, epsilon, beta, top_k):
+def test_filter_is_its_formula(case, temperature, epsilon, beta, top_k, hysteresis, fix_after):
     # Distances without ties: the literal version may round two equal beliefs differently.
     case.d2_NK = case.d2_NK + np.random.default_rng(1).uniform(0, 0.01, case.d2_NK.shape)
     if math.isinf(temperature) and top_k < case.d2_NK.shape[1]:
         temperature = 3.0
-    expected = literal_filter(case, temperature, epsilon, beta, top_k)
-    np.testing.assert_allclose(np.exp(case.filter(temperature, epsilon, beta, top_k)), expected, atol=1e-9)
+    settings = (temperature, epsilon, beta, top_k, hysteresis, fix_after)
+    expected = literal_filter(case, *settings)
+    np.testing.assert_allclose(np.exp(case.filter(*settings)), expected, atol=1e-9)
 
 
 @EXAMPLES
@@ -265,6 +292,59 @@ def test_oracle_is_the_best_single_expert_of_each_document(case):
         for b, e in zip(case.offsets, case.offsets[1:], strict=False)
     ]
     np.testing.assert_allclose(best, np.max(single_DK, axis=1), atol=1e-9)
+
+
+def changes(logw_NK: np.ndarray, offsets: np.ndarray) -> int:
+    """How often the active set changes within documents."""
+    active_NK = np.isfinite(logw_NK)
+    differs_N = (active_NK[1:] != active_NK[:-1]).any(axis=1)
+    differs_N[offsets[1:-1] - 1] = False  # from one document to the next
+    return int(differs_N.sum())
+
+
+def test_a_set_with_hysteresis_changes_less_often_and_costs_fewer_passes():
+    rng = np.random.default_rng(0)
+    case = Case(0, 6)
+    case.offsets = np.arange(0, 2001, 100)
+    case.logprob_NK = -rng.gamma(2.0, 1.0, (2000, 6)).astype(np.float32)
+    case.d2_NK = rng.uniform(0.3, 0.9, (2000, 6)).astype(np.float32)
+    for top_k in (1, 2, 4):
+        found = [case.filter(top_k=top_k, hysteresis=h) for h in (1, 2, 5, 1e9)]
+        n_changes = [changes(logw_NK, case.offsets) for logw_NK in found]
+        assert n_changes == sorted(n_changes, reverse=True) and n_changes[0] > 2 * n_changes[2]
+        assert n_changes[-1] == 0
+        passes = [ensemble.passes_per_token(logw_NK, case.offsets).sum() / 2000 for logw_NK in found]
+        assert passes[0] > passes[2] >= passes[3] == top_k
+    assert case.filter(top_k=2, fix_after=0).tolist() == case.filter(top_k=2, hysteresis=1e9).tolist()
+    fixed = case.filter(top_k=2, fix_after=9)
+    assert (fixed.reshape(20, 100, 6)[:, :10] == case.filter(top_k=2).reshape(20, 100, 6)[:, :10]).all()
+    active = np.isfinite(fixed.reshape(20, 100, 6))
+    assert (active[:, 9:] == active[:, 9:10]).all()
+
+
+@EXAMPLES
+@given(cases, st.sampled_from([1.0, 3.0]), st.sampled_from([None, 0, 2]))
+def test_a_set_of_all_experts_has_nothing_to_keep(case, hysteresis, fix_after):
+    np.testing.assert_array_equal(case.filter(hysteresis=hysteresis, fix_after=fix_after), case.filter())
+
+
+@EXAMPLES
+@given(cases, st.sampled_from(TOP_KS), st.sampled_from([1.5, 4.0]), st.sampled_from([None, 2]))
+def test_what_an_inactive_expert_would_have_said_changes_no_set(case, top_k, hysteresis, fix_after):
+    settings = {"top_k": top_k, "hysteresis": hysteresis, "fix_after": fix_after}
+    logw_NK = case.filter(**settings)
+    hidden = np.where(np.isneginf(logw_NK), np.nan, case.logprob_NK)
+    np.testing.assert_array_equal(case.filter(**settings, logprob_NK=hidden), logw_NK)
+
+
+def test_passes_count_what_a_new_expert_has_to_catch_up():
+    active = ["101", "100", "011", "100", "010", "001", "001"]  # documents of 4, 1, 0 and 2 tokens
+    logw_NK = np.array([[0.0 if x == "1" else -np.inf for x in tokens] for tokens in active])
+    offsets = np.array([0, 4, 5, 5, 7])
+    # in the first document, expert 0 reads 4 tokens, experts 1 and 2 read the 3 before their last prediction
+    np.testing.assert_array_equal(ensemble.passes_per_token(logw_NK, offsets), [4 + 3 + 3, 1, 0, 2])
+    np.testing.assert_array_equal(ensemble.passes_per_token(np.zeros((7, 3)), offsets), [12, 3, 0, 6])
+    assert ensemble.passes_per_token(np.empty((0, 3)), np.array([0])).shape == (0,)
 
 
 def test_a_document_without_tokens_has_no_weights_and_sums_to_zero():

@@ -20,15 +20,19 @@ def test_table_fits_a_terminal_and_says_all(run: Files, capsys: pytest.CaptureFi
     metrics = evaluate(run)
     text = run.out.with_name("table.txt").read_text()
     assert capsys.readouterr().out == text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= verdict.WIDTH
     shown = verdict.main_rows(metrics)
-    assert len(shown) == 3 + 2 + 1 + 6 + 1
+    names = [verdict.label(row) for row in shown]
+    assert {"filter top-1 fixed", "filter top-2 fixed"} <= set(names)
+    n_sticky = sum(name.endswith("sticky") for name in names)
+    assert len(shown) == 3 + 2 + 1 + 6 + 2 + n_sticky + 1
     for row, line in zip(shown, text.splitlines()[2:], strict=False):
         assert line.startswith(verdict.label(row))
         assert (
             f"{row['perplexity']:.2f}" in line
             and verdict.interval(row["ratio_to_dense"], row["ci95"]) in line
         )
+        assert verdict.short(row["passes"]) in line.split(f"{row['perplexity']:.2f}")[0]
         assert ("*" in line) == row["headline"]
     assert " ".join(metrics["verdict"]) in " ".join(text.split())
 
@@ -42,7 +46,7 @@ def test_table_fits_with_the_widest_numbers(tmp_path: Path):
     evaluate(files)
     text = files.out.with_name("table.txt").read_text()
     assert "filter all-40" not in text and "filter top-9" in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= verdict.WIDTH
 
 
 def test_verdict_says_who_wins(run: Files):

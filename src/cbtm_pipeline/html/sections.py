@@ -12,6 +12,7 @@ from cbtm_pipeline.mixture.routers import ROUTERS
 Metrics = dict[str, Any]
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
+SETTINGS = ("temperature", "epsilon", "beta", "hysteresis", "fix_after")
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 LEVELS = (
     ("dense", "grey"),
@@ -55,7 +56,7 @@ def _controls(metrics: Metrics) -> Html:
     rows = [
         row
         for row in verdict.main_rows(metrics)
-        if row["system"] != "ensemble" or row["headline"] or row["top_k"] == 1
+        if row["system"] != "ensemble" or row["headline"] or (row["top_k"] == 1 and not verdict.stays(row))
     ]
     cells = [
         (verdict.label(row), decimals(row["perplexity"]), decimals(row["ratio_to_dense"], 3)) for row in rows
@@ -69,6 +70,8 @@ def systems(metrics: Metrics) -> Html:
     note = (
         f"★ best of its router. T, ε, β and ★ were chosen on {metrics['calibration']['n_documents']} "
         "other held-out documents. Brackets: 95 % interval, paired bootstrap over documents. "
+        "Sticky: an active expert is replaced only by one that weighs so many times more (hysteresis). "
+        "Fixed: by none after so many tokens. Passes per token: expert passes, catching up included. "
         "FLOPs: all training that the system needed, the seed's included."
     )
     main, every = verdict.main_rows(metrics), metrics["systems"]
@@ -92,7 +95,8 @@ def _systems_table(rows: Sequence[Row]) -> Html:
     header = [
         *("system", "perplexity", "ratio to dense"),
         *(f"ratio to {name}" for name in others),
-        *("bits per byte", "T", "ε", "β", "models per token", "training FLOPs"),
+        *("bits per byte", "T", "ε", "β", "hysteresis", "fixed after"),
+        *("models per token", "passes per token", "training FLOPs"),
     ]
     cells = [
         [
@@ -100,8 +104,9 @@ def _systems_table(rows: Sequence[Row]) -> Html:
             decimals(row["perplexity"]),
             *(Number(verdict.interval(**row["ratios"][name])) for name in ("dense", *others)),
             decimals(row["bits_per_byte"], 4),
-            *(Number(verdict.short(row[key])) for key in ("temperature", "epsilon", "beta")),
+            *(Number(verdict.short(row.get(key))) for key in SETTINGS),
             Number("–" if row["n_active"] is None else row["n_active"]),
+            Number(verdict.short(row.get("passes")) or "–"),
             flops(row["train_flops"]),
         ]
         for row in rows
@@ -111,7 +116,7 @@ def _systems_table(rows: Sequence[Row]) -> Html:
 
 def routers(metrics: Metrics) -> Html:
     """Perplexity over top_k at the chosen settings, and for each router over the temperature."""
-    ensembles = [row for row in metrics["systems"] if row["system"] == "ensemble"]
+    ensembles = [row for row in metrics["systems"] if row["system"] == "ensemble" and not verdict.stays(row)]
     levels = [
         charts.Series(row["system"], colour, [(1, row["perplexity"])], "dashed")
         for name, colour in LEVELS

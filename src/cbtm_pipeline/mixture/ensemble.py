@@ -79,7 +79,7 @@ def filter_log_weights(
         active_KM = active_KM[:, : end - begin]
         if t == 0 or (hysteresis == 1 and t <= last_choice):
             active_KM = _largest(belief_KM, top_k)
-        elif t <= last_choice:
+        elif top_k < len(belief_KM) and t <= last_choice:
             active_KM = _sticky(belief_KM, active_KM, math.log(hysteresis))
         mixed_KM = np.where(active_KM, belief_KM, -np.inf)
         log_total_M = _log_sum_exp(mixed_KM)

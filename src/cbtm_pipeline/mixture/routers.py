@@ -30,6 +30,13 @@ class Setting(NamedTuple):
     temperature: float
     epsilon: float | None = None
     beta: float | None = None
+    hysteresis: float | None = None
+    fix_after: int | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether its active set stays where it would change with every weight."""
+        return (self.hysteresis or 1) > 1 or self.fix_after is not None
 
 
 class Router(NamedTuple):
@@ -44,6 +51,8 @@ class Router(NamedTuple):
         Literal["epsilon", "beta"], ...
     ]  # besides top_k and temperature; section route has the values
     colour: Literal["c0", "c1", "c2", "c3", "c4", "c5", "grey"]  # a class of html/report.css
+    may_stay: bool = False  # whether it has hysteresis and fix_after, too
+    idle_alone: tuple[Literal["epsilon", "beta"], ...] = ()  # parameters without effect at top_k 1
 
 
 def _paper(held_out: HeldOut, setting: Setting) -> np.ndarray:
@@ -53,11 +62,23 @@ def _paper(held_out: HeldOut, setting: Setting) -> np.ndarray:
 def _filter(held_out: HeldOut, setting: Setting) -> np.ndarray:
     assert setting.epsilon is not None and setting.beta is not None
     return ensemble.filter_log_weights(
-        *held_out, setting.temperature, setting.epsilon, setting.beta, setting.top_k
+        *held_out,
+        setting.temperature,
+        setting.epsilon,
+        setting.beta,
+        setting.top_k,
+        setting.hysteresis or 1.0,
+        setting.fix_after,
     )
 
 
 ROUTERS: dict[str, Router] = {
     "paper": Router(_paper, parameters=(), colour="c1"),
-    "filter": Router(_filter, parameters=("epsilon", "beta"), colour="c0"),
+    "filter": Router(
+        _filter,
+        parameters=("epsilon", "beta"),
+        colour="c0",
+        may_stay=True,
+        idle_alone=("beta",),  # a single active expert has nothing to share
+    ),
 }

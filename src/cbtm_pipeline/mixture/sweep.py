@@ -4,6 +4,7 @@ Shapes: N tokens, D documents, K experts.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from cbtm_pipeline.mixture import ensemble
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 
 BLOCK = 1 << 22  # log-probabilities mixed at once: bounds the memory for any amount of held-out text
+SLACK = math.log(1.01)  # nats per token: a set that stays may cost 1 % of the perplexity
 
 
 class Grid(NamedTuple):
@@ -24,14 +26,34 @@ class Grid(NamedTuple):
     temperature: Sequence[float]
     epsilon: Sequence[float]
     beta: Sequence[float]
+    hysteresis: Sequence[float] = ()  # values above 1 are tried besides 1
+    fix_after: Sequence[int] = ()
+
+
+class Costs(NamedTuple):
+    """What each document costs under a mixture, (D,): the sums over its tokens."""
+
+    nll_D: np.ndarray  # nats
+    passes_D: np.ndarray  # expert passes
 
 
 class Result(NamedTuple):
-    """A setting with its nll, in nats."""
+    """A setting with its nll, in nats, and its expert passes."""
 
     setting: Setting
     calibration_nll: float  # per token of the calibration documents
     nll_D: np.ndarray  # of each reported document
+    passes: float  # per token of the reported documents
+
+
+def document_costs(held_out: HeldOut, setting: Setting) -> Costs:
+    """Nll and expert passes of each document under a router's mixture."""
+    nll, passes = [], []
+    for block in _blocks(held_out):
+        logw_NK = ROUTERS[setting.router].log_weights(block, setting)
+        nll.append(-ensemble.document_sums(ensemble.mix(block.logprob_NK, logw_NK), block.offsets))
+        passes.append(ensemble.passes_per_token(logw_NK, block.offsets))
+    return Costs(np.concatenate(nll), np.concatenate(passes))
 
 
 def document_nll(held_out: HeldOut, setting: Setting) -> np.ndarray:
@@ -64,32 +86,76 @@ def _blocks(held_out: HeldOut) -> Iterator[HeldOut]:
 
 
 def sweep(calibration: HeldOut, reported: HeldOut, grid: Grid) -> list[Result]:
-    """Return one result for each router x top_k x temperature.
+    """Return one result for each router x top_k x temperature, and those of sets that stay (`_staying`).
 
     A top_k above K counts as K, and duplicates are dropped. The router's other parameters get those values of
     the grid that have the lowest nll on the calibration documents.
     """
-    n_experts = calibration.d2_NK.shape[1]
+    n_experts, n_tokens = calibration.d2_NK.shape[1], calibration.offsets[-1]
     top_ks = dict.fromkeys(min(top_k, n_experts) for top_k in grid.top_k)
-    points = list(dict.fromkeys(itertools.product(grid.routers, top_ks, grid.temperature)))
-    progress = cli.Progress("sweep", len(points), "settings")
+    groups = list(dict.fromkeys(itertools.product(grid.routers, top_ks)))
+    temperatures = list(dict.fromkeys(grid.temperature))
+    progress = cli.Progress("sweep", len(groups) * len(temperatures), "settings")
     results = []
-    for router, top_k, temperature in points:
-        settings = _settings(router, top_k, temperature, grid)
-        n_tokens = calibration.offsets[-1]
-        nlls = [float(document_nll(calibration, setting).sum() / n_tokens) for setting in settings]
-        lowest = nlls.index(min(nlls))
-        results.append(Result(settings[lowest], nlls[lowest], document_nll(reported, settings[lowest])))
-        progress.add(1, f"{router} top_k {top_k} temperature {temperature:g}")
+    for router, top_k in groups:
+        tried: dict[Setting, float] = {}
+        for temperature in temperatures:
+            settings = _settings(router, top_k, temperature, grid)
+            nlls = [float(document_nll(calibration, setting).sum() / n_tokens) for setting in settings]
+            lowest = nlls.index(min(nlls))
+            results.append(_result(reported, settings[lowest], nlls[lowest]))
+            tried |= dict(zip(settings, nlls, strict=True))
+            progress.add(1, f"{router} top_k {top_k} temperature {temperature:g}")
+        if ROUTERS[router].may_stay and top_k < n_experts:
+            results += [_result(reported, *found) for found in _staying(calibration, tried, grid)]
     return results
 
 
+def _result(reported: HeldOut, setting: Setting, calibration_nll: float) -> Result:
+    nll_D, passes_D = document_costs(reported, setting)
+    return Result(setting, calibration_nll, nll_D, float(passes_D.sum() / max(reported.offsets[-1], 1)))
+
+
+def _staying(
+    calibration: HeldOut, tried: dict[Setting, float], grid: Grid
+) -> Iterator[tuple[Setting, float]]:
+    """Settings of a router and a top_k whose active set stays, with their calibration nll.
+
+    First the one with hysteresis: the fewest passes among those at most SLACK above the best of `tried`; none
+    if there is none. Then the one with fix_after: the lowest nll. To save time, both start from settings of
+    `tried` that are at most SLACK above the best themselves, and a setting's hysteresis grows as long as it
+    stays there: a set that stays hardly ever gains.
+    """
+    n_tokens, limit = calibration.offsets[-1], min(tried.values()) + SLACK
+    near = [setting for setting, nll in tried.items() if nll <= limit]
+    sticky = []
+    for start in near:
+        for hysteresis in sorted({value for value in grid.hysteresis if value > 1}):
+            setting = start._replace(hysteresis=hysteresis)
+            costs = document_costs(calibration, setting)
+            nll = float(costs.nll_D.sum() / n_tokens)
+            if nll > limit:
+                break
+            sticky.append((float(costs.passes_D.sum()), nll, setting))
+    if sticky:
+        _, nll, setting = min(sticky, key=lambda found: found[:2])
+        yield setting, nll
+    fixed = [s._replace(fix_after=n) for s in near for n in dict.fromkeys(grid.fix_after)]
+    if fixed:
+        nlls = [float(document_nll(calibration, setting).sum() / n_tokens) for setting in fixed]
+        yield fixed[nlls.index(min(nlls))], min(nlls)
+
+
 def _settings(router: str, top_k: int, temperature: float, grid: Grid) -> list[Setting]:
-    """Settings of a router at this top_k and temperature, for all combinations of its other parameters."""
-    names = ROUTERS[router].parameters
-    combinations = itertools.product(*(getattr(grid, name) for name in names))
+    """Settings of a router at this top_k and temperature, for all combinations of its other parameters.
+
+    A parameter without effect gets its first value.
+    """
+    names, idle = ROUTERS[router].parameters, ROUTERS[router].idle_alone if top_k == 1 else ()
+    combinations = itertools.product(*(getattr(grid, name)[: 1 if name in idle else None] for name in names))
+    hysteresis = 1.0 if ROUTERS[router].may_stay else None
     return [
-        Setting(router, top_k, temperature, **dict(zip(names, values, strict=True)))
+        Setting(router, top_k, temperature, **dict(zip(names, values, strict=True)), hysteresis=hysteresis)
         for values in combinations
     ]
 

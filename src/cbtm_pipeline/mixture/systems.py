@@ -27,6 +27,9 @@ NO_VALUES: Row = {
     "temperature": None,
     "epsilon": None,
     "beta": None,
+    "hysteresis": None,
+    "fix_after": None,
+    "passes": None,
     "calibration_nll": None,
     "train_flops": None,
     "calibrated": False,
@@ -80,14 +83,14 @@ def expert_nll(held_out: Scored, name: str) -> np.ndarray:
 def _single_models(inputs: Inputs) -> Iterator[System]:
     """The seed and the dense models, each on its own."""
     for name in ["seed", *inputs.dense]:
-        row = {"system": name, "n_active": 1, "train_flops": inputs.all_train_flops([name])}
+        row = {"system": name, "n_active": 1, "passes": 1.0, "train_flops": inputs.all_train_flops([name])}
         yield row, expert_nll(inputs.reported, name)
 
 
 def _single_experts(inputs: Inputs) -> Iterator[System]:
     """The cluster experts, each on its own, on the documents of all clusters."""
     for name in inputs.clusters:
-        row = {"system": f"expert-{name}", "k": inputs.k, "n_active": 1}
+        row = {"system": f"expert-{name}", "k": inputs.k, "n_active": 1, "passes": 1.0}
         row["train_flops"] = inputs.all_train_flops([name])
         yield row, expert_nll(inputs.reported, name)
 
@@ -95,7 +98,10 @@ def _single_experts(inputs: Inputs) -> Iterator[System]:
 def _mixture_row(inputs: Inputs, system: str, experts: list[str]) -> Row:
     """The row of a mixture of all `experts`."""
     k, flops = inputs.k, inputs.all_train_flops(experts)
-    return {"system": system, "k": k, "top_k": k, "n_active": k, "train_flops": flops}
+    return {
+        **{"system": system, "k": k, "top_k": k, "n_active": k, "passes": float(k)},
+        "train_flops": flops,
+    }
 
 
 def _random_mixtures(inputs: Inputs) -> Iterator[System]:
@@ -118,20 +124,22 @@ def _uniform_mixture(inputs: Inputs) -> System:
 def _ensembles(inputs: Inputs) -> Iterator[System]:
     """The cluster experts under every router, with one row for each result of the sweep.
 
-    `calibrated` marks the best setting of each router and top_k, and `headline` the best of each router. Both
-    are chosen on the calibration documents.
+    `calibrated` marks the best setting of each router and top_k, and those whose active set stays. `headline`
+    marks the best of each router. All are chosen on the calibration documents.
     """
     calibration = _held_out(inputs.calibration, inputs.clusters)
     results = sweep.sweep(calibration, inputs.reported_clusters, inputs.grid)
-    calibrated = sweep.best(results, lambda setting: (setting.router, setting.top_k))
-    headlines = sweep.best(results, lambda setting: setting.router)
-    for setting, calibration_nll, nll_D in results:
+    moving = [result for result in results if not result.setting.stays]
+    calibrated = sweep.best(moving, lambda setting: (setting.router, setting.top_k))
+    headlines = sweep.best(moving, lambda setting: setting.router)
+    for setting, calibration_nll, nll_D, passes in results:
         row = {
             **_mixture_row(inputs, "ensemble", inputs.clusters),
             **setting._asdict(),
             "n_active": setting.top_k,
+            "passes": passes,
             "calibration_nll": calibration_nll,
-            "calibrated": setting in calibrated,
+            "calibrated": setting in calibrated or setting.stays,
             "headline": setting in headlines,
         }
         yield row, nll_D

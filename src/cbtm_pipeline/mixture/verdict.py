@@ -5,7 +5,7 @@ from typing import Any
 
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
-WIDTH = 100  # of the table, in characters
+WIDTH = 110  # of the table, at most; of its notes 100 characters
 DENSE_KINDS = {"batch": "k x batch", "steps": "k x steps"}
 METRICS_ONLY = ("oracle", "random, uniform", "random, posterior")  # their comparisons get no sentence
 
@@ -14,10 +14,18 @@ def label(row: Row) -> str:
     """Name of a system for people, without the settings of its router."""
     match row["system"]:
         case "ensemble":
-            return f"{row['router']} {'all' if row['top_k'] == row['k'] else 'top'}-{row['top_k']}"
+            name = f"{row['router']} {'all' if row['top_k'] == row['k'] else 'top'}-{row['top_k']}"
+            return (
+                f"{name} {'fixed' if row.get('fix_after') is not None else 'sticky'}" if stays(row) else name
+            )
         case "random":
             return f"random, {row['router'] or 'uniform'}"
     return row["system"]
+
+
+def stays(row: Row) -> bool:
+    """Whether its active set stays where it would change with every weight."""
+    return (row.get("hysteresis") or 1) > 1 or row.get("fix_after") is not None
 
 
 def interval(ratio: float, ci95: list[float]) -> str:
@@ -97,20 +105,25 @@ def _outcome(ci95: list[float], below: str, above: str) -> str:
 
 def table(metrics: dict[str, Any]) -> str:
     """The main rows as aligned plain text of at most WIDTH columns, followed by the verdict."""
-    header = ("system", "T", "eps", "beta", "perplexity", "bits/byte", "ratio to dense [95 %]", "FLOPs")
+    settings, numbers = (
+        ("T", "eps", "beta"),
+        ("passes", "perplexity", "bits/byte", "to dense [95 %]", "FLOPs"),
+    )
+    header = ("system", *settings, *numbers)
     lines = _align([header, *map(_cells, main_rows(metrics))])
     lines.insert(1, "-" * len(lines[0]))
     n_documents, n_chosen = metrics["n_documents"], metrics["calibration"]["n_documents"]
     notes = [
         f"{n_documents} held-out documents, {metrics['n_tokens']} tokens, {metrics['n_bytes']} bytes.",
         f"T, eps, beta and * (the best of its router) were chosen on {n_chosen} other held-out documents.",
+        "passes: experts that read a token, on average, counting what new ones have to catch up.",
         "FLOPs: all training that the system needed, the seed's included. Ratios below are of perplexities.",
         "",
         *metrics["verdict"],
     ]
     lines.append("")
     for note in notes:
-        lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ") or [""]
+        lines += textwrap.wrap(note, 100, subsequent_indent="  ") or [""]
     return "\n".join(lines) + "\n"
 
 
@@ -118,6 +131,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         label(row) + (" *" if row["headline"] else ""),
         *(short(row[key]) for key in ("temperature", "epsilon", "beta")),
+        short(row["passes"]),
         f"{row['perplexity']:.2f}",
         f"{row['bits_per_byte']:.4f}",
         interval(row["ratio_to_dense"], row["ci95"]),
