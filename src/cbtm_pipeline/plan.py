@@ -1,7 +1,7 @@
 """What each rule depends on, and who is trained on what: the compute-matched plans of C-BTM (section 3.3).
 
-A *plan* holds exactly the config values that a rule's result depends on. The artifact keeps it as `made_with`,
-and a start compares the two (`stale.py`). So a rule reruns when its plan or its inputs change, and only then.
+A *plan* holds exactly the config values that a rule's result depends on. An artifact keeps it as `made_with`,
+and a start compares both (`stale.py`). So a rule reruns when its plan or its inputs change, and only then.
 
 Every phase-two system spends the same tokens, T = train.steps * train.batch_size * train.seq_len:
 

@@ -281,15 +281,39 @@ class Router:
 
     def log_prior(self, sum_BCD: np.ndarray) -> np.ndarray:
         """The paper's weights over all experts, (B, C, K): the softmax of -d2 / T (section 2.3)."""
-        length_BC1 = np.sqrt(np.einsum("bcd,bcd->bc", sum_BCD, sum_BCD))[..., None]
-        h_BCD = (sum_BCD / np.where(length_BC1 > 0, length_BC1, 1)).astype(np.float32).astype(np.float64)
-        d2_BCK = self.norms_K - 2 * (h_BCD @ self.centres64_KD.T)
-        d2_BCK += np.einsum("bcd,bcd->bc", h_BCD, h_BCD)[..., None]
-        d2_BCK = np.where(length_BC1 > 0, np.maximum(d2_BCK, 0).astype(np.float32), np.float32(NO_EVIDENCE))
-        nearness_BCK = -d2_BCK.astype(np.float64)
-        nearness_BCK -= nearness_BCK.max(-1, keepdims=True)
-        nearness_BCK /= self.config.router_temperature
+        length_BC1 = np.sqrt(np.square(sum_BCD).sum(-1, keepdims=True))
+        is_known_BC1 = length_BC1 > 0
+        h_BCD = sum_BCD / (length_BC1 if is_known_BC1.all() else np.where(is_known_BC1, length_BC1, 1))
+        h_BCD = h_BCD.astype(np.float32).astype(np.float64)
+        d2_BCK = self.norms_K - 2 * (h_BCD @ self.centres64_KD.T) + np.square(h_BCD).sum(-1, keepdims=True)
+        d2_BCK = np.maximum(d2_BCK, 0, dtype=np.float32, casting="same_kind").astype(np.float64)
+        if not is_known_BC1.all():
+            d2_BCK[~is_known_BC1[..., 0]] = NO_EVIDENCE
+        nearness_BCK = (d2_BCK.min(-1, keepdims=True) - d2_BCK) / self.config.router_temperature
         return nearness_BCK - _log_sum_exp(nearness_BCK)
+
+    def block(self, state: State, begin: int, logprior_BCK: np.ndarray, fixed_from: float) -> np.ndarray:
+        """As `step` for all columns of a block, (B, C, K): where nobody listens, nothing is padded or sticky.
+
+        Columns from `fixed_from` on keep the active set.
+        """
+        config, end = self.config, begin + logprior_BCK.shape[1]
+        logb_BK, before_BK = state.before(begin)
+        value_BCK = logprior_BCK
+        if config.router == "filter":
+            value_BCK, log_stay = np.log(config.epsilon) + logprior_BCK, np.log1p(-config.epsilon)
+            logb_BK = logb_BK if begin else logprior_BCK[:, 0]
+            for c in range(end - begin):
+                logb_BK = np.logaddexp(log_stay + logb_BK, value_BCK[:, c], out=value_BCK[:, c])
+        active_BCK = self._largest(value_BCK)
+        if end > (fixed_from := max(fixed_from, 1)):
+            c = int(fixed_from) - begin
+            active_BCK[:, max(c, 0) :] = active_BCK[:, c - 1 : c] if c > 0 else before_BK[:, None] > -np.inf
+        logw_BCK = np.where(active_BCK, value_BCK, -np.inf)
+        logw_BCK -= _log_sum_exp(logw_BCK)
+        state.trail_BCK2[:, begin:end, :, 0], state.trail_BCK2[:, begin:end, :, 1] = value_BCK, logw_BCK
+        state.n_B += end - begin
+        return logw_BCK
 
     def step(
         self,
@@ -342,23 +366,26 @@ class Router:
     def _active(
         self, value_BK: np.ndarray, before_BK: np.ndarray, started_B1: np.ndarray, fixed_B1: np.ndarray
     ) -> np.ndarray:
-        """The experts that run, bool (B, K): the largest values, or nearly those that ran before.
-
-        Among equals, the lowest index comes first.
-        """
+        """The experts that run, bool (B, K): the largest values, or nearly those that ran before."""
         if fixed_B1.all():
             return before_BK
-        if self.n_active == value_BK.shape[1]:
-            return np.ones(value_BK.shape, bool)
-        found_BK = np.zeros(value_BK.shape, bool)
-        if self.config.hysteresis == 1 or not started_B1.all():
-            rest_BK, rows_B = value_BK.copy(), np.arange(len(value_BK))
-            for _ in range(self.n_active):
-                largest_B = rest_BK.argmax(1)
-                found_BK[rows_B, largest_B], rest_BK[rows_B, largest_B] = True, -np.inf
-        if self.config.hysteresis > 1 and started_B1.any():
-            found_BK = np.where(started_B1, self._sticky(value_BK, before_BK), found_BK)
-        return np.where(fixed_B1, before_BK, found_BK)
+        if self.config.hysteresis == 1 or self.n_active == value_BK.shape[1]:
+            found_BK = self._largest(value_BK)
+        elif started_B1.all():
+            found_BK = self._sticky(value_BK, before_BK)
+        else:
+            found_BK = np.where(started_B1, self._sticky(value_BK, before_BK), self._largest(value_BK))
+        return np.where(fixed_B1, before_BK, found_BK) if fixed_B1.any() else found_BK
+
+    def _largest(self, value_: np.ndarray) -> np.ndarray:
+        """The `n_active` largest values of the last axis (bool); of equals, the lowest index comes first."""
+        if self.n_active == value_.shape[-1]:
+            return np.ones(value_.shape, bool)
+        found_, rest_ = np.zeros(value_.shape, bool), value_
+        for _ in range(self.n_active):
+            found_ |= rest_.argmax(-1)[..., None] == np.arange(value_.shape[-1])
+            rest_ = np.where(found_, -np.inf, value_)
+        return found_
 
     def _sticky(self, value_BK: np.ndarray, before_BK: np.ndarray) -> np.ndarray:
         """The active set, where the heaviest other expert replaces the lightest active one if it weighs more
@@ -388,13 +415,13 @@ def _log_add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(a, b) + np.log1p(np.exp(-np.abs(a - b)))
 
 
-def _active(logw_BK: np.ndarray) -> list[int]:
-    """The experts that run for one of the sequences."""
-    return np.flatnonzero((logw_BK > -np.inf).any(0)).tolist()
+def _active(logw_: np.ndarray) -> list[int]:
+    """The experts that run for one of the sequences; they lie along the last axis."""
+    return np.flatnonzero((logw_ > -np.inf).reshape(-1, logw_.shape[-1]).any(0)).tolist()
 
 
 def _of_tokens(logprob_BCV: torch.Tensor, ids_BC: torch.Tensor) -> np.ndarray:
-    """The log-probabilities of these tokens, (B, C)."""
+    """The values of these tokens, (B, C)."""
     return logprob_BCV.gather(2, ids_BC[..., None].to(logprob_BCV.device))[..., 0].cpu().numpy()
 
 
@@ -427,6 +454,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             "anchor", torch.empty(0), persistent=False
         )  # shows where `to` has moved the model
         self.experts = nn.ModuleDict()  # those in memory, the least recently used first
+        self.latest = ""  # the name of the last
         self.n_passes = 0  # columns that went through an expert, over all sequences: the cost
         self.eval()
 
@@ -491,19 +519,23 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         """Expert j, from memory or from its folder. The least recently used one makes room for it."""
         name = self.names[j]
         if name in self.experts:
-            self.experts[name] = expert = self.experts.pop(name)
-            return cast(PreTrainedModel, expert)
+            if name != self.latest:
+                self.experts[name] = self.experts.pop(name)
+            self.latest = name
+            return cast(PreTrainedModel, self.experts[name])
         limit = self.config.max_loaded
         while limit is not None and len(self.experts) >= limit:
             del self.experts[next(iter(self.experts))]
         expert = AutoModelForCausalLM.from_pretrained(self.folder / "experts" / name, **self.expert_kwargs)
         self.experts[name] = expert.to(self._devices()[j]).eval()  # pyright: ignore[reportArgumentType]
+        self.latest = name
         return expert
 
     def _run(self, net: Any, cache: CBTMCache, j: int, end: int, n_keep: int) -> torch.Tensor:
-        """Let expert j read columns up to `end`. Returns its last log-probabilities, (B, <= n_keep, V)."""
+        """Let expert j read columns up to `end`. Returns its last logits, float32 (B, <= n_keep, V)."""
         first, names = cache.n_seen.get(j, 0), _arguments(type(net))
-        kv = cache.kv.setdefault(j, DynamicCache(config=net.config))
+        if j not in cache.kv:
+            cache.kv[j] = DynamicCache(config=net.config)
         inputs: dict[str, Any] = {"input_ids": cache.ids[:, first:end]}
         if cache.mask is None:
             position = torch.arange(first, end, device=cache.ids.device).expand(len(cache.ids), -1)
@@ -513,13 +545,14 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         if "position_ids" in names:
             inputs["position_ids"] = position
         device = next(net.parameters()).device
-        inputs = {name: value.to(device) for name, value in inputs.items()}
+        if device != cache.ids.device:
+            inputs = {name: value.to(device) for name, value in inputs.items()}
         if "logits_to_keep" in names:
             inputs["logits_to_keep"] = min(n_keep, end - first)
-        logits = net(**inputs, **{CACHE: kv}, use_cache=True).logits
+        logits = net(**inputs, **{CACHE: cache.kv[j]}, use_cache=True).logits
         self.n_passes += (end - first) * len(cache.ids)
         cache.n_seen[j] = end
-        return logits[:, -n_keep:].float().log_softmax(-1)
+        return logits[:, -n_keep:].float()
 
     def _mix(self, cache: CBTMCache, begin: int, end: int, keep_from: int) -> tuple[torch.Tensor, np.ndarray]:
         """Mix columns `begin` to `end`: log-probabilities from `keep_from` on, and all weights (B, C, K)."""
@@ -534,13 +567,14 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         heard_from = max(begin - 1, 0) if router.listens else first
 
         def run(j: int) -> None:
-            said[j] = said_BCV = self._run(self.expert(j), cache, j, end, end - heard_from)
+            logits_BCV = self._run(self.expert(j), cache, j, end, end - heard_from)
+            said[j] = logits_BCV[:, -max(end - first, 1) :].log_softmax(-1)
             if router.listens:
-                start = end - said_BCV.shape[1]  # the column of its first row
-                gain_BCK[:, start + 1 - begin :, j] = _of_tokens(
-                    said_BCV[:, :-1], cache.ids[:, start + 1 : end]
-                )
-                cache.tail[j] = said_BCV[:, -1].clone() if said_BCV.shape[1] > 1 else said_BCV[:, -1]
+                heard_BCV, start = logits_BCV[:, :-1], end - logits_BCV.shape[1] + 1
+                if start < end:
+                    gain_BC = _of_tokens(heard_BCV, cache.ids[:, start:end])
+                    gain_BCK[:, start - begin :, j] = gain_BC - heard_BCV.logsumexp(-1).cpu().numpy()
+                cache.tail[j] = said[j][:, -1].clone() if said[j].shape[1] > 1 else said[j][:, -1]
 
         if router.listens and begin:
             logw_BK = state.before(begin)[1]
@@ -549,13 +583,21 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
                     gain_BCK[:, 0, j] = _of_tokens(cache.tail[j][:, None], cache.ids[:, begin, None])[:, 0]
                 else:  # after a crop, it has to speak again
                     run(j)
+        fixed_from = math.inf if self.config.route == "token" or cache.n_prompt is None else cache.n_prompt
+        if mask_BC is None and not router.listens and self.config.hysteresis == 1:
+            after = math.inf if self.config.fix_after is None else self.config.fix_after + 1
+            logw_BCK = router.block(state, begin, logprior_BCK, min(fixed_from, after))
+            for j in _active(logw_BCK[:, first - begin :]):
+                run(j)
+            return self._mixed(cache, said, logw_BCK[:, first - begin :], end), logw_BCK
         for c, column in enumerate(range(begin, end)):
             rows = None
             if here_BC is not None and mask_BC is not None:
                 rows = here_BC[:, c], mask_BC[:, c if begin else max(c - 1, 0)]
-            fixed = cache.n_prompt is not None and column >= cache.n_prompt and self.config.route == "once"
             gain_BK = gain_BCK[:, c] if router.listens and column else None
-            logw_BCK[:, c] = router.step(state, column, logprior_BCK[:, c], gain_BK, rows, fixed)
+            logw_BCK[:, c] = router.step(
+                state, column, logprior_BCK[:, c], gain_BK, rows, column >= fixed_from
+            )
             if router.listens or column >= keep_from:
                 for j in _active(logw_BCK[:, c]):
                     if j not in said:
@@ -567,10 +609,13 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """The logarithm of sum_j w_j p_j after the last C columns before `end`, (B, C, V)."""
         n_columns, mixed_BCV = logw_BCK.shape[1], None
-        for j in _active(logw_BCK.reshape(-1, logw_BCK.shape[2])):
-            own_BCV, logw_BC = said[j][:, -n_columns:].to(cache.ids.device), logw_BCK[..., j]
+        for j in sorted(said) if n_columns else ():
+            own_BCV, logw_BC = said[j][:, -n_columns:], logw_BCK[..., j]
             if logw_BC.any():  # not all zero: it is not alone
+                if np.isneginf(logw_BC).all():
+                    continue
                 own_BCV = own_BCV + torch.from_numpy(logw_BC[..., None]).float().to(own_BCV.device)
+            own_BCV = own_BCV.to(cache.ids.device)
             mixed_BCV = own_BCV if mixed_BCV is None else torch.logaddexp(mixed_BCV, own_BCV)
         if mixed_BCV is None:
             shape = (len(cache.ids), n_columns, self.config.vocab_size)
@@ -680,7 +725,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             logw_BK -= _log_sum_exp(logw_BK)
             cache.merged = self.merge(np.exp(logw_BK[0])), logw_BK
         net, logw_BK = cast(tuple[PreTrainedModel, np.ndarray], cache.merged)
-        logits = self._run(net, cache, MERGED, first + n_columns, n_keep)
+        logits = self._run(net, cache, MERGED, first + n_columns, n_keep).log_softmax(-1)
         return logits.to(cache.ids.device), np.repeat(logw_BK[:, None], n_columns, 1)
 
     @torch.no_grad()
