@@ -7,8 +7,8 @@
   The sticky set has a hysteresis of 5.
 * prefill top-1: `generate` of one token after a prompt of 1 000.
 * memory: the growth of the process's peak over its imports. The ensemble has max_loaded = top_k + 1 and reads
-  a text that runs through more experts than that. Beside it: a process that loads top_k + 1 experts and lets
-  each read the same text.
+  a text that runs through more experts than that. Beside it: a process that loads top_k + 1 experts, each of
+  which reads the same text and keeps its KV cache.
 
 Experts are random llamas: their speed does not depend on what they know. The text is made of runs of words of
 one cluster, with term vectors near its centre, so the router chooses as it does on texts. Generated words are
@@ -19,12 +19,11 @@ Cost model of a token, for experts of N parameters: top_k forward passes, 2 N to
 in numpy, O(D k), about 0.2 ms; a softmax over V for each active expert, O(V top_k). A new active expert first
 reads the text so far: a forward pass over it. So top-1 costs a single expert and a router step. A prefill at
 top-1 needs the last token's expert alone, and router steps for the whole text. Memory is that of max_loaded
-experts, V D numbers of the router, and a KV cache for each expert that has run.
+experts with their KV caches, V D numbers of the router, and the logits of a block of 128 tokens.
 """
 
 import argparse
 import gc
-import itertools
 import json
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -147,7 +147,8 @@ def times(folder: Path, args: argparse.Namespace) -> dict[str, list[tuple[float,
         ("prefill sticky top-2", STICKY, prefill),
     ):
         model = modeling_cbtm.CBTMForCausalLM.from_pretrained(folder, **settings)
-        measure(model), measure(single)  # load experts, warm up
+        for warm_up in (model, single):
+            measure(warm_up)
         model.n_passes = 0
         found[name] = [(measure(model), measure(single)) for _ in range(args.rounds)]
         n_read = (2 * N_PROMPT + N_NEW) if measure is decode else N_PREFILL
@@ -167,15 +168,16 @@ def growth(folder: Path, args: argparse.Namespace) -> None:
     before, n_loaded = memory("VmRSS"), limit
     if args.memory_of == "ensemble":
         model = modeling_cbtm.CBTMForCausalLM.from_pretrained(folder, **STICKY, max_loaded=limit)
-        ran = set()
-        for end in itertools.chain(range(100, N_PREFILL, 100), [N_PREFILL]):
-            seconds(model, ids[:, :end], 8)
-            ran |= set(model.experts)
-        n_loaded = len(ran)
+        seconds(model, ids, 8)
+        weights = model(ids, output_router_weights=True, logits_to_keep=1).router_log_weights
+        n_loaded = int((weights[0] > -torch.inf).any(0).sum())
     else:
-        nets = [AutoModelForCausalLM.from_pretrained(folder / f"experts/{j}") for j in range(limit)]
-        for net in nets:
-            seconds(net, ids, 8)
+        nets: list[Any] = [
+            AutoModelForCausalLM.from_pretrained(folder / f"experts/{j}") for j in range(limit)
+        ]
+        caches = [DynamicCache(config=net.config) for net in nets]
+        for net, cache in zip(nets, caches, strict=True):
+            net.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
     print(json.dumps({"bytes": memory("VmHWM") - before, "n_loaded": n_loaded}))
 
 

@@ -89,7 +89,7 @@ def test_sets_that_are_not_tried_leave_old_plans_as_they_were() -> None:
     content = plan.eval_ensemble(validated(route__hysteresis=[1], route__fix_after=[])).content()
     assert not {"hysteresis", "fix_after"} & set(content)
     content = plan.eval_ensemble(validated(route__hysteresis=[1, 4], route__fix_after=[0])).content()
-    assert (content["hysteresis"], content["fix_after"]) == ([4.0], [0])
+    assert (content["hysteresis"], content["fix_after"]) == ([1.0, 4.0], [0])
 
 
 def test_a_plan_cannot_be_changed() -> None:

@@ -48,8 +48,7 @@ def evaluate(cfg: config.Config, held_out: Scored, cards: Cards) -> dict[str, An
         train_flops={name: card["train_flops"] for name, card in cards.items()},
         grid=sweep.Grid(
             *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
-            hysteresis=plan.hysteresis or (),
-            fix_after=plan.fix_after or (),
+            *(plan.hysteresis, plan.fix_after),
         ),
     )
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)

@@ -1,7 +1,8 @@
 """What each rule depends on, and who is trained on what: the compute-matched plans of C-BTM (section 3.3).
 
-A *plan* holds exactly the config values that a rule's result depends on. An artifact keeps it as `made_with`,
-and a start compares both (`stale.py`). So a rule reruns when its plan or its inputs change, and only then.
+A *plan* holds exactly the config values that a rule's result depends on. The rule's module computes with it,
+and the artifact keeps it as `made_with`. A start compares the two (`stale.py`). So a rule reruns when its
+plan or its inputs change, and only then.
 
 Every phase-two system spends the same tokens, T = train.steps * train.batch_size * train.seq_len:
 
@@ -9,8 +10,9 @@ Every phase-two system spends the same tokens, T = train.steps * train.batch_siz
     dense-batch   steps with batch_size sequences             the paper's baseline: a k times larger batch
     dense-steps   k * steps with batch_size / k sequences     an expert's batch, for k times more steps
 
-Neither the dense model nor the seed depends on k. Where batch_size / k is not whole, the batch is rounded and
-the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts together.
+Neither the dense model nor the seed depends on k; an expert's share shrinks as k grows. Where batch_size / k
+is not whole, the batch is rounded and the number of steps makes up for it. The seed model spends seed_share
+of the compute of seed and experts together.
 """
 
 import dataclasses
@@ -33,13 +35,12 @@ class Plan:
     def content(self) -> dict[str, Any]:
         """The plan as JSON types, as artifacts keep it.
 
-        A field that is None and has None as its default is left out. So a new optional key reruns nothing of
-        an old run. A path to the corpus is left out, too: its content is an input (`made_from`).
+        A field that has its default is left out. So a new optional key reruns nothing of an old run. A path
+        to the corpus is left out, too: its content is an input (`made_from`).
         """
         fields = [field for field in dataclasses.fields(self) if not field.metadata.get("path")]
         values = {field.name: getattr(self, field.name) for field in fields}
-        optional = {field.name for field in fields if field.default is None}
-        kept = {name: v for name, v in values.items() if v is not None or name not in optional}
+        kept = {field.name: values[field.name] for field in fields if values[field.name] != field.default}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 
@@ -204,8 +205,8 @@ class EvalPlan(Plan):
     calibration_share: float
     bootstrap: int
     rng_seed: int
-    hysteresis: tuple[float, ...] | None = None  # values above 1
-    fix_after: tuple[int, ...] | None = None
+    hysteresis: tuple[float, ...] = (1.0,)
+    fix_after: tuple[int, ...] = ()
 
 
 def cluster_experts(config: Config) -> list[str]:
@@ -317,9 +318,9 @@ def route(c: Config) -> RoutePlan:
 
 
 def eval_ensemble(c: Config) -> EvalPlan:
-    keys = _values(c.route, without={"window_tokens"}) | {"bootstrap": c.eval.bootstrap, "rng_seed": c.seed}
-    factors = tuple(value for value in c.route.hysteresis if value > 1)
-    return EvalPlan(**keys | {"hysteresis": factors or None, "fix_after": keys["fix_after"] or None})
+    return EvalPlan(
+        **_values(c.route, without={"window_tokens"}), bootstrap=c.eval.bootstrap, rng_seed=c.seed
+    )
 
 
 RULES: dict[str, Callable[..., Plan]] = {

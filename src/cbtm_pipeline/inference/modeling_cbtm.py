@@ -36,7 +36,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-BLOCK = 256  # columns that are mixed at once: bounds the memory of a long text
+BLOCK = 128  # columns that are mixed at once: bounds the memory of a long text
 FIRST_BLOCKS = (8, 64)  # ends of the first blocks: a text's first weights change fast, and waste little there
 ROUTER, RECORD = "router.safetensors", "files.json"
 NO_EVIDENCE = 1.0  # squared distance of a prefix without a usable term: equally far from all centres
@@ -52,7 +52,8 @@ class CBTMConfig(PretrainedConfig):
     prefix alone, `filter` also by what the experts said of it. `n_active` experts run for each token; None is
     all. `hysteresis`: an active expert is replaced only by one that weighs more than so many times as much.
     `route="once"` fixes the active experts at the end of the prompt, `fix_after` after so many tokens behind
-    the first. `max_loaded` experts stay in memory, the least recently used goes first; None is no bound.
+    the first. `max_loaded` experts stay in memory; None is no bound. The least recently used goes first, and
+    what it has read is forgotten unless it is active.
     """
 
     model_type = "cbtm"
@@ -238,7 +239,12 @@ class CBTMCache(Cache):
                 except (RuntimeError, ValueError, NotImplementedError):
                     self.n_seen[j] = 0  # a sliding window has forgotten: it reads all again
                 if not self.n_seen[j]:
-                    del self.kv[j], self.n_seen[j]
+                    self.drop(j)
+
+    def drop(self, j: int) -> None:
+        """Forget what expert j has read."""
+        for table in (self.kv, self.n_seen, self.tail):
+            table.pop(j, None)
 
 
 def _joined(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -566,8 +572,13 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         first = max(begin, keep_from)
         heard_from = max(begin - 1, 0) if router.listens else first
 
-        def run(j: int) -> None:
-            logits_BCV = self._run(self.expert(j), cache, j, end, end - heard_from)
+        def run(j: int, active: Sequence[int]) -> None:
+            net = self.expert(j)
+            if self.config.max_loaded is not None:  # it bounds the KV caches, too
+                kept = {*active, *(i for i, name in enumerate(self.names) if name in self.experts)}
+                for i in set(cache.kv) - kept:
+                    cache.drop(i)
+            logits_BCV = self._run(net, cache, j, end, end - heard_from)
             said[j] = logits_BCV[:, -max(end - first, 1) :].log_softmax(-1)
             if router.listens:
                 heard_BCV, start = logits_BCV[:, :-1], end - logits_BCV.shape[1] + 1
@@ -578,17 +589,19 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
 
         if router.listens and begin:
             logw_BK = state.before(begin)[1]
-            for j in _active(logw_BK if mask_BC is None else logw_BK[mask_BC[:, 0] & mask_BC[:, 1]]):
+            active = _active(logw_BK if mask_BC is None else logw_BK[mask_BC[:, 0] & mask_BC[:, 1]])
+            for j in active:
                 if j in cache.tail and cache.n_seen[j] == begin:
                     gain_BCK[:, 0, j] = _of_tokens(cache.tail[j][:, None], cache.ids[:, begin, None])[:, 0]
                 else:  # after a crop, it has to speak again
-                    run(j)
+                    run(j, active)
         fixed_from = math.inf if self.config.route == "token" or cache.n_prompt is None else cache.n_prompt
         if mask_BC is None and not router.listens and self.config.hysteresis == 1:
             after = math.inf if self.config.fix_after is None else self.config.fix_after + 1
             logw_BCK = router.block(state, begin, logprior_BCK, min(fixed_from, after))
-            for j in _active(logw_BCK[:, first - begin :]):
-                run(j)
+            active = _active(logw_BCK[:, first - begin :])
+            for j in active:
+                run(j, active)
             return self._mixed(cache, said, logw_BCK[:, first - begin :], end), logw_BCK
         for c, column in enumerate(range(begin, end)):
             rows = None
@@ -599,9 +612,10 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
                 state, column, logprior_BCK[:, c], gain_BK, rows, column >= fixed_from
             )
             if router.listens or column >= keep_from:
-                for j in _active(logw_BCK[:, c]):
+                active = _active(logw_BCK[:, c])
+                for j in active:
                     if j not in said:
-                        run(j)
+                        run(j, active)
         return self._mixed(cache, said, logw_BCK[:, first - begin :], end), logw_BCK
 
     def _mixed(
