@@ -39,8 +39,7 @@ class Plan:
         to the corpus is left out, too: its content is an input (`made_from`).
         """
         fields = [field for field in dataclasses.fields(self) if not field.metadata.get("path")]
-        values = {field.name: getattr(self, field.name) for field in fields}
-        kept = {field.name: values[field.name] for field in fields if values[field.name] != field.default}
+        kept = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 
