@@ -153,7 +153,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "filter top-1 sticky": {"n_active": 1, "hysteresis": 2.0},
     "filter top-2 sticky": {"n_active": 2, "hysteresis": 3.0},
     "filter top-3 sticky": {"n_active": 3, "hysteresis": 1.5},
-    "filter fixed": {"n_active": 2, "fix_after": 14},
+    "filter fixed": {"n_active": 2, "fix_after": 19},
+    "filter top-1 fixed": {"n_active": 1, "fix_after": 30},
+    "paper fixed": {"router": "paper", "n_active": 2, "fix_after": 20},
     "filter fixed at the start": {"n_active": 2, "fix_after": 0},
     "paper fixed and sticky": {"router": "paper", "n_active": 2, "fix_after": 17, "hysteresis": 2.0},
     "paper once": {"router": "paper", "n_active": 2, "route": "once"},
@@ -163,9 +165,12 @@ N_TOKENS, N_PROMPT = 45, 12
 
 
 def mixture(
-    made: Ensemble, ids: torch.Tensor, settings: dict[str, Any], n_prompt: int = N_PROMPT
+    made: Ensemble, ids: torch.Tensor, settings: dict[str, Any], n_prompt: int = N_PROMPT, unheard: int = -1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities (T, V) after each token and log weights (T, K), from `mixture.ensemble`."""
+    """Log-probabilities (T, V) after each token and log weights (T, K), from `mixture.ensemble`.
+
+    What experts say after token `unheard` corrects no belief.
+    """
     config = CBTMConfig(**{"router_temperature": 0.3, "epsilon": 0.1, "beta": 0.5, **settings})
     with torch.no_grad():
         logits = [load_expert(path)(ids).logits[0] for path in made.experts]
@@ -175,6 +180,7 @@ def mixture(
     d2_TK[~h_TD.any(1)] = 1
     next_T = np.append(ids[0, 1:], 0)  # the last prediction has no token yet
     said_TK = np.take_along_axis(logprob_KTV, next_T[None, :, None], 2)[..., 0].T
+    said_TK[unheard] = 0  # the same for all
     fix_after = n_prompt - 1 if config.route == "once" else config.fix_after
     logw_TK = ensemble.filter_log_weights(
         said_TK,
@@ -295,20 +301,21 @@ def test_experts_of_every_architecture_are_mixed(tmp_path: Path, kind: str) -> N
 
 
 def test_padding_on_the_right_and_between_changes_nothing(different: Ensemble) -> None:
-    model, ids = load(different, n_active=2), text(30, 24)
-    alone = model(ids).logits[0]
-    spoilt = torch.cat([ids, text(8, 25)], 1)
-    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 8, dtype=torch.long)], 1)
-    logits = model(
-        torch.cat([spoilt, text(38, 26)]), attention_mask=torch.cat([mask, torch.ones(1, 38)])
-    ).logits
-    assert_same(logits[0, :30], alone)
-    assert torch.isfinite(logits).all()
-    cache = CBTMCache()
-    parts = [(spoilt, mask), (spoilt[:, :1], torch.cat([mask, torch.ones(1, 1)], 1))]
-    for part, covers in parts:
-        last = model(part, attention_mask=covers, **{modeling_cbtm.CACHE: cache}).logits
-    assert torch.isfinite(last).all()
+    """A turn of a chat in a batch: both sequences go on after a gap. No belief is corrected across it."""
+    settings = {"n_active": 2, "hysteresis": 1.5}
+    model, ids, other = load(different, **settings), text(30, 24), text(38, 26)
+    gap, more = torch.full((1, 8), 7), torch.ones(2, 12, dtype=torch.long)
+    columns = torch.cat([torch.cat([ids, gap], 1), other])
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(gap)], 1)
+    mask = torch.cat([torch.cat([mask, torch.ones_like(other)]), more], 1)
+    columns = torch.cat([columns, text(24, 25).reshape(2, 12)], 1)
+    expected_TV, logw_TK = mixture(different, columns[:1, mask[0] > 0], settings, unheard=29)
+    for ends in ([50], [38, 39, 40, 50], [33, 50]):
+        logits, weights, _ = feed(model, {"input_ids": columns, "attention_mask": mask}, ends)
+        assert_same(logits[0, mask[0] > 0], expected_TV)
+        assert_same(np.exp(weights[0][mask[0] > 0]), np.exp(logw_TK))
+        assert_same(logits[1], mixture(different, columns[1:], settings)[0])
+        assert torch.isfinite(logits).all()
 
 
 def test_a_long_text_is_mixed_in_blocks(different: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +405,7 @@ def test_memory_holds_at_most_max_loaded_experts(different: Ensemble, loads: Loa
         for end in range(10, 61):
             logits, _, cache = feed(model, padded(ids), [end], cache)
             assert_same(logits[0, -1], expected[0, end - 1])
-            assert len(model.experts) <= limit
+            assert len(model.experts) <= limit and len(cache.kv) <= max(limit, 2)
         assert len(loads.names) > len(set(loads.names)), "nothing was loaded again: the bound was not tried"
 
 

@@ -232,7 +232,6 @@ class CBTMCache(Cache):
             self.n_prompt = None
         for j, n_seen in list(self.n_seen.items()):
             if n_seen > n - 1:  # what it said after column n - 1 is needed again
-                self.tail.pop(j, None)
                 self.n_seen[j] = max(n - 1, 0)
                 try:
                     self.kv[j].crop(self.n_seen[j] - n_seen)
@@ -355,7 +354,7 @@ class Router:
             state.n_B += 1
             return logw_BK
         here_B1 = rows[0][:, None]
-        new_BK2[~rows[0]] = np.stack([logb_BK, before_BK], 2)[~rows[0]]  # padding changes nothing
+        new_BK2[~rows[0]] = np.stack(state.before(column), 2)[~rows[0]]  # padding changes nothing
         state.n_B += rows[0]
         return np.where(here_B1, logw_BK, -np.inf)
 
@@ -521,8 +520,8 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             ]
         return [self.device if where is None else torch.device(where)] * len(self.names)
 
-    def expert(self, j: int) -> PreTrainedModel:
-        """Expert j, from memory or from its folder. The least recently used one makes room for it."""
+    def expert(self, j: int, active: Sequence[int] = ()) -> PreTrainedModel:
+        """Expert j, from memory or from its folder. The least recently used inactive one makes room."""
         name = self.names[j]
         if name in self.experts:
             if name != self.latest:
@@ -531,7 +530,8 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             return cast(PreTrainedModel, self.experts[name])
         limit = self.config.max_loaded
         while limit is not None and len(self.experts) >= limit:
-            del self.experts[next(iter(self.experts))]
+            needed = {self.names[i] for i in active}
+            del self.experts[min(self.experts, key=lambda other: other in needed)]  # min takes the first
         expert = AutoModelForCausalLM.from_pretrained(self.folder / "experts" / name, **self.expert_kwargs)
         self.experts[name] = expert.to(self._devices()[j]).eval()  # pyright: ignore[reportArgumentType]
         self.latest = name
@@ -573,7 +573,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         heard_from = max(begin - 1, 0) if router.listens else first
 
         def run(j: int, active: Sequence[int]) -> None:
-            net = self.expert(j)
+            net = self.expert(j, active)
             if self.config.max_loaded is not None:  # it bounds the KV caches, too
                 kept = {*active, *(i for i, name in enumerate(self.names) if name in self.experts)}
                 for i in set(cache.kv) - kept:
