@@ -51,18 +51,19 @@ class Scored:
         found = []
         for logprob_TK, d2_TK in zip(self.logprob, self.d2, strict=True):
             offsets = np.array([0, len(d2_TK)])
-            values = (SETTINGS[name] for name in ("router_temperature", "epsilon", "beta"))
-            logw_TK = ensemble.filter_log_weights(logprob_TK, d2_TK, offsets, *values, n_active)
+            temperature, epsilon, beta = (SETTINGS[key] for key in ("router_temperature", "epsilon", "beta"))
+            logw_TK = ensemble.filter_log_weights(
+                logprob_TK, d2_TK, offsets, temperature, epsilon, beta, n_active
+            )
             found.append(float(ensemble.mix(logprob_TK, logw_TK).mean()))
         return found
 
 
 def harness(folder: Path, texts: list[list[int]], batch_size: int) -> list[float]:
     """Mean log-probability of a token of each text after its separator, from the harness."""
-    from lm_eval.models.huggingface import HFLM
-
+    huggingface: Any = pytest.importorskip("lm_eval.models.huggingface")
     settings: dict[str, Any] = {"trust_remote_code": True, "device": "cpu", "dtype": "float32"}
-    lm = HFLM(pretrained=str(folder), batch_size=batch_size, **settings)
+    lm = huggingface.HFLM(pretrained=str(folder), batch_size=batch_size, **settings)
     requests = [(("", str(i)), text[:1], text[1:]) for i, text in enumerate(texts)]
     found = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     return [total / (len(text) - 1) for (total, _), text in zip(found, texts, strict=True)]

@@ -409,6 +409,15 @@ def test_memory_holds_at_most_max_loaded_experts(different: Ensemble, loads: Loa
         assert len(loads.names) > len(set(loads.names)), "nothing was loaded again: the bound was not tried"
 
 
+def test_active_experts_do_not_read_anew_where_one_fits_into_memory(different: Ensemble) -> None:
+    ids, passes = text(20, 64), []
+    for limit in (None, 1):
+        model = load(different, n_active=2, fix_after=0, max_loaded=limit)
+        feed(model, padded(ids), list(range(1, 21)))
+        passes.append(model.n_passes)
+    assert passes == [40, 40]
+
+
 def test_passes_are_those_that_catching_up_costs(different: Ensemble) -> None:
     """Token by token, an expert reads as much as `passes_per_token` counts."""
     ids = text(N_TOKENS, 63)
