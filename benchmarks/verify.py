@@ -111,9 +111,8 @@ def main() -> None:
             config = ("--config", folder / "config.json")
             seconds, spent, n_bytes = measure(rule.split()[0], *config, *arguments, *needs_demo)
             per_gb = spent / n_bytes * 1e9 if n_bytes else 0.0
-            print(
-                f"{rule:<18} {seconds:8.2f} {spent:8.3f} {spent / seconds:7.1%} {n_bytes / 1e6:8.1f} {per_gb:6.2f}"
-            )
+            share, size = f"{spent / seconds:.1%}", f"{n_bytes / 1e6:.1f}"
+            print(f"{rule:<18} {seconds:8.2f} {spent:8.3f} {share:>7} {size:>8} {per_gb:6.2f}")
 
 
 if __name__ == "__main__":
