@@ -144,6 +144,7 @@ def run(command: str, results: Path, out: Path) -> str | None:
         with said.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+            sys.stdout = sys.stderr = file
             status = _call(module.main, command_line(command, results, out))
             sys.stdout.flush()
             os._exit(status)
