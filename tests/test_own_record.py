@@ -4,14 +4,13 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from test_workflow import CHANGES, KILL, MERGE, TRAINING, jobs, retrained
+from test_workflow import CHANGES, MERGE, TRAINING, jobs, kill_at, retrained
 
 from cbtm_pipeline import config
 from cbtm_pipeline.ops import planned
@@ -205,20 +204,9 @@ def test_killed_while_it_replaces_models_and_started_again_either_way(finished: 
     """With the new config, the run ends as one that was never killed; with the old one, as it was before."""
     project = copy_of(finished, tmp_path / "project")
     (project / "change.yaml").write_text("train: {lr: 0.001}")
-    (project / "killed").mkdir()
-    (project / "killed/sitecustomize.py").write_text(KILL)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "killed")}
     changed = ["small.yaml", "change.yaml"]
     for point in KILL_POINTS:
-        run = subprocess.run(
-            snakemake_command("--cores", "2", configfiles=changed),
-            cwd=project,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**environment, "KILL_POINT": point},
-        )
-        assert run.returncode == -signal.SIGKILL, f"not killed at {point}"
+        kill_at(project, point, changed)
     snakemake(project, "--cores", "2")
     assert trained(project) == set(), "the old models were kept"
     assert files_of(project / "results") == files_of(finished / "results")
