@@ -144,6 +144,46 @@ def test_deleted_weights_are_noticed_and_made_again(finished: Path, tmp_path: Pa
     assert files_of(project / "results") == files_of(finished / "results")
 
 
+def test_an_expert_that_lacks_a_file_is_trained_again(finished: Path, tmp_path: Path) -> None:
+    """What is kept of it lacks the file, too, and must not come back."""
+    project = copy_of(finished, tmp_path / "project")
+    (project / "results/experts/1/config.json").unlink()
+    snakemake(project, "--cores", "2")
+    assert trained(project) == {"1"}
+    assert files_of(project / "results") == files_of(finished / "results")
+
+
+@pytest.mark.parametrize(
+    ("file", "job"),
+    [
+        ("tokenizer/tokenizer_config.json", "tokenizer"),
+        ("shards/train-00000.parquet", "shard"),
+        ("embed/train-00000.npy", "embed"),
+        ("cluster/top_terms.json", "fit_kmeans"),
+        ("assignments/validation.arrow", "assign"),
+        ("experts/0/config.json", "train_expert 0"),
+        ("experts/0/files.json", "train_expert 0"),
+        ("scores/0.npz", "score_expert 0"),
+        ("eval/table.txt", "eval_ensemble"),
+    ],
+)
+def test_a_deleted_file_is_noticed(
+    finished: Path, tmp_path: Path, file: str, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "results" / file).unlink()
+    assert job in planned_jobs(project, "", monkeypatch)
+
+
+def test_preview_of_a_corpus_that_is_gone_says_so(finished: Path, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "corpus.jsonl").unlink()
+    command = [*snakemake_command()[:1], "-m", "cbtm_pipeline", "preview", "--configfile", "small.yaml"]
+    run = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr.startswith("corpus.jsonl: no such file.") and run.stderr.count("\n") == 1
+
+
 def test_another_rate_and_back_trains_once_and_keeps_both(finished: Path, tmp_path: Path) -> None:
     project = copy_of(finished, tmp_path / "project")
     (project / "change.yaml").write_text("train: {lr: 0.001}")

@@ -132,8 +132,12 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
 
 
 def _give_back_expert(kept: Path, folder: Path) -> bool:
-    """Put a kept expert back, its weights last."""
-    if not (kept / WEIGHTS).exists():
+    """Put a kept expert back, its weights last. Returns False unless it is there with all its files."""
+    try:
+        names = [WEIGHTS, *records.files_of_expert(kept)]
+    except DAMAGED:
+        return False
+    if not all((kept / name).exists() for name in names):
         return False
     files = sorted(
         (path for path in kept.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS
