@@ -74,7 +74,7 @@ def missing(outdir: Path, rule: str, expert: str | None, record: dict[str, Any])
 
 
 def files_of_expert(folder: Path) -> list[str]:
-    """The files of an expert but its weights, its list of them first. Raises ValueError for a damaged list."""
+    """The files of an expert but its weights; their list comes first. Raises ValueError if it is damaged."""
     path = folder / "files.json"
     if not path.exists():
         return [path.name]
