@@ -4,14 +4,13 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from test_workflow import CHANGES, KILL, MERGE, TRAINING, jobs, retrained
+from test_workflow import CHANGES, MERGE, TRAINING, jobs, kill_at, retrained
 
 from cbtm_pipeline import config
 from cbtm_pipeline.ops import planned
@@ -145,6 +144,47 @@ def test_deleted_weights_are_noticed_and_made_again(finished: Path, tmp_path: Pa
     assert files_of(project / "results") == files_of(finished / "results")
 
 
+def test_an_expert_that_lacks_a_file_is_trained_again(finished: Path, tmp_path: Path) -> None:
+    """What is kept of it lacks the file, too, and must not come back."""
+    project = copy_of(finished, tmp_path / "project")
+    (project / "results/experts/1/config.json").unlink()
+    printed = snakemake(project, "--cores", "2")
+    assert set(done(printed)) == {"train_expert 1", "score_expert 1"} | MERGE
+    assert "nothing to do" not in (project / "results/logs/train_expert/1.log").read_text()
+    assert files_of(project / "results") == files_of(finished / "results")
+
+
+@pytest.mark.parametrize(
+    ("file", "job"),
+    [
+        ("tokenizer/tokenizer_config.json", "tokenizer"),
+        ("shards/train-00000.parquet", "shard"),
+        ("embed/train-00000.npy", "embed"),
+        ("cluster/top_terms.json", "fit_kmeans"),
+        ("assignments/validation.arrow", "assign"),
+        ("experts/0/config.json", "train_expert 0"),
+        ("experts/0/files.json", "train_expert 0"),
+        ("scores/0.npz", "score_expert 0"),
+        ("eval/table.txt", "eval_ensemble"),
+    ],
+)
+def test_a_deleted_file_is_noticed(
+    finished: Path, tmp_path: Path, file: str, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "results" / file).unlink()
+    assert job in planned_jobs(project, "", monkeypatch)
+
+
+def test_preview_of_a_corpus_that_is_gone_says_so(finished: Path, tmp_path: Path) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "corpus.jsonl").unlink()
+    command = [*snakemake_command()[:1], "-m", "cbtm_pipeline", "preview", "--configfile", "small.yaml"]
+    run = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr.startswith("corpus.jsonl: no such file.") and run.stderr.count("\n") == 1
+
+
 def test_another_rate_and_back_trains_once_and_keeps_both(finished: Path, tmp_path: Path) -> None:
     project = copy_of(finished, tmp_path / "project")
     (project / "change.yaml").write_text("train: {lr: 0.001}")
@@ -197,28 +237,17 @@ def test_new_held_out_text_trains_nothing_again(tmp_path: Path) -> None:
     assert trained(project), "a document that training loses changes the experts"
 
 
-# A start that replaces models is killed when it has published such a file, or linked its first expert.
-KILL_POINTS = ["config.json", "experts/seed/card.json", "experts/0/model.safetensors", "scores/seed.npz"]
+# A start that replaces models is killed when it has published such a file.
+KILL_POINTS = ["experts/seed/card.json", "experts/0/model.safetensors"]
 
 
 def test_killed_while_it_replaces_models_and_started_again_either_way(finished: Path, tmp_path: Path) -> None:
     """With the new config, the run ends as one that was never killed; with the old one, as it was before."""
     project = copy_of(finished, tmp_path / "project")
     (project / "change.yaml").write_text("train: {lr: 0.001}")
-    (project / "killed").mkdir()
-    (project / "killed/sitecustomize.py").write_text(KILL)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(project / "killed")}
     changed = ["small.yaml", "change.yaml"]
     for point in KILL_POINTS:
-        run = subprocess.run(
-            snakemake_command("--cores", "2", configfiles=changed),
-            cwd=project,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**environment, "KILL_POINT": point},
-        )
-        assert run.returncode == -signal.SIGKILL, f"not killed at {point}"
+        kill_at(project, point, changed)
     snakemake(project, "--cores", "2")
     assert trained(project) == set(), "the old models were kept"
     assert files_of(project / "results") == files_of(finished / "results")

@@ -17,6 +17,7 @@ from typing import Any
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.duration import duration
+from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import cost, lenient, planned
 from cbtm_pipeline.provenance import kept, stale
 from cbtm_pipeline.provenance.stale import Asked, Job, Reason, Start, States
@@ -192,6 +193,7 @@ def main() -> None:
     p.add_argument("targets", nargs="*", help="rules or files, as given to snakemake; default: the whole run")
     args = p.parse_args()
     cfg = config.validate(planned.read_config(["config.yaml", *args.configfile]))
+    corpus_files.find(cfg.corpus.train, cfg.corpus.eval)  # raises ValueError that names what is missing
     states = stale.look(cfg)
     found = lines(cfg, states, stale.start(cfg, states, Asked(args.targets, [], False, False)))
     print("\n".join(found or [f"{cfg.outdir}: nothing to do"]))

@@ -198,6 +198,8 @@ def test_only_this_module_reaches_the_hub() -> None:
     names = {"from_pretrained", "snapshot_download", "hf_hub_download", "HfApi", "trust_remote_code"}
     found: dict[str, set[str]] = {}
     for path in SOURCE.rglob("*.py"):
+        if path.name == "modeling_cbtm.py":  # travels alone: nothing of ours is there when it is loaded
+            continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             for name in names & {getattr(node, key, None) for key in ("id", "attr", "arg", "name")}:
                 found.setdefault(str(path.relative_to(SOURCE)), set()).add(name)

@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
+from cbtm_pipeline.base import threads
 from cbtm_pipeline.clustering import distances, kmeans, lloyd
 
 
@@ -87,7 +88,7 @@ def test_the_place_in_memory_changes_no_bit(k: int) -> None:
 
 def test_one_thread_holds_in_a_thread_that_has_not_computed_yet() -> None:
     def inside() -> int:
-        with distances.one_thread():
+        with threads.one_thread():
             torch.linalg.qr(torch.ones(300, 100))
             return torch.get_num_threads()
 

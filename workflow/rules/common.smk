@@ -95,13 +95,31 @@ def made(*outputs):
     return paths
 
 
+TOUCH = bool(
+    {"--touch", "-t"} & set(sys.argv)
+)  # makes nothing, so it must replace nothing
+
+
 def before_start():
     """Lock the outdir, write the config that the jobs read, and keep what they replace."""
     lock.hold(OUT)
+    if TOUCH:
+        return
     schema.write(CONFIG, RUN_CONFIG)
     kept.keep(Path(OUT), start().run)
-    if stale.Job("eval_ensemble") in start().run:
+    if stale.Job("eval_ensemble") in start().run and is_whole():
         kept.put_away(Path(OUT), EXPERTS)
+
+
+def after_success():
+    """Drop what was kept and is in its place again. A run of a part, or --touch, drops nothing."""
+    if is_whole() and not TOUCH:
+        kept.tidy(Path(OUT), CONFIG.run.keep_replaced)
+
+
+def is_whole():
+    """Whether the run ends where its targets say, and not before."""
+    return not workflow.dag_settings.until and not workflow.dag_settings.omit_from
 
 
 def unless_done(job):

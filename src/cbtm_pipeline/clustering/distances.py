@@ -11,13 +11,14 @@ operands in memory. So they lie in memory that torch reserved, which always has 
 Shapes: N documents, D dimensions, K clusters, R rows of one chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+
+from cbtm_pipeline.base import threads
 
 CACHED_ROWS = 2048  # rows whose distances stay in the CPU's cache
 CHUNK_ROWS = 16384  # of a pass in float64
@@ -111,33 +112,12 @@ def _in_chunks(function: Callable[[slice], A], n: int, n_rows: int, *, on_cpu: b
     On CPUs, as many threads as torch has call it side by side. Within a call, torch uses one thread.
     """
     chunks = [slice(start, start + n_rows) for start in range(0, n, n_rows)]
-    with one_thread() as n_threads:
+    with threads.one_thread() as n_threads:
         n_workers = min(n_threads, len(chunks) // 2)  # to start a thread takes about as long as a chunk
         if on_cpu and n_workers > 1:
-            with ThreadPoolExecutor(n_workers, initializer=_use_one_thread) as pool:
+            with ThreadPoolExecutor(n_workers, initializer=threads.use_one_thread) as pool:
                 return list(pool.map(function, chunks))
         return list(map(function, chunks))
-
-
-@contextmanager
-def one_thread() -> Iterator[int]:
-    """Let torch use one thread for what this thread calls inside. Yields the number of threads before."""
-    n_threads = _use_one_thread()
-    try:
-        yield n_threads
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-def _use_one_thread() -> int:
-    """Let torch use one thread for what this thread calls. Returns the number of threads before.
-
-    torch keeps this number for each thread. It sets it when a thread first asks for it or computes, so it is
-    asked for first: a number that was set before would be lost.
-    """
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return n_threads
 
 
 def weighted_sum(weights_N: np.ndarray, values_N: np.ndarray) -> float:
@@ -147,7 +127,7 @@ def weighted_sum(weights_N: np.ndarray, values_N: np.ndarray) -> float:
 
 def solve(a_KK: np.ndarray, b_K: np.ndarray) -> np.ndarray:
     """The solution x of a x = b, in float64. No bit of it depends on the number of threads."""
-    with one_thread():
+    with threads.one_thread():
         return torch.linalg.solve(torch.from_numpy(a_KK), torch.from_numpy(b_K)).numpy()
 
 

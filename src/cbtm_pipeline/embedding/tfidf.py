@@ -22,7 +22,7 @@ import torch
 from scipy import sparse
 from torch.nn.functional import embedding_bag
 
-from cbtm_pipeline.clustering.distances import one_thread
+from cbtm_pipeline.base.threads import one_thread
 from cbtm_pipeline.corpus.token_files import Documents
 
 log = logging.getLogger("cbtm")

@@ -43,7 +43,8 @@ def surplus(outdir: Path, experts: Iterable[str]) -> list[str]:
     folder, known = outdir / "experts", set(experts)
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in known)
+    found = (path for path in folder.iterdir() if path.name not in known and (path / "card.json").exists())
+    return sorted(path.name for path in found if (path / WEIGHTS).exists())
 
 
 def put_away(outdir: Path, experts: Iterable[str]) -> None:
@@ -54,10 +55,8 @@ def put_away(outdir: Path, experts: Iterable[str]) -> None:
     for name in surplus(outdir, experts):
         _keep_expert(outdir, outdir / f"experts/{name}")
         shutil.rmtree(outdir / f"experts/{name}", ignore_errors=True)
+        (outdir / f"scores/{name}.npz").unlink(missing_ok=True)
     known = set(experts)
-    for path in (outdir / "scores").glob("*.npz"):
-        if path.stem not in known:
-            path.unlink()
     if not any(name.startswith("random-") for name in known):
         shutil.rmtree(outdir / "random", ignore_errors=True)
 
@@ -93,7 +92,9 @@ def tidy(outdir: Path, keep_replaced: bool) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if path.name != "experts" or not keep_replaced:
+        if path.is_file():
+            path.unlink()
+        elif path.name != "experts" or not keep_replaced:
             shutil.rmtree(path, ignore_errors=True)
     for path in (folder / "experts").glob("*-*"):
         current = outdir / "experts" / path.name.rpartition("-")[0]
@@ -132,8 +133,12 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
 
 
 def _give_back_expert(kept: Path, folder: Path) -> bool:
-    """Put a kept expert back, its weights last."""
-    if not (kept / WEIGHTS).exists():
+    """Put a kept expert back, its weights last. Returns False unless it is there with all its files."""
+    try:
+        names = [WEIGHTS, *records.files_of_expert(kept)]
+    except DAMAGED:
+        return False
+    if not all((kept / name).exists() for name in names):
         return False
     files = sorted(
         (path for path in kept.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS

@@ -66,10 +66,19 @@ def missing(outdir: Path, rule: str, expert: str | None, record: dict[str, Any])
     files = [outdir / output.format(expert) for output in place.outputs]
     beside = (outdir / place.record.format(expert)).parent
     there = {path.name for path in beside.iterdir()} if beside.is_dir() else set()
+    names = files_of_expert(beside) if place.kind == "expert" else record.get("files", [])
     return [
         *(path for path in files if not path.exists()),
-        *(beside / name for name in record.get("files", []) if name not in there),
+        *(beside / name for name in names if name not in there and not (beside / name).exists()),
     ]
+
+
+def files_of_expert(folder: Path) -> list[str]:
+    """The files of an expert but its weights; their list comes first. Raises ValueError if it is damaged."""
+    path = folder / "files.json"
+    if not path.exists():
+        return [path.name]
+    return [path.name, *artifact.read_sealed(path, "expert_files")["files"]]
 
 
 def table(outdir: Path) -> str:
