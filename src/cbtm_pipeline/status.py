@@ -31,6 +31,7 @@ from cbtm_pipeline.ops import lenient, run_state, status_table
 from cbtm_pipeline.ops.run_state import LOG_TAIL, Evidence, Snapshot
 from cbtm_pipeline.ops.status_table import Row, Status
 from cbtm_pipeline.plan import TrainingPlan
+from cbtm_pipeline.provenance import stale
 from cbtm_pipeline.slurm import commands
 
 NO_RUN = "no run yet. Expected config.json, which a run writes when it starts."
@@ -46,6 +47,7 @@ OUTPUTS = {  # of the stages, in their order
     "score_expert": "scores/{}.npz",  # one for each expert
     "eval_ensemble": "eval/metrics.json",
     "report": "report.html",
+    "ensemble": "ensemble/files.json",
 }
 
 
@@ -60,6 +62,8 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
             left_out.add("demo_corpus")
         if not plan.random_experts(cfg):
             left_out.add("assign_random")
+        if not stale.packs(cfg):
+            left_out.add("ensemble")
     except (OSError, ValueError) as error:
         reason = lenient.text(error.strerror if isinstance(error, OSError) else error)
         expected = "the config, which a run writes when it starts"

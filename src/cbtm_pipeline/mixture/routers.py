@@ -44,6 +44,7 @@ class Router(NamedTuple):
         Literal["epsilon", "beta"], ...
     ]  # besides top_k and temperature; section route has the values
     colour: Literal["c0", "c1", "c2", "c3", "c4", "c5", "grey"]  # a class of html/report.css
+    in_model: bool = False  # whether inference/modeling_cbtm.py has it, too
 
 
 def _paper(held_out: HeldOut, setting: Setting) -> np.ndarray:
@@ -58,6 +59,6 @@ def _filter(held_out: HeldOut, setting: Setting) -> np.ndarray:
 
 
 ROUTERS: dict[str, Router] = {
-    "paper": Router(_paper, parameters=(), colour="c1"),
-    "filter": Router(_filter, parameters=("epsilon", "beta"), colour="c0"),
+    "paper": Router(_paper, parameters=(), colour="c1", in_model=True),
+    "filter": Router(_filter, parameters=("epsilon", "beta"), colour="c0", in_model=True),
 }
