@@ -1,6 +1,8 @@
 """Text that a terminal shows as it is: nothing in it moves the cursor, sets colours or turns lines around."""
 
+import os
 import re
+import sys
 
 # Control characters, separators of lines and paragraphs, what changes the direction of text, and surrogates,
 # which are halves of characters that no encoding can write.
@@ -17,3 +19,21 @@ def printable(text: str, keep: str = "\n\t") -> str:
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def show(text: str, end: str = "") -> None:
+    """Write text of any origin to stdout at once: on a terminal printable, elsewhere as it is.
+
+    Nothing happens if the reader, such as head, has ended.
+    """
+    write((printable(text) if sys.stdout.isatty() else text) + end)
+
+
+def write(text: str) -> None:
+    """Write text to stdout as it is, with `?` for what its encoding lacks. A reader may end, as in `show`."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -46,10 +46,13 @@ def check(folder: Path) -> None:
         raise ValueError(f"{folder}: lacks {lacking[0]}. Expected a tokenizer in it. Export it again.")
 
 
-def load(folder: Path, name: str, outdir: Path | None = None) -> Ensemble:
-    """Load and verify the folder, all experts included. Terms may also lie in the run's `outdir`.
+def load(
+    folder: Path, name: str, outdir: Path | None = None, at_once: bool = True, **settings: Any
+) -> Ensemble:
+    """Load and verify the folder. Without `at_once`, experts load when they first run.
 
-    Raises ValueError if the folder is not whole.
+    `settings` replace keys of its config. Terms may also lie in the run's `outdir`. Raises ValueError if the
+    folder is not whole.
     """
     check(folder)
     fingerprint = None
@@ -59,7 +62,7 @@ def load(folder: Path, name: str, outdir: Path | None = None) -> Ensemble:
         log.warning("%s: no %s, so its files cannot be verified", folder, package.FILES)
     try:
         with lean_imports():
-            model, tokenizer = _load(folder)
+            model, tokenizer = _load(folder, at_once, settings)
     except Exception as error:  # damage has many types
         found = f"{folder}: cannot be loaded ({first_sentence(error)})"
         raise ValueError(f"{found}. Expected an ensemble's folder. Export it again.") from error
@@ -76,14 +79,14 @@ def load(folder: Path, name: str, outdir: Path | None = None) -> Ensemble:
     )
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def _load(folder: Path, at_once: bool, settings: dict[str, Any]) -> tuple[Any, Any]:
     """The model on the best devices, and its tokenizer. Only code of this package is run."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from cbtm_pipeline.inference import modeling_cbtm  # noqa: F401, registers the model
 
-    model = hub.load(AutoModelForCausalLM, folder, device_map="auto")
-    for j in range(len(model.names) if model.config.max_loaded is None else 0):
+    model = hub.load(AutoModelForCausalLM, folder, device_map="auto", **settings)
+    for j in range(len(model.names) if at_once and model.config.max_loaded is None else 0):
         model.expert(j)  # else the first requests would wait for it
     return model, hub.load(AutoTokenizer, folder)
 

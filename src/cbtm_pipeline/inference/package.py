@@ -30,6 +30,14 @@ TERMS = "top_terms.json"
 MODEL_TYPE = "cbtm"
 EXPERT_FILES = (CONFIG, "generation_config.json", "model.safetensors", "card.json", "README.md")
 
+SIZES = {  # what tools ask a model for, and how models call it
+    "hidden_size": ("n_embd", "hidden_size"),
+    "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+    "num_attention_heads": ("n_head", "num_attention_heads"),
+    "max_position_embeddings": ("n_positions", "max_position_embeddings"),
+    "dtype": ("dtype",),
+}
+
 
 class Parts(NamedTuple):
     """What an ensemble is made of. `experts`: folders by name, in the order of the rows of `centres_KD`."""
@@ -86,7 +94,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def config(parts: Parts) -> dict[str, Any]:
     """The content of config.json. Sizes that tools ask a model for are those of the first expert."""
     first = artifact.read_json(next(iter(parts.experts.values())) / CONFIG)
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "dtype")
+    sizes = {name: first[own] for name, names in SIZES.items() for own in names if own in first}
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["CBTMForCausalLM"],
@@ -98,7 +106,7 @@ def config(parts: Parts) -> dict[str, Any]:
         "n_components": parts.embedding_VD.shape[1],
         "vocab_size": parts.vocab_size,
         **_roles(parts.separator_id),
-        **{name: first[name] for name in sizes if name in first},
+        **sizes,
         **parts.settings,
     }
 
