@@ -2,8 +2,8 @@
 
     cbtm score FILE ...
 
-A file may have any format of a corpus (docs/corpus.md). Long documents are read in windows. The numbers are of
-all tokens but separators. With the same documents, context and stride, they are those of the run's own
+A file may have any format of a corpus (docs/corpus.md). Long documents are read in windows. The numbers are
+of all tokens but separators. With the same documents, context and stride, they are those of the run's own
 evaluation. It is also `python -m cbtm_pipeline.score`.
 
 Shapes: N tokens of all documents, K experts.

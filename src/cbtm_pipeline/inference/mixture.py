@@ -110,8 +110,8 @@ def terms_that_decide(
     """What each term of a text takes off its squared distance to two centres.
 
     The distance is d2_j = |h|^2 + |c_j|^2 - 2 h c_j, where h = s / |s| and s is the sum of the terms' vectors
-    (embedding/tfidf.py). So a term that occurs n times takes 2 n E_v c_j / |s| off it. Returns rows of term id,
-    count, and that share for both centres. The first rows speak most for the first centre.
+    (embedding/tfidf.py). So a term that occurs n times takes 2 n E_v c_j / |s| off it. Returns rows of term
+    id, count, and that share for both centres. The first rows speak most for the first centre.
     """
     terms_U, n_U = np.unique(ids_N, return_counts=True)
     E_UD = mixture.E_VD[terms_U].astype(np.float64)
