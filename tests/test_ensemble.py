@@ -66,10 +66,10 @@ def test_the_record_names_all_files_and_what_they_were_made_from(whole: Path) ->
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert there == {*record["files"], "files.json"}
     assert records.missing(whole, "ensemble", None, record) == []
-    read = (records.read(whole, rule) for rule in ("eval_ensemble", "fit_kmeans"))
+    metrics, clusterer = (records.read(whole, rule) for rule in ("eval_ensemble", "fit_kmeans"))
     cards = {name: records.read(whole, "train_expert", name) for name in "012"}
     terms = records.read_top_terms(whole)
-    expected = made_from.ensemble(*read, terms, records.read(whole, "tokenizer"), cards)
+    expected = made_from.ensemble(metrics, clusterer, terms, records.read(whole, "tokenizer"), cards)
     assert record["made_from"] == expected and record["made_with"] == {}
     assert not [path for path in there if str(whole) in (folder / path).read_bytes().decode("latin1")]
 

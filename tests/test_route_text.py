@@ -36,8 +36,8 @@ def test_the_terms_add_up_to_the_distance(folder: Path) -> None:
     routed = route_text.route(found, TEXT)
     h_D = list(tfidf.embed_prefixes(np.array([found.separator_id, *_ids(folder)]), found.E_VD))[-1][-1]
     order = np.argsort(routed.d2_K)
-    for column, j in enumerate(order[:2]):
-        total = sum(term[2 + column] for term in routed.deciding)
+    shares = np.array([(own, other) for _, _, own, other in routed.deciding])
+    for total, j in zip(shares.sum(axis=0), order, strict=False):
         assert 1 + (found.centres_KD[j] ** 2).sum() - total == pytest.approx(routed.d2_K[j], abs=1e-4)
         assert ((h_D - found.centres_KD[j]) ** 2).sum() == pytest.approx(routed.d2_K[j], abs=1e-4)
     gains = [own - other for _, _, own, other in routed.deciding]
