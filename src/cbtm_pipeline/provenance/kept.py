@@ -60,7 +60,7 @@ def put_away(outdir: Path, experts: Iterable[str], packs: bool) -> None:
     known = set(experts)
     if not any(name.startswith("random-") for name in known):
         shutil.rmtree(outdir / "random", ignore_errors=True)
-    if not packs:
+    if not packs and (outdir / "ensemble/files.json").exists():
         shutil.rmtree(outdir / "ensemble", ignore_errors=True)
 
 
