@@ -34,7 +34,11 @@ def test_readable_text_stays_and_the_rest_is_escaped(text: str, shown: str) -> N
     assert printable(text) == shown
 
 
-def test_an_error_about_a_strange_name_is_one_plain_line(capsys: pytest.CaptureFixture) -> None:
+def test_an_error_about_a_strange_name_is_one_plain_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.log, "handlers", [])  # as at the start of a process
+
     def fail() -> None:
         raise ValueError("a\x1b]0;title\x07b\nc: no such file.")
 
