@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cbtm_pipeline import plan
+from cbtm_pipeline import __main__, plan
 
 SOURCE = Path(__file__).parents[1] / "src/cbtm_pipeline"
 RULES = tuple(plan.RULES)
-COMMANDS = ("__main__", "doctor", "preview", "status")
+COMMANDS = ("__main__", *__main__.MODULES.values())
 FLOORS = [  # a module imports from its own floor and from those above it in this list
     ("base",),
     ("slurm", "html", "corpus", "embedding", "clustering", "mixture"),

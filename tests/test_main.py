@@ -6,6 +6,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from cbtm_pipeline import __main__
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -26,12 +30,22 @@ def test_status_loads_no_heavy_package() -> None:
     } & set(loaded)
 
 
-def test_cbtm_is_a_command_with_two_subcommands(tmp_path: Path) -> None:
+def test_cbtm_is_a_command() -> None:
     module, _, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
         "cbtm"
     ].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
-    for arguments in (["--help"], ["status", "--help"], ["doctor", "--help"]):
-        command = [sys.executable, "-m", "cbtm_pipeline", *arguments]
-        printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        assert printed.startswith("usage: cbtm " + " ".join(arguments[:-1]))
+
+
+@pytest.mark.parametrize("command", [None, *__main__.MODULES])
+def test_help_comes_without_torch(tmp_path: Path, command: str | None) -> None:
+    arguments = [command] if command else []
+    code = "import atexit, sys; atexit.register(lambda: print({'torch', 'transformers'} & {*sys.modules}))\n"
+    code += (
+        f"from cbtm_pipeline import __main__; sys.argv = {['cbtm', *arguments, '--help']}; __main__.main()"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.startswith("usage: cbtm " + " ".join(arguments))
+    assert printed.endswith("\nset()\n")

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 import cbtm_pipeline
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import __main__, config, plan
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("status", "doctor")
+COMMANDS = __main__.MODULES  # module by command
 
 
 def pins(text: str) -> dict[str, str]:
@@ -103,7 +103,7 @@ def source(name: str) -> str:
 
 
 def test_every_option_of_a_rule_is_explained() -> None:
-    for name in [*plan.RULES, *COMMANDS]:
+    for name in [*plan.RULES, *COMMANDS.values()]:
         calls = [node for node in ast.walk(ast.parse(source(name))) if isinstance(node, ast.Call)]
         for call in calls:
             if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":

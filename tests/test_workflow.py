@@ -21,7 +21,7 @@ from made_project import ROOT, done, make_project, snakemake, snakemake_command
 
 pytestmark = pytest.mark.slow
 
-MERGE = {"eval_ensemble", "report"}
+MERGE = {"eval_ensemble", "report", "ensemble"}
 EXPERTS = {"0", "1", "dense", "dense-steps", "random-0", "random-1"}
 
 
@@ -60,7 +60,7 @@ CHANGES = {
     | MERGE,
     "cluster: {balance: documents}": CLUSTERING,
     "embed: {idf_power: 1.0}": {"embed"} | CLUSTERING,
-    "embed: {encoder: me/encoder}": {"embed"} | CLUSTERING,
+    "embed: {encoder: me/encoder}": ({"embed"} | CLUSTERING) - {"ensemble"},
     "embed: {windows: 2}": set(),
     "route: {window_tokens: 8}": set(),
     "train: {lr: 0.001}": TRAINING,

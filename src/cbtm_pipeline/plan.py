@@ -1,8 +1,7 @@
 """What each rule depends on, and who is trained on what: the compute-matched plans of C-BTM (section 3.3).
 
-A *plan* holds exactly the config values that a rule's result depends on. The rule's module computes with it,
-and the artifact keeps it as `made_with`. A start compares the two (`stale.py`). So a rule reruns when its
-plan or its inputs change, and only then.
+A *plan* holds exactly the config values that a rule's result depends on. An artifact keeps it as `made_with`,
+and a start compares both (`stale.py`): a rule reruns when its plan or its inputs change, and only then.
 
 Every phase-two system spends the same tokens, T = train.steps * train.batch_size * train.seq_len:
 
@@ -10,9 +9,8 @@ Every phase-two system spends the same tokens, T = train.steps * train.batch_siz
     dense-batch   steps with batch_size sequences             the paper's baseline: a k times larger batch
     dense-steps   k * steps with batch_size / k sequences     an expert's batch, for k times more steps
 
-Neither the dense model nor the seed depends on k; an expert's share shrinks as k grows. Where batch_size / k
-is not whole, the batch is rounded and the number of steps makes up for it. The seed model spends seed_share
-of the compute of seed and experts together.
+Neither the dense model nor the seed depends on k. Where batch_size / k is not whole, the batch is rounded and
+the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts together.
 """
 
 import dataclasses
@@ -335,6 +333,7 @@ RULES: dict[str, Callable[..., Plan]] = {
     "route": route,
     "eval_ensemble": eval_ensemble,
     "report": lambda c: Plan(),
+    "ensemble": lambda c: Plan(),
 }
 
 

@@ -22,15 +22,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import orjson
-import yaml
 
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.ops import lenient, run_state, status_table
+from cbtm_pipeline.ops import lenient, run_state, status_table, which_run
 from cbtm_pipeline.ops.run_state import LOG_TAIL, Evidence, Snapshot
 from cbtm_pipeline.ops.status_table import Row, Status
 from cbtm_pipeline.plan import TrainingPlan
+from cbtm_pipeline.provenance import stale
 from cbtm_pipeline.slurm import commands
 
 NO_RUN = "no run yet. Expected config.json, which a run writes when it starts."
@@ -46,6 +46,7 @@ OUTPUTS = {  # of the stages, in their order
     "score_expert": "scores/{}.npz",  # one for each expert
     "eval_ensemble": "eval/metrics.json",
     "report": "report.html",
+    "ensemble": "ensemble/files.json",
 }
 
 
@@ -60,6 +61,8 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
             left_out.add("demo_corpus")
         if not plan.random_experts(cfg):
             left_out.add("assign_random")
+        if not stale.packs(cfg):
+            left_out.add("ensemble")
     except (OSError, ValueError) as error:
         reason = lenient.text(error.strerror if isinstance(error, OSError) else error)
         expected = "the config, which a run writes when it starts"
@@ -149,25 +152,6 @@ def ask_slurm(outdirs: Sequence[Path]) -> tuple[dict[str, commands.QueuedJob] | 
         return None, f"Slurm does not answer ({lenient.text(error)}): {limit}"
 
 
-def configured_outdir(configfiles: Sequence[Path]) -> Path:
-    """`outdir` of the last of these files that has the key, else of ./config.yaml.
-
-    Raises ValueError for bad YAML.
-    """
-    outdir = "results"
-    for path in [*([Path("config.yaml")] if Path("config.yaml").exists() else []), *configfiles]:
-        try:
-            content = yaml.safe_load(path.read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            todo = "Correct the file or name the outdir"
-            raise ValueError(
-                f"{path}: not YAML ({error}). Expected the keys of config.yaml. {todo}."
-            ) from error
-        if isinstance(content, dict):
-            outdir = content.get("outdir", outdir)
-    return Path(str(outdir))
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
@@ -181,7 +165,7 @@ def main() -> None:
     )
     p.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     args = p.parse_args()
-    outdirs = args.outdir or [configured_outdir(args.configfile)]
+    outdirs = args.outdir or [which_run.configured(args.configfile)]
     queue, trouble = ask_slurm(outdirs)
     runs = [gather(outdir, queue, time.time()) for outdir in outdirs]
     runs = [run._replace(notes=[*run.notes, trouble]) if trouble else run for run in runs]

@@ -24,6 +24,7 @@ from cbtm_pipeline import (
     assign,
     assign_random,
     embed,
+    ensemble,
     eval_ensemble,
     fit_kmeans,
     report,
@@ -33,10 +34,21 @@ from cbtm_pipeline import (
     train_expert,
 )
 
-RULES = (assign, assign_random, embed, eval_ensemble, fit_kmeans, report, route, score_expert, shard)
+RULES = (
+    assign,
+    assign_random,
+    embed,
+    ensemble,
+    eval_ensemble,
+    fit_kmeans,
+    report,
+    route,
+    score_expert,
+    shard,
+)
 MODULES = {module.__name__.rpartition(".")[2]: module for module in (*RULES, train_expert)}
 READERS = {  # of the files that match, the commands that read them
-    "tokenizer/*": ["shard", "fit_kmeans", "route", "train seed"],
+    "tokenizer/*": ["shard", "fit_kmeans", "route", "train seed", "ensemble"],
     "shards/manifest.json": [
         "embed",
         "fit_kmeans",
@@ -48,19 +60,20 @@ READERS = {  # of the files that match, the commands that read them
     ],
     "shards/train-*": ["embed", "fit_kmeans", "assign", "assign_random", "train dense"],
     "shards/eval-*": ["assign", "assign_random", "train dense", "score 0", "route"],
-    "embed/*": ["fit_kmeans", "assign", "route"],
-    "cluster/clusterer.npz": ["assign", "route"],
-    "cluster/top_terms.json": ["report"],
+    "embed/*": ["fit_kmeans", "assign", "route", "ensemble"],
+    "cluster/clusterer.npz": ["assign", "route", "ensemble"],
+    "cluster/top_terms.json": ["report", "ensemble"],
     "assignments/manifest.json": ["train 0", "eval_ensemble", "report"],
     "assignments/*.arrow": ["train 0", "train 1"],
     "random/manifest.json": ["train random-0", "eval_ensemble"],
     "random/*.arrow": ["train random-0", "train random-1"],
     "experts/seed/*": ["train 0", "score seed", "eval_ensemble", "report"],
-    "experts/0/*": ["score 0", "eval_ensemble", "report"],
+    "experts/0/*": ["score 0", "eval_ensemble", "report", "ensemble"],
     "experts/dense/*": ["score dense", "eval_ensemble", "report"],
     "scores/*": ["eval_ensemble"],
     "route/*": ["eval_ensemble"],
-    "eval/metrics.json": ["report"],
+    "eval/metrics.json": ["report", "ensemble"],
+    "eval/table.txt": ["ensemble"],
 }
 TIMES = {"metrics.jsonl", "files.json"}  # files that hold times
 
@@ -123,6 +136,19 @@ def command_line(command: str, results: Path, out: Path) -> list[str]:
             args += ["--experts", *(folder / "card.json" for folder in experts)]
             args += ["--clusters", clusters, results / "random/manifest.json"]
             args += ["--out", out / "eval/metrics.json"]
+        case "ensemble":
+            weights = [folder / "model.safetensors" for folder in experts if folder.name.isdecimal()]
+            args = [
+                "--metrics",
+                results / "eval/metrics.json",
+                "--embedder",
+                embedder,
+                "--clusterer",
+                clusterer,
+            ]
+            args += ["--top-terms", results / "cluster/top_terms.json", "--tokenizer", tokenizer]
+            args += ["--experts", *weights, "--out", out / "ensemble/files.json"]
+            return [str(arg) for arg in args]
         case _:
             args = ["--metrics", results / "eval/metrics.json", "--assignments", clusters, "--shards", shards]
             args += ["--top-terms", results / "cluster/top_terms.json", "--out", out / "report.html"]

@@ -96,6 +96,7 @@ def test_every_rule_was_a_job_and_the_experts_ran_at_the_same_time(box: Box, on_
         "route",
         "eval_ensemble",
         "report",
+        "ensemble",
     ]
     assert set(rows) == {*corpus, *(f"{kind}-{expert}" for kind in ("expert", "score") for expert in experts)}
     assert {row["State"] for row in rows.values()} == {"COMPLETED"}

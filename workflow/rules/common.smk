@@ -108,7 +108,7 @@ def before_start():
     schema.write(CONFIG, RUN_CONFIG)
     kept.keep(Path(OUT), start().run)
     if stale.Job("eval_ensemble") in start().run and is_whole():
-        kept.put_away(Path(OUT), EXPERTS)
+        kept.put_away(Path(OUT), EXPERTS, stale.packs(CONFIG))
 
 
 def after_success():

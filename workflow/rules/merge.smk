@@ -65,3 +65,31 @@ rule report:
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
         " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --out {output:q} --log {log:q}"
+
+
+# The result as one model. `all` asks for it where the model can be what was evaluated (stale.packs).
+rule ensemble:
+    input:
+        metrics=made("eval/metrics.json"),
+        embedder=made("embed/embedder.npz"),
+        clusterer=made("cluster/clusterer.npz"),
+        top_terms=made("cluster/top_terms.json"),
+        tokenizer=made("tokenizer/tokenizer.json"),
+        experts=made(
+            *(
+                f"experts/{expert}/model.safetensors"
+                for expert in plan.cluster_experts(CONFIG)
+            )
+        ),
+    output:
+        f"{OUT}/ensemble/files.json",
+    log:
+        f"{OUT}/logs/ensemble.log",
+    conda:
+        CONDA
+    params:
+        launch=launch("ensemble"),
+    shell:
+        "exec {params.launch:q} python -m cbtm_pipeline.ensemble --metrics {input.metrics:q} --embedder {input.embedder:q}"
+        " --clusterer {input.clusterer:q} --top-terms {input.top_terms:q} --tokenizer {input.tokenizer:q} --experts {input.experts:q}"
+        " --out {output:q} --log {log:q}"

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 
+from cbtm_pipeline.base.printable import printable
+
 # Exit status of a training that a signal stopped. Its state is saved; started again, it goes on from there.
 EXIT_SAVED = 85
 # With this variable set to 1, stderr shows few lines (see _Few); the log file has all of them.
@@ -100,7 +102,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("CBTM_DEBUG") == "1":
             raise
-        one_line = " ".join(_message(error).split())
+        one_line = printable(" ".join(_message(error).split()))
         if log.handlers:
             log.error(one_line)
         else:

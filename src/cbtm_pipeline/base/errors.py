@@ -16,6 +16,6 @@ def make_again(path: str | Path) -> str:
 def output_of(path: str | Path) -> Path:
     """The output of the workflow that a file comes with: a record, with a tokenizer or a model beside it."""
     path = Path(path)
-    if path.name not in ("card.json", "files.json"):
+    if path.name not in ("card.json", "files.json") or path.parent.name == "ensemble":
         return path
     return path.with_name("tokenizer.json" if path.parent.name == "tokenizer" else "model.safetensors")

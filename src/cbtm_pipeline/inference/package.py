@@ -3,12 +3,14 @@
     config.json, modeling_cbtm.py     what the ensemble is, and its code (auto_map)
     router.safetensors                term vectors and centres
     experts/<id>/                     each expert as a folder of transformers, for any other use
-    tokenizer files, generation_config.json, README.md, files.json (the hash of every file)
+    top_terms.json                    what sets each expert's cluster apart
+    tokenizer files, generation_config.json, README.md
+    files.json                        the record, with the hash of every file
 
-Files of the run are hard links where the file system has them, so the folder costs no space.
+Files of the run are hard links where the file system has them, so the folder costs no space. No file knows
+where it lies: the folder can be moved and copied.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,14 +19,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from cbtm_pipeline.base import artifact
 
 CODE = "modeling_cbtm.py"
+CONFIG = "config.json"
 FILES = "files.json"
-EXPERT_FILES = ("config.json", "generation_config.json", "model.safetensors", "card.json", "README.md")
-NO_TOKENIZER = {"card.json"}
+TERMS = "top_terms.json"
+MODEL_TYPE = "cbtm"
+EXPERT_FILES = (CONFIG, "generation_config.json", "model.safetensors", "card.json", "README.md")
+
+SIZES = {  # what tools ask a model for, and how models call it
+    "hidden_size": ("n_embd", "hidden_size"),
+    "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+    "num_attention_heads": ("n_head", "num_attention_heads"),
+    "max_position_embeddings": ("n_positions", "max_position_embeddings"),
+    "dtype": ("dtype",),
+}
 
 
 class Parts(NamedTuple):
@@ -38,27 +50,30 @@ class Parts(NamedTuple):
     vocab_size: int
     settings: Mapping[str, Any]  # further keys of CBTMConfig
     readme: str
+    top_terms: Path | None = None  # cluster/top_terms.json
 
 
 def write(parts: Parts, out: Path, meta: dict[str, Any], link: bool = True) -> None:
-    """Write the folder beside `out`, and `out` (files.json, the record) last.
+    """Write the folder of `out`, and `out` (files.json, the record) last. An ensemble that is there goes.
 
-    `meta` gets the entry `files`, the hash of each file.
+    `meta` gets the entry `files`, the hash of each file. Raises ValueError for a folder that holds something
+    else.
     """
     folder = out.parent
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
+    artifact.write_json(folder / CONFIG, config(parts))
     for name, source in parts.experts.items():
         for file in EXPERT_FILES:
             if (source / file).exists():
                 _place(source / file, folder / "experts" / name / file, link)
-    for path in sorted(parts.tokenizer.iterdir()):
-        if path.is_file() and path.name not in NO_TOKENIZER and not path.name.startswith("."):
-            _place(path, folder / path.name, link=False)
+    for path in tokenizer_files(parts.tokenizer):
+        _place(path, folder / path.name, link=False)
+    if parts.top_terms:
+        _place(parts.top_terms, folder / TERMS, link=False)
     tensors = {"embedding": parts.embedding_VD, "centres": parts.centres_KD}
     with artifact.publish(folder / "router.safetensors") as tmp:
-        save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, tmp)
-    artifact.write_json(folder / "config.json", config(parts))
+        tmp.write_bytes(save({k: np.ascontiguousarray(value, np.float32) for k, value in tensors.items()}))
     artifact.write_json(folder / "generation_config.json", _generation(parts.separator_id))
     code = resources.files("cbtm_pipeline.inference").joinpath(CODE).read_text("utf-8")
     for name, text in ((CODE, code), ("README.md", parts.readme)):
@@ -68,12 +83,20 @@ def write(parts: Parts, out: Path, meta: dict[str, Any], link: bool = True) -> N
     artifact.write_sealed(out, {**meta, "files": hashes})
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer: those that its card names, if it has one."""
+    card = folder / "card.json"
+    if card.exists():
+        return [folder / name for name in sorted(artifact.read_sealed(card, "tokenizer")["files"])]
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
 def config(parts: Parts) -> dict[str, Any]:
     """The content of config.json. Sizes that tools ask a model for are those of the first expert."""
-    first = json.loads((next(iter(parts.experts.values())) / "config.json").read_text("utf-8"))
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "dtype")
+    first = artifact.read_json(next(iter(parts.experts.values())) / CONFIG)
+    sizes = {name: first[own] for name, names in SIZES.items() for own in names if own in first}
     return {
-        "model_type": "cbtm",
+        "model_type": MODEL_TYPE,
         "architectures": ["CBTMForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{CODE[:-3]}.CBTMConfig",
@@ -83,7 +106,7 @@ def config(parts: Parts) -> dict[str, Any]:
         "n_components": parts.embedding_VD.shape[1],
         "vocab_size": parts.vocab_size,
         **_roles(parts.separator_id),
-        **{name: first[name] for name in sizes if name in first},
+        **sizes,
         **parts.settings,
     }
 
@@ -97,37 +120,68 @@ def _generation(separator_id: int) -> dict[str, Any]:
 
 
 def files(folder: Path) -> list[Path]:
-    """All files of the folder but its record, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILES)
+    """All files of the folder but its record and hidden ones, sorted."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in found if path != folder / FILES)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of an ensemble's folder. Raises ValueError if there is none, or if it is damaged."""
+    if not (folder / FILES).is_file():
+        raise ValueError(
+            f"{folder}: no ensemble. Expected {FILES}, which a run writes into <outdir>/ensemble. "
+            "Finish a run, or name the folder of an ensemble."
+        )
+    return artifact.read_sealed(folder / FILES, "ensemble")
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The record of a folder all of whose files are as they were written. Raises ValueError otherwise."""
-    record = artifact.read_sealed(folder / FILES, "ensemble")
+    record = read_record(folder)
     for name, expected in record["files"].items():
-        artifact.check_file(folder / name, expected, "Export it again.")
+        artifact.check_file(folder / name, expected, "Export or make it again.")
     return record
 
 
 def copy(folder: Path, to: Path) -> None:
-    """Copy the folder, verified, for everybody to read. Raises ValueError if `to` is not empty."""
-    verify(folder)
-    if to.exists() and any(to.iterdir()):
+    """Copy the folder, verified, with modes that everybody can read; the record comes last.
+
+    Raises ValueError if `to` is not empty or lies in the folder, or if a file has changed.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"{to}: not empty. Expected a new folder. Give another name.")
-    for path in [*files(folder), folder / FILES]:
-        target = to / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with artifact.publish(target) as tmp:
-            shutil.copyfile(path, tmp)
+    if to.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{to}: within {folder}. Expected a folder elsewhere. Give another name.")
+    record = verify(folder)
+    for name in [*record["files"], FILES]:
+        with artifact.publish(to / name) as tmp:
+            shutil.copyfile(folder / name, tmp)
             tmp.chmod(0o644)
     for path in [to, *(path for path in to.rglob("*") if path.is_dir())]:
         path.chmod(0o755)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier run left."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Remove an earlier ensemble; config.json, which says that it is one, last.
+
+    Raises ValueError if the folder holds something else.
+    """
+    entries = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
+    if entries and not _is_ours(folder):
+        raise ValueError(
+            f"{folder}: holds no ensemble, but other files. Expected a folder of its own. Name another one."
+        )
+    for path in entries:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether config.json is there and that of an ensemble."""
+    try:
+        found = artifact.read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("model_type") == MODEL_TYPE
 
 
 def _place(path: Path, to: Path, link: bool) -> None:

@@ -53,6 +53,7 @@ class Router(NamedTuple):
     colour: Literal["c0", "c1", "c2", "c3", "c4", "c5", "grey"]  # a class of html/report.css
     may_stay: bool = False  # whether it has hysteresis and fix_after, too
     idle_alone: tuple[Literal["epsilon", "beta"], ...] = ()  # parameters without effect at top_k 1
+    in_model: bool = False  # whether inference/modeling_cbtm.py has it, too
 
 
 def _paper(held_out: HeldOut, setting: Setting) -> np.ndarray:
@@ -73,12 +74,13 @@ def _filter(held_out: HeldOut, setting: Setting) -> np.ndarray:
 
 
 ROUTERS: dict[str, Router] = {
-    "paper": Router(_paper, parameters=(), colour="c1"),
+    "paper": Router(_paper, parameters=(), colour="c1", in_model=True),
     "filter": Router(
         _filter,
         parameters=("epsilon", "beta"),
         colour="c0",
         may_stay=True,
         idle_alone=("beta",),  # a single active expert has nothing to share
+        in_model=True,
     ),
 }

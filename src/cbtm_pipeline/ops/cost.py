@@ -18,6 +18,7 @@ from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.provenance import stale
 
 MFU = 0.4  # the share of a GPU's peak that we assume for a training
 DEMO_BYTES = 9_550_000  # text of the built-in corpus
@@ -61,6 +62,7 @@ def n_jobs(config: Config) -> dict[str, int]:
         **({"demo_corpus": 1} if demo else {}),
         **dict.fromkeys(once, 1),
         **({"assign_random": 1} if random else {}),
+        **({"ensemble": 1} if stale.packs(config) else {}),
         "train_expert": n_experts,
         "score_expert": n_experts,
     }

@@ -47,10 +47,11 @@ def surplus(outdir: Path, experts: Iterable[str]) -> list[str]:
     return sorted(path.name for path in found if (path / WEIGHTS).exists())
 
 
-def put_away(outdir: Path, experts: Iterable[str]) -> None:
+def put_away(outdir: Path, experts: Iterable[str], packs: bool) -> None:
     """Move experts that no longer belong to the run here, and delete what was made from them.
 
-    Without random experts, the random clusters are deleted, too: no training needs them.
+    Without random experts, the random clusters are deleted, too: no training needs them. So is the folder of
+    the ensemble unless the run `packs` one: it would be that of another config.
     """
     for name in surplus(outdir, experts):
         _keep_expert(outdir, outdir / f"experts/{name}")
@@ -59,6 +60,8 @@ def put_away(outdir: Path, experts: Iterable[str]) -> None:
     known = set(experts)
     if not any(name.startswith("random-") for name in known):
         shutil.rmtree(outdir / "random", ignore_errors=True)
+    if not packs and (outdir / "ensemble/files.json").exists():
+        shutil.rmtree(outdir / "ensemble", ignore_errors=True)
 
 
 def give_back(outdir: Path, job: Job, made_with: dict[str, Any], made_from: dict[str, str]) -> bool:

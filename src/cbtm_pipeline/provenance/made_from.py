@@ -101,6 +101,20 @@ def eval_ensemble(distances: Record, scores: Mapping[str, Record]) -> Identities
     return {"distances": distances["seal"], **{f"scores-{name}": r["seal"] for name, r in scores.items()}}
 
 
+def ensemble(
+    metrics: Record, clusterer: Record, top_terms: Record, tokenizer: Record, cards: Mapping[str, Record]
+) -> Identities:
+    """Of ensemble/files.json. `cards` are those of the cluster experts, by expert."""
+    return {
+        "metrics": metrics["seal"],
+        "clusterer": clusterer["seal"],
+        "embedder": clusterer["made_from"]["embedder"],
+        "top_terms": top_terms["seal"],
+        "tokenizer": tokenizer["identity"],
+        **{f"expert-{name}": card["identity"] for name, card in cards.items()},
+    }
+
+
 def report(
     metrics: Record, top_terms: Record, assignments: Record, shards: Record, others: Mapping[str, Record]
 ) -> Identities:

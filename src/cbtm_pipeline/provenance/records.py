@@ -35,6 +35,7 @@ PLACES = {  # by rule, in the order of the data
     "route": Place("distances", "route/distances.npz", ("route/distances.npz",)),
     "eval_ensemble": Place("metrics", "eval/metrics.json", ("eval/metrics.json", "eval/table.txt")),
     "report": Place("report", "report.html", ("report.html",)),
+    "ensemble": Place("ensemble", "ensemble/files.json", ("ensemble/files.json",)),
 }
 
 

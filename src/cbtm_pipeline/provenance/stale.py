@@ -15,6 +15,7 @@ from cbtm_pipeline import plan
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.mixture.routers import ROUTERS
 from cbtm_pipeline.provenance import made_from, records
 
 DAMAGED = (ValueError, OSError, KeyError, TypeError, IndexError)  # what reading a strange record may raise
@@ -84,7 +85,15 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
     scores = [Job("score_expert", name) for name in names]
     found[Job("eval_ensemble")] = [route, assign, *randoms, *experts, *scores]
     found[Job("report")] = [shard, fit, assign, Job("eval_ensemble"), *experts]
+    if packs(cfg):
+        clusters = [Job("train_expert", name) for name in plan.cluster_experts(cfg)]
+        found[Job("ensemble")] = [tokenizer, embed, fit, Job("eval_ensemble"), *clusters]
     return found
+
+
+def packs(cfg: Config) -> bool:
+    """Whether the result is packed as one model. It routes by the linear embedding, and not by any router."""
+    return not cfg.embed.encoder and any(ROUTERS[name].in_model for name in cfg.route.routers)
 
 
 def look(cfg: Config) -> States:
@@ -174,6 +183,12 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
             others = {rule: read(rule, expert) for rule, expert in records.SHOWN.items()}
             others |= {f"train_expert {name}": read("train_expert", name) for name in plan.trained(cfg)}
             return made_from.report(read("eval_ensemble"), terms, read("assign"), read("shard"), others)
+        case "ensemble":
+            terms = records.read_top_terms(Path(cfg.outdir))
+            cards = {name: read("train_expert", name) for name in plan.cluster_experts(cfg)}
+            return made_from.ensemble(
+                read("eval_ensemble"), read("fit_kmeans"), terms, read("tokenizer"), cards
+            )
     raise AssertionError(job)
 
 

@@ -1,0 +1,99 @@
+"""README.md of an ensemble's folder: the model card, for people and for the hub."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cbtm_pipeline.base.printable import printable
+from cbtm_pipeline.mixture import verdict
+
+SETTINGS = ("temperature", "epsilon", "beta", "hysteresis", "fix_after")
+N_TERMS = 12  # that stand for an expert
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [cluster-branch-train-merge, mixture-of-experts]
+---
+# {title}
+
+{k} expert language models, each trained alone on one cluster of a corpus, and a router that mixes them
+(Cluster-Branch-Train-Merge, [Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)). For each token,
+the {n_active} experts with the largest weights run. {settings}
+
+## Use
+
+```python
+{use}
+```
+
+`trust_remote_code=True` runs `modeling_cbtm.py` of this folder: read it first. Where cbtm-pipeline is
+installed, write `import cbtm_pipeline` instead: then its own code is run.
+
+The model expects the separator token before a text. Every folder in `experts/` is
+a model of its own: `AutoModelForCausalLM.from_pretrained("experts/0")`.
+
+## Evaluation
+
+```text
+{table}```
+
+This model is `{label}`. `perplexity` is per token, `bits/byte` does not depend on the tokenizer.
+
+## The experts
+
+{experts}
+
+## Limits and licences
+
+The experts were trained on their texts alone, and can repeat the errors and biases of these texts. They
+were not trained to follow instructions. The licences of these texts apply to what you do with this model.
+So does that of the model that the experts began as, if they did not begin from scratch.
+"""
+USE = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".")
+text = tokenizer("Once upon a time", add_special_tokens=False).input_ids
+ids = torch.tensor([[model.config.bos_token_id, *text]])
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))"""
+
+
+def render(
+    row: Mapping[str, Any],
+    table: str,
+    cards: Mapping[str, Mapping[str, Any]],
+    top_terms: Sequence[Sequence[str]],
+) -> str:
+    """The text. `row` is the mixture's row of metrics.json, `cards` are those of the experts by name."""
+    values = (f"{key} {row[key]:g}" for key in SETTINGS if row.get(key) is not None)
+    return CARD.format(
+        title=f"An ensemble of {len(cards)} experts",
+        k=len(cards),
+        n_active=row["top_k"],
+        settings=f"Router: `{row['router']}`, {', '.join(values)}, chosen on held-out text.",
+        use=USE,
+        table=table,
+        label=verdict.label(dict(row)),
+        experts=_experts(cards, top_terms),
+    )
+
+
+def _experts(cards: Mapping[str, Mapping[str, Any]], top_terms: Sequence[Sequence[str]]) -> str:
+    """A table: size, training tokens, validation loss, and what sets the cluster apart."""
+    lines = ["| expert | parameters | trained on | validation loss | what sets its texts apart |"]
+    lines.append("|---|---:|---:|---:|---|")
+    for (name, card), terms in zip(cards.items(), top_terms, strict=True):
+        loss = card.get("validation_loss")
+        shown = _cell(", ".join(term.strip() for term in terms[:N_TERMS]))
+        sizes = f"{card['n_parameters']:,} | {card['n_train_tokens']:,} tokens"
+        lines.append(f"| {name} | {sizes} | {'' if loss is None else f'{loss:.3f}'} | {shown} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table: nothing in it is markup."""
+    plain = html.escape(printable(text, keep=""), quote=False)
+    return "".join(f"\\{character}" if character in "\\|`*_[]" else character for character in plain)

@@ -1,0 +1,30 @@
+"""The ensemble that a command is about, as its user names it."""
+
+import argparse
+from pathlib import Path
+
+from cbtm_pipeline.inference import package
+from cbtm_pipeline.ops import which_run
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add `--outdir`, `--configfile` and `--model`."""
+    which_run.add_options(p)
+    p.add_argument("--model", type=Path, metavar="DIR", help="folder of an ensemble, instead of a run's own")
+
+
+def named(args: argparse.Namespace) -> Path:
+    """The folder of the ensemble that these options name. Raises ValueError if there is none."""
+    folder = args.model or which_run.named(args) / "ensemble"
+    package.read_record(folder)
+    return folder
+
+
+def whole(value: str) -> int:
+    """A number of the command line, 1 or more."""
+    if (number := int(value)) < 1:
+        raise ValueError(value)
+    return number
+
+
+whole.__name__ = "whole number above 0"  # argparse names it in its message

@@ -1,0 +1,44 @@
+"""The outdir that a command is about, as its user names it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Add `--outdir` and `--configfile`."""
+    p.add_argument("--outdir", type=Path, help="folder of a run; default: that of the config in this folder")
+    p.add_argument(
+        "--configfile",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="a config with which the run was started, for its outdir; may be given again",
+    )
+
+
+def named(args: argparse.Namespace) -> Path:
+    """The outdir that these options name."""
+    return args.outdir or configured(args.configfile)
+
+
+def configured(configfiles: Sequence[Path]) -> Path:
+    """`outdir` of the last of these files that has the key, else of ./config.yaml.
+
+    Raises ValueError for bad YAML.
+    """
+    outdir = "results"
+    for path in [*([Path("config.yaml")] if Path("config.yaml").exists() else []), *configfiles]:
+        try:
+            content = yaml.safe_load(path.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            todo = "Correct the file or name the outdir"
+            raise ValueError(
+                f"{path}: not YAML ({error}). Expected the keys of config.yaml. {todo}."
+            ) from error
+        if isinstance(content, dict):
+            outdir = content.get("outdir", outdir)
+    return Path(str(outdir))

@@ -1,0 +1,56 @@
+"""`cbtm export`: a verified copy of the ensemble."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import made_ensemble as made
+from cbtm_pipeline import export
+from cbtm_pipeline.inference import package
+from damaged import flipped, replaced
+
+
+@pytest.fixture(scope="module")
+def outdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made.make(tmp_path_factory.mktemp("run") / "results").parent
+
+
+def test_the_copy_is_whole_readable_and_no_link(outdir: Path, tmp_path: Path, capsys) -> None:
+    to = tmp_path / "new/copy"
+    mask = os.umask(0o077)
+    try:
+        assert made.command(export.main, to, "--outdir", outdir) == 0
+    finally:
+        os.umask(mask)
+    assert capsys.readouterr().out.startswith(f"{to}: an ensemble of ")
+    assert package.verify(to) == package.verify(outdir / "ensemble")
+    assert {path.relative_to(to) for path in to.rglob("*")} == {
+        path.relative_to(outdir / "ensemble") for path in (outdir / "ensemble").rglob("*")
+    }
+    for path in [to, *to.rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+        assert path.is_dir() or path.stat().st_nlink == 1
+
+
+def test_a_folder_that_is_not_empty_stays_as_it_is(outdir: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine").write_text("mine")
+    assert made.command(export.main, tmp_path, "--outdir", outdir) == 1
+    assert capsys.readouterr().err == f"{tmp_path}: not empty. Expected a new folder. Give another name.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert made.command(export.main, tmp_path / "mine", "--outdir", outdir) == 1
+    assert made.command(export.main, outdir / "ensemble/copy", "--outdir", outdir) == 1
+    assert not (outdir / "ensemble/copy").exists()
+
+
+def test_a_damaged_ensemble_is_not_copied(outdir: Path, tmp_path: Path, capsys) -> None:
+    path = outdir / "ensemble/experts/1/config.json"
+    with replaced(path, flipped(path.read_bytes(), 30)):
+        assert made.command(export.main, tmp_path / "copy", "--outdir", outdir) == 1
+    assert str(path) in capsys.readouterr().err and not (tmp_path / "copy").exists()
+
+
+def test_without_a_result_one_line_says_so(tmp_path: Path, capsys) -> None:
+    assert made.command(export.main, tmp_path / "copy", "--outdir", tmp_path / "none") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/none/ensemble: no ensemble. Expected ")
