@@ -9,6 +9,7 @@ cbtm generate [PROMPT]        go on with a text
 cbtm score FILE ...           perplexity and bits per byte of any text
 cbtm route TEXT               which experts a text gets, with which weights, and why
 cbtm export DIR               copy the ensemble to a folder of its own
+cbtm serve                    answer requests over HTTP, as OpenAI's API does; and a page
 """
 
 import argparse
@@ -26,6 +27,7 @@ MODULES = {  # by command
     "score": "score",
     "route": "route_text",  # route is a rule
     "export": "export",
+    "serve": "serve",
 }
 
 

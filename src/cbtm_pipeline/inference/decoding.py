@@ -41,7 +41,7 @@ class Decoder:
 
 
 class StopFinder:
-    """Lets text through up to the first of the stop texts. `found` says whether one has come."""
+    """Lets text through up to the stop text that is complete first. `found` says whether one has come."""
 
     def __init__(self, stops: Sequence[str]):
         self.stops, self.held, self.found = list(stops), "", False
@@ -51,9 +51,9 @@ class StopFinder:
         if self.found:
             return ""
         self.held += text
-        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        places = [(place + len(stop), place) for stop in self.stops if (place := self.held.find(stop)) >= 0]
         if places:
-            shown, self.held, self.found = self.held[: min(places)], "", True
+            shown, self.held, self.found = self.held[: min(places)[1]], "", True
             return shown
         n_held = max((_overlap(self.held, stop) for stop in self.stops), default=0)
         n_shown = len(self.held) - n_held
