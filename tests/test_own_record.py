@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,6 +175,64 @@ def test_a_deleted_file_is_noticed(
     project = copy_of(finished, tmp_path / "project")
     (project / "results" / file).unlink()
     assert job in planned_jobs(project, "", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("file", "job"),
+    [
+        ("embed/embedder.npz", "embed"),
+        ("cluster/top_terms.json", "fit_kmeans"),
+        ("eval/table.txt", "eval_ensemble"),
+    ],
+)
+def test_a_file_overwritten_by_hand_is_made_again(
+    finished: Path, tmp_path: Path, file: str, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    (project / "results" / file).write_text("[]\n")
+    assert job in planned_jobs(project, "", monkeypatch)
+
+
+def test_an_edited_readme_of_an_expert_trains_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    folder = project / "results/experts/1"
+    (folder / "README.md").write_text("Ours.\n")
+    shutil.rmtree(folder / "tensorboard")
+    assert planned_jobs(project, "", monkeypatch) == set()
+    (project / "results/scores/1.npz").unlink()
+    assert "score_expert 1" in done(snakemake(project, "--cores", "2")), "the expert is read as it is"
+    assert (folder / "README.md").read_text() == "Ours.\n"
+
+
+def test_experts_on_another_disk_are_kept_and_come_back_unless_they_were_damaged(
+    finished: Path, tmp_path: Path
+) -> None:
+    project = copy_of(finished, tmp_path / "project")
+    experts = project / "results/experts"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other_disk:
+        shutil.copytree(experts, Path(other_disk, "experts"))
+        shutil.rmtree(experts)
+        experts.symlink_to(Path(other_disk, "experts"))
+        assert NOTHING in snakemake(project, "-n")
+        (project / "change.yaml").write_text("train: {lr: 0.001}")
+        snakemake(project, "--cores", "2", configfiles=["small.yaml", "change.yaml"])
+        weights = next((project / "results/kept/experts").glob("1-*/model.safetensors"))
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        assert "kept models" in snakemake(project, "--cores", "2")
+        assert trained(project) == {"1"}, "the others were whole"
+        assert experts.is_symlink()
+        assert files_of(experts) == files_of(finished / "results/experts")
+
+
+def test_preview_of_a_target_that_does_not_exist_says_so(finished: Path) -> None:
+    command = [*snakemake_command()[:1], "-m", "cbtm_pipeline", "preview", "train_exprt"]
+    command += ["--configfile", "small.yaml"]
+    run = subprocess.run(command, cwd=finished, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "train_exprt: nothing of" in run.stderr
 
 
 def test_preview_of_a_corpus_that_is_gone_says_so(finished: Path, tmp_path: Path) -> None:

@@ -178,6 +178,10 @@ def _replaced(cfg: config.Config, outdir: Path, states: States, start: Start) ->
     surplus = kept.surplus(outdir, plan.trained(cfg)) if Job("eval_ensemble") in start.run else []
     if surplus:
         found.append(f"takes {_n(len(surplus), 'trained model')} out of the run ({_few(surplus)}): {place}")
+    came = {path.name.rpartition("-")[0] for path in kept.replaced(outdir)}
+    if back := [job.expert for job in start.run if job.rule == "train_expert" and job.expert in came]:
+        fit = "comes back untrained if it fits" if len(back) == 1 else "come back untrained if they fit"
+        found.append(f"{_n(len(back), 'kept model')} ({_few(back)}) {fit}")
     return found
 
 
@@ -194,6 +198,11 @@ def main() -> None:
     args = p.parse_args()
     cfg = config.validate(planned.read_config(["config.yaml", *args.configfile]))
     corpus_files.find(cfg.corpus.train, cfg.corpus.eval)  # raises ValueError that names what is missing
+    for target in args.targets:
+        if target not in ("all", "demo_corpus") and not stale.named(cfg, [target]):
+            rules = ", ".join(dict.fromkeys(job.rule for job in stale.jobs(cfg)))
+            expected = f"Expected a rule ({rules}) or a file that one makes"
+            raise ValueError(f"{target}: nothing of this run. {expected}. Correct it.")
     states = stale.look(cfg)
     found = lines(cfg, states, stale.start(cfg, states, Asked(args.targets, [], False, False)))
     print("\n".join(found or [f"{cfg.outdir}: nothing to do"]))

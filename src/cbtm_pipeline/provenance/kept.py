@@ -7,6 +7,7 @@ and these inputs takes them from here again.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -130,18 +131,44 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
             os.link(path, other)
     except OSError:
         shutil.rmtree(partial)
-        folder.rename(kept)
+        _move(folder, kept)
     else:
         partial.rename(kept)
 
 
-def _give_back_expert(kept: Path, folder: Path) -> bool:
-    """Put a kept expert back, its weights last. Returns False unless it is there with all its files."""
+def _move(path: Path, other: Path) -> None:
+    """Move a file or folder, also to another file system. `other` is there whole or not at all."""
     try:
-        names = [WEIGHTS, *records.files_of_expert(kept)]
+        path.rename(other)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    partial = other.with_name(f".{other.name}")
+    if path.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(path, partial, ignore=shutil.ignore_patterns(".staging"))
+    else:
+        shutil.copyfile(path, partial)
+    partial.rename(other)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a kept expert has all files that something reads, each as it was published."""
+    try:
+        card = artifact.read_sealed(folder / "card.json", "expert")
+        hashes = artifact.read_sealed(folder / "files.json", "expert_files")["files"]
+        names = filter(records.is_read, hashes)
+        return artifact.identity(folder / WEIGHTS) == card["weights"] and all(
+            artifact.identity(folder / name) == hashes[name] for name in names
+        )
     except DAMAGED:
         return False
-    if not all((kept / name).exists() for name in names):
+
+
+def _give_back_expert(kept: Path, folder: Path) -> bool:
+    """Put a kept expert back, its weights last. Returns False unless it is there and whole."""
+    if not _is_whole(kept):
         return False
     files = sorted(
         (path for path in kept.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS
@@ -175,7 +202,7 @@ def _link(path: Path, other: Path) -> None:
     try:
         os.link(path, other)
     except OSError:
-        path.rename(other)
+        _move(path, other)
 
 
 def _copy_or_link(path: Path, other: Path) -> None:

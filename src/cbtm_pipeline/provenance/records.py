@@ -75,11 +75,30 @@ def missing(outdir: Path, rule: str, expert: str | None, record: dict[str, Any])
 
 
 def files_of_expert(folder: Path) -> list[str]:
-    """The files of an expert but its weights; their list comes first. Raises ValueError if it is damaged."""
+    """The files of an expert that something reads, but its weights; their list comes first.
+
+    Raises ValueError if the list is damaged.
+    """
     path = folder / "files.json"
     if not path.exists():
         return [path.name]
-    return [path.name, *artifact.read_sealed(path, "expert_files")["files"]]
+    return [path.name, *filter(is_read, artifact.read_sealed(path, "expert_files")["files"])]
+
+
+def is_read(name: str) -> bool:
+    """Whether the pipeline reads this file of an expert. The others are for people, who may edit them."""
+    return name != "README.md" and not name.startswith("tensorboard/")
+
+
+def check_beside(outdir: Path, rule: str, record: dict[str, Any]) -> None:
+    """Raise ValueError if an output that lies beside the rule's record is damaged."""
+    if rule == "embed":
+        read_embedder(outdir)
+    elif rule == "fit_kmeans":
+        read_top_terms(outdir)
+    elif rule == "eval_ensemble" and not table(outdir):
+        path = outdir / "eval/table.txt"
+        raise ValueError(f"{path}: changed since it was written. Expected the table. {make_again(path)}")
 
 
 def table(outdir: Path) -> str:

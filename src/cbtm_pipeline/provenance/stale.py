@@ -113,12 +113,17 @@ def _read(outdir: Path, job: Job) -> tuple[dict[str, Any] | None, list[Reason]]:
     """The record of a job, and what is wrong with it or its files."""
     try:
         record = records.read(outdir, *job)
-        missing = records.missing(outdir, *job, record)
-        return record, [Reason(f"{missing[0].relative_to(outdir)} is missing")] if missing else []
+        if missing := records.missing(outdir, *job, record):
+            return record, [Reason(f"{missing[0].relative_to(outdir)} is missing")]
     except FileNotFoundError:
         return None, [Reason("not made yet")]
     except DAMAGED as error:
         return None, [Reason(str(error))]
+    try:
+        records.check_beside(outdir, job.rule, record)
+        return record, []
+    except DAMAGED as error:
+        return record, [Reason(str(error))]
 
 
 def _plan_reasons(cfg: Config, job: Job, record: dict[str, Any]) -> list[Reason]:
@@ -225,10 +230,10 @@ def start(cfg: Config, states: States, asked: Asked) -> Start:
     as far as the targets need them.
     """
     inputs = jobs(cfg)
-    targets = _named(cfg, asked.targets)
+    targets = named(cfg, asked.targets)
     whole = not asked.targets or bool({"all"} & set(asked.targets))
     needed = set(inputs) if whole else _with_inputs(inputs, targets)
-    anew = _named(cfg, asked.anew) | (targets if asked.targets_anew else set())
+    anew = named(cfg, asked.anew) | (targets if asked.targets_anew else set())
     anew = needed if asked.all_anew else anew
     needed |= _with_inputs(inputs, anew)
     run: set[Job] = set()
@@ -239,8 +244,8 @@ def start(cfg: Config, states: States, asked: Asked) -> Start:
     return Start([job for job in inputs if job in run], anew & run)
 
 
-def _named(cfg: Config, names: Iterable[str]) -> set[Job]:
-    """The jobs of some rules and files."""
+def named(cfg: Config, names: Iterable[str]) -> set[Job]:
+    """The jobs of some rules and files. Names that are none of them are left out."""
     by_name: dict[str, set[Job]] = {}
     for job in jobs(cfg):
         by_name.setdefault(job.rule, set()).add(job)
