@@ -14,7 +14,7 @@ import torch
 
 import made_ensemble as made
 from cbtm_pipeline import generate
-from cbtm_pipeline.inference import colours, loaded, modeling_cbtm
+from cbtm_pipeline.inference import colours, loaded
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,13 @@ def test_the_greedy_text_is_that_of_transformers(folder: Path, capsys) -> None:
 
 
 def test_fewer_experts_and_another_router_are_heeded(folder: Path, monkeypatch, capsys) -> None:
-    configs = []
-    load = modeling_cbtm.CBTMForCausalLM.from_pretrained
+    configs, load = [], loaded.load
 
-    def from_pretrained(*args, **kwargs):
-        configs.append((model := load(*args, **kwargs)).config)
-        return model
+    def noted(*args, **kwargs):
+        configs.append((ensemble := load(*args, **kwargs)).model.config)
+        return ensemble
 
-    monkeypatch.setattr(modeling_cbtm.CBTMForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loaded, "load", noted)
     options = ("--model", folder, "--max-new-tokens", 2)
     printed(capsys, "rose", *options, "--top-k-experts", 1, "--router", "paper")
     printed(capsys, "rose", *options, "--n-active", 2)

@@ -179,10 +179,10 @@ def test_jobs_are_told_to_be_brief(start) -> None:
 def test_a_run_prints_two_lines_for_each_job_and_its_logs_have_every_line(finished: Path) -> None:
     printed = (finished / "printed.txt").read_text()
     jobs = done(printed)
-    assert len(jobs) == len(set(jobs)) == 23
+    assert len(jobs) == len(set(jobs)) == 24
     assert set(re.findall(r"^\S+ I (\S+(?: \S+)?) +started$", printed, re.M)) == set(jobs)
-    n_done = re.findall(r"done in .*\((\d+) of 23 jobs done\): \S", printed)
-    assert n_done == [str(i + 1) for i in range(23)], "each with its result"
+    n_done = re.findall(r"done in .*\((\d+) of 24 jobs done\): \S", printed)
+    assert n_done == [str(i + 1) for i in range(24)], "each with its result"
     assert not re.search(r"^(local)?rule |^    \w+: |^Execute |of \d+ steps", printed, re.M), "no blocks"
     table = (finished / "results/eval/table.txt").read_text()
     assert table in printed
