@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     cli.start_logging("ensemble", args.log)
     files = Files(args.metrics, args.embedder, args.clusterer, args.top_terms, args.tokenizer, args.experts)
-    plan = plans.RULES["ensemble"](config.read(args.config)) if args.config else EnsemblePlan()
+    plan = plans.ensemble(config.read(args.config)) if args.config else EnsemblePlan()
     row = make(files, args.out, plan)
     cli.log.info("%s: %s, one model of %d experts", args.out.parent, verdict.label(row), row["k"])
 

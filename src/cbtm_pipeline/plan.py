@@ -306,6 +306,10 @@ def eval_ensemble(c: Config) -> EvalPlan:
     )
 
 
+def ensemble(c: Config) -> EnsemblePlan:
+    return EnsemblePlan(c.tags or None)
+
+
 RULES: dict[str, Callable[..., Plan]] = {
     "demo_corpus": lambda c: Plan(),
     "tokenizer": tokenizer,
@@ -319,7 +323,7 @@ RULES: dict[str, Callable[..., Plan]] = {
     "route": route,
     "eval_ensemble": eval_ensemble,
     "report": lambda c: Plan(),
-    "ensemble": lambda c: EnsemblePlan(c.tags or None),
+    "ensemble": ensemble,
 }
 
 

@@ -109,14 +109,12 @@ def top_terms(tokenizer_json: Path, found: Set, counts_V: np.ndarray, centre_D: 
 
     pull_V = found.embedding_VD @ (centre_D - found.centres_KD.mean(axis=0))
     value_V = pull_V * counts_V / max(counts_V.sum(), 1)
-    tokenizer, words = Tokenizer.from_file(str(tokenizer_json)), []
-    for v in np.argsort(-value_V, kind="stable").tolist():
-        if value_V[v] <= 0 or len(words) == N_TERMS:
-            break
-        word = tokenizer.decode([v]).strip().casefold()
-        if len(word) > 2 and word.isalpha() and word not in words:
-            words.append(word)
-    return words
+    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    order = np.argsort(-value_V, kind="stable")[: int((value_V > 0).sum())].tolist()
+    found_words = dict.fromkeys(tokenizer.decode([v]).strip().casefold() for v in order)
+    readable = [word for word in found_words if len(word) > 1 and "\ufffd" not in word]
+    # the sort is stable: words of three letters or more come first, as in a run's own terms
+    return sorted(readable, key=lambda word: not (len(word) > 2 and word.isalpha()))[:N_TERMS]
 
 
 def write(found: Set, change: Change, out: Path, card: Record | None = None) -> Record:
