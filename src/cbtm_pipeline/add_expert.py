@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 
-import cbtm_pipeline
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact, cli, printable
 from cbtm_pipeline.corpus import content, encoding
-from cbtm_pipeline.inference import branch, changed_set, package
+from cbtm_pipeline.inference import changed_set, package
 from cbtm_pipeline.ops import which_run
-from cbtm_pipeline.training import expert_folder
 
 REQUEST = "request.json"
 KIND = "request"
@@ -79,7 +77,7 @@ def keep(folder: Path, asked: dict[str, Any], cfg: config.Config) -> None:
 
 def command(folder: Path, args: argparse.Namespace) -> list[str]:
     """The command line of Snakemake."""
-    snakefile = SNAKEFILE if SNAKEFILE.exists() else Path(cbtm_pipeline.__file__).parents[2] / SNAKEFILE
+    snakefile = SNAKEFILE if SNAKEFILE.exists() else Path(__file__).parents[2] / SNAKEFILE
     if not snakefile.exists():
         raise ValueError(f"{SNAKEFILE}: no such file. Expected that of the project. Run this in its root.")
     words = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile)]
@@ -90,6 +88,9 @@ def command(folder: Path, args: argparse.Namespace) -> list[str]:
 
 def pack(found: changed_set.Set, folder: Path, name: str, tags: dict[str, str], out: Path) -> str:
     """Write the new ensemble. Returns the name of the parent."""
+    from cbtm_pipeline.inference import branch  # these import torch
+    from cbtm_pipeline.training import expert_folder
+
     centre_D, counts_V, record = branch.read(folder / "branch.npz")
     if record["made_from"]["ensemble"] != found.record["seal"]:
         raise ValueError(

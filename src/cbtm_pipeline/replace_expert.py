@@ -12,14 +12,17 @@ import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cbtm_pipeline.base import artifact, cli, printable
 from cbtm_pipeline.corpus import blocks, encoding, rows, token_files
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.inference import branch, changed_set, package
+from cbtm_pipeline.inference import changed_set, package
+
+if TYPE_CHECKING:
+    from cbtm_pipeline.inference import branch
 
 PART_BYTES = 1 << 24
 MAX_HEADER = 1 << 27  # bytes
@@ -81,8 +84,10 @@ def _size(weights: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def read_documents(paths: Sequence[str], found: changed_set.Set, args: argparse.Namespace) -> branch.Sums:
+def read_documents(paths: Sequence[str], found: changed_set.Set, args: argparse.Namespace) -> "branch.Sums":
     """The sums over the documents of some files. Raises ValueError if there is none."""
+    from cbtm_pipeline.inference import branch  # imports torch
+
     encoder = encoding.TokenEncoder(found.folder / "tokenizer.json")
     separator, sums = found.config["bos_token_id"], branch.nothing(found.embedding_VD)
     waiting: list[np.ndarray] = []
