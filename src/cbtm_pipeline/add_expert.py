@@ -9,6 +9,7 @@ is also `python -m cbtm_pipeline.add_expert`.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,20 @@ def command(folder: Path, args: argparse.Namespace) -> list[str]:
     return [*words, "--configfile", str(folder / "config.json")]
 
 
+def run(words: list[str]) -> int:
+    """Run a command to its end, and return its status. Signals are its own: it cancels jobs, and then ends."""
+    process = subprocess.Popen(words)
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # a terminal sends it to both
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.terminate()),
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def pack(found: changed_set.Set, folder: Path, name: str, tags: dict[str, str], out: Path) -> str:
     """Write the new ensemble. Returns the name of the parent."""
     from cbtm_pipeline.inference import branch  # these import torch
@@ -144,8 +159,7 @@ def main() -> None:
     values["train"] |= {"steps": args.steps} if args.steps is not None else {}
     cfg = config.validate({**values, "outdir": str(folder), "tags": tags})
     keep(folder, request(cfg, found, args), cfg)
-    status = subprocess.run(command(folder, args), check=False).returncode
-    if status:
+    if status := run(command(folder, args)):
         raise ValueError(
             f"snakemake: ended with status {status}. Expected a trained expert. See {folder}/logs, then "
             "type the same command again."

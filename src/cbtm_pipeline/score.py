@@ -132,7 +132,7 @@ def find_baselines(mixture: Mixture) -> dict[str, Path]:
     experts, found = mixture.folder.parent / "experts", {}
     for name in BASELINES:
         weights = experts / name / "model.safetensors"
-        if weights.exists() and mixture.folder.name == "ensemble":
+        if weights.exists() and mixture.folder.name.startswith("ensemble"):
             card = expert_folder.read_card(weights)
             if card["made_from"]["tokenizer"] == mixture.record["made_from"].get("tokenizer"):
                 found[name] = weights.parent
