@@ -88,7 +88,7 @@ def command(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def run(words: list[str]) -> int:
-    """Run a command to its end, and return its status. Signals are its own: it cancels jobs, and then ends."""
+    """Run a command to its end, and return its status. Signals are for it: it cancels its jobs first."""
     process = subprocess.Popen(words)
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # a terminal sends it to both
