@@ -65,6 +65,9 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ({"model__pretrained": ""}, "model.pretrained: ''. Expected a name, or null"),
         ({"model__revision": "v2"}, "model.revision: v2 without model.pretrained. Expected the name"),
         ({"embed__revision": "v2"}, "embed.revision: v2 without embed.encoder"),
+        ({"tags": {"licence": ""}}, "tags.licence: ''. Expected a name"),
+        ({"tags": {"licence": 3}}, "tags.licence: 3. Expected string"),
+        ({"tags": "cc-by"}, "tags: 'cc-by'. Expected dict"),
     ],
 )
 def test_bad_config_is_one_clear_line(change: dict[str, Any], message: str) -> None:
@@ -83,7 +86,7 @@ def test_the_config_of_an_older_version_is_read() -> None:
     content = changed()
     for section in ("tokenizer", "embed", "model"):
         del content[section]["revision"]
-    del content["route"]["hysteresis"], content["route"]["fix_after"]
+    del content["route"]["hysteresis"], content["route"]["fix_after"], content["tags"]
     same = config.validate(changed(route__hysteresis=[1], route__fix_after=[]))
     assert config.validate(content) == same
 

@@ -10,6 +10,10 @@ cbtm score FILE ...           perplexity and bits per byte of any text
 cbtm route TEXT               which experts a text gets, with which weights, and why
 cbtm export DIR               copy the ensemble to a folder of its own
 cbtm serve                    answer requests over HTTP, as OpenAI's API does; and a page
+
+cbtm add-expert NAME          train one expert more, on new documents, and put it into a new ensemble
+cbtm remove-expert NAME       an ensemble without this expert
+cbtm replace-expert NAME      an ensemble with another model for this expert
 """
 
 import argparse
@@ -28,6 +32,9 @@ MODULES = {  # by command
     "route": "route_text",  # route is a rule
     "export": "export",
     "serve": "serve",
+    "add-expert": "add_expert",
+    "remove-expert": "remove_expert",
+    "replace-expert": "replace_expert",
 }
 
 

@@ -159,6 +159,7 @@ class Run(_Section):
 
 class Config(_Section):
     outdir: str
+    tags: dict[Annotated[str, Field(pattern=r"^[^\s=:]+$")], Name]
     seed: Annotated[int, Field(ge=0)]
     corpus: Corpus
     tokenizer: Tokenizer
@@ -227,7 +228,7 @@ def _check_revisions(config: Config) -> None:
 
 def _with_later_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the keys that the config.json of an older version does not have."""
-    complete = dict(content)
+    complete = {"tags": {}, **content}
     for (section, key), value in LATER_KEYS.items():
         if isinstance(complete.get(section), Mapping):
             complete[section] = {key: value, **complete[section]}

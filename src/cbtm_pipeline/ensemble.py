@@ -1,6 +1,6 @@
 """Pack the cluster experts and their router as one model of transformers: the folder results/ensemble.
 
-    python -m cbtm_pipeline.ensemble --metrics results/eval/metrics.json \\
+    python -m cbtm_pipeline.ensemble --config results/config.json --metrics results/eval/metrics.json \\
         --embedder results/embed/embedder.npz --clusterer results/cluster/clusterer.npz \\
         --top-terms results/cluster/top_terms.json --tokenizer results/tokenizer/tokenizer.json \\
         --experts results/experts/[0-9]*/model.safetensors --out results/ensemble/files.json
@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cbtm_pipeline import config
+from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.inference import model_card, package
 from cbtm_pipeline.mixture import verdict
 from cbtm_pipeline.mixture.routers import ROUTERS
+from cbtm_pipeline.plan_base import EnsemblePlan
 from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import expert_folder
 
@@ -87,7 +90,7 @@ def read_experts(weights: list[Path], names: list[str], tokenizer: str, evaluate
     return {name: found[name] for name in names}
 
 
-def make(files: Files, out: Path) -> Record:
+def make(files: Files, out: Path, plan: EnsemblePlan) -> Record:
     """Write the folder of `out`. Returns the row of the mixture."""
     metrics = artifact.read_sealed(files.metrics, "metrics")
     table = files.metrics.with_name(TABLE)
@@ -106,7 +109,7 @@ def make(files: Files, out: Path) -> Record:
         files.experts, metrics["matrix"]["experts"], tokenizer["identity"], metrics["weights"]
     )
     cards = {name: card for name, (_, card) in experts.items()}
-    row = best(metrics)
+    row, tags = best(metrics), {name: dict(plan.tags or {}) for name in cards if plan.tags}
     parts = package.Parts(
         embedding_VD=embedder["E_VD"],
         centres_KD=clusterer["centres_KD"],
@@ -114,18 +117,19 @@ def make(files: Files, out: Path) -> Record:
         tokenizer=files.tokenizer.parent,
         separator_id=tokenizer["separator_id"],
         vocab_size=tokenizer["vocab_size"],
-        settings=settings(row),
-        readme=model_card.render(row, table.read_text("utf-8"), cards, terms["top_terms"]),
+        settings={**settings(row), "tags": tags},
+        readme=model_card.render(row, table.read_text("utf-8"), cards, terms["top_terms"], tags),
         top_terms=files.top_terms,
     )
     identities = made_from.ensemble(metrics, fitted, terms, tokenizer, cards)
-    package.write(parts, out, artifact.make_meta("ensemble", identities, {}))
+    package.write(parts, out, artifact.make_meta("ensemble", identities, plan.content()))
     return row
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the rule from the command line."""
     p = cli.parser(__doc__, config=False)
+    p.add_argument("--config", type=Path, help="config.json, for the tags of the experts; default: none")
     p.add_argument("--metrics", required=True, type=Path, help="eval/metrics.json, with table.txt beside it")
     p.add_argument("--embedder", required=True, type=Path, help="embed/embedder.npz")
     p.add_argument("--clusterer", required=True, type=Path, help="cluster/clusterer.npz")
@@ -142,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     cli.start_logging("ensemble", args.log)
     files = Files(args.metrics, args.embedder, args.clusterer, args.top_terms, args.tokenizer, args.experts)
-    row = make(files, args.out)
+    plan = plans.ensemble(config.read(args.config)) if args.config else EnsemblePlan()
+    row = make(files, args.out, plan)
     cli.log.info("%s: %s, one model of %d experts", args.out.parent, verdict.label(row), row["k"])
 
 

@@ -89,6 +89,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("prompt", nargs="?", default="", help="the text to go on with; - reads it from stdin")
     where.add_options(p)
+    where.add_exclude(p)
     p.add_argument("--max-new-tokens", type=where.whole, default=200, help="end after so many tokens (200)")
     p.add_argument(
         "--temperature", type=temperature, default=1.0, help="below 1: more probable tokens; 0: the most (1)"
@@ -106,7 +107,7 @@ def main() -> None:
 
     text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
     given: dict[str, Any] = {"n_active": args.n_active, "router": args.router}
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in given.items() if value is not None} | where.without(args)
     ensemble = loaded.load(folder, folder.name, at_once=False, **settings)
     found = TokenEncoder(folder / "tokenizer.json").encode(text, fast=False).tolist()
     start = [] if ensemble.separator is None else [ensemble.separator]

@@ -22,23 +22,9 @@ from pydantic import BaseModel
 
 from cbtm_pipeline import presets
 from cbtm_pipeline.config import Config
+from cbtm_pipeline.plan_base import EnsemblePlan, Plan
 
 Data = Literal["corpus", "clusters", "random"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a rule depends on besides its input files. The base class itself: no config key at all."""
-
-    def content(self) -> dict[str, Any]:
-        """The plan as JSON types, as artifacts keep it.
-
-        A field that has its default is left out. So a new optional key reruns nothing of an old run. A path
-        to the corpus is left out, too: its content is an input (`made_from`).
-        """
-        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("path")]
-        kept = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -320,6 +306,10 @@ def eval_ensemble(c: Config) -> EvalPlan:
     )
 
 
+def ensemble(c: Config) -> EnsemblePlan:
+    return EnsemblePlan(c.tags or None)
+
+
 RULES: dict[str, Callable[..., Plan]] = {
     "demo_corpus": lambda c: Plan(),
     "tokenizer": tokenizer,
@@ -333,7 +323,7 @@ RULES: dict[str, Callable[..., Plan]] = {
     "route": route,
     "eval_ensemble": eval_ensemble,
     "report": lambda c: Plan(),
-    "ensemble": lambda c: Plan(),
+    "ensemble": ensemble,
 }
 
 

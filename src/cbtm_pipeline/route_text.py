@@ -199,13 +199,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("text", metavar="TEXT|FILE", help="a text, the name of a text file, or - for stdin")
     where.add_options(p)
+    where.add_exclude(p)
     p.add_argument("--html", type=Path, metavar="FILE", help="write a page with the coloured text, too")
     args = p.parse_args()
     folder, text = where.named(args), text_of(args.text)
 
     from cbtm_pipeline.inference import mixture as mixtures
 
-    mixture = mixtures.read(folder)
+    mixture = mixtures.read(folder, **where.without(args))
     routed = route(mixture, text)
     assert math.isclose(routed.w_NK[-1].sum(), 1.0, rel_tol=1e-6)
     printable.show("\n".join(lines(mixture, routed)), end="\n")

@@ -132,7 +132,7 @@ def find_baselines(mixture: Mixture) -> dict[str, Path]:
     experts, found = mixture.folder.parent / "experts", {}
     for name in BASELINES:
         weights = experts / name / "model.safetensors"
-        if weights.exists() and mixture.folder.name == "ensemble":
+        if weights.exists() and mixture.folder.name.startswith("ensemble"):
             card = expert_folder.read_card(weights)
             if card["made_from"]["tokenizer"] == mixture.record["made_from"].get("tokenizer"):
                 found[name] = weights.parent
@@ -168,6 +168,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text, or a file of a corpus")
     where.add_options(p)
+    where.add_exclude(p)
     p.add_argument("--text-field", default="text", help="where rows of .jsonl and .parquet have the text")
     p.add_argument(
         "--txt-documents", choices=["file", "block"], default="file", help="what is a document in .txt"
@@ -180,7 +181,7 @@ def main() -> None:
 
     from cbtm_pipeline.inference import mixture as mixtures
 
-    mixture = mixtures.read(folder)
+    mixture = mixtures.read(folder, **where.without(args))
     context = args.context or mixture.context
     if mixture.n_positions and context > mixture.n_positions:
         raise ValueError(f"--context: {context}. Expected at most {mixture.n_positions}. Lower it.")

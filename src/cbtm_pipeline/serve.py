@@ -108,7 +108,7 @@ def start(args: argparse.Namespace) -> None:
         args.queue,
         args.max_body_kib * 1024,
     )
-    ensemble = loaded.load(folder, args.name or folder.resolve().name)
+    ensemble = loaded.load(folder, args.name or folder.resolve().name, **where.without(args))
     metrics = Metrics()
     worker = Worker(ensemble, limits, metrics)
     app = create_app(Service(ensemble, worker, limits), metrics, key)
@@ -142,6 +142,7 @@ def number(option: str, text: str, least: float, most: float, kind: type) -> Any
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where.add_options(p)
+    where.add_exclude(p)
     p.add_argument("--name", help="the model's name for clients; default: the name of its folder")
     p.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; all but this machine need a key"

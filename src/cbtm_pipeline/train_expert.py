@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, plan_added
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, lock
 from cbtm_pipeline.base.cli import log
@@ -207,12 +207,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
         type=Path,
         help="model.safetensors to publish; the rest of the folder goes beside it",
     )
+    p.add_argument(
+        "--added",
+        action="store_true",
+        help="an expert that is added to a run, on all of --data, under any name",
+    )
     p.add_argument("--work", required=True, type=Path, help="folder for the resumable state")
     p.add_argument("--threads", type=int, default=1, help="threads of each process")
     args = p.parse_args(argv)
     cfg = config.read(args.config)
     names = plans.trained(cfg)
-    if args.expert not in names:
+    if not args.added and args.expert not in names:
         p.error(f"--expert: {args.expert}. Expected one of {', '.join(names)}.")
     if (args.seed_model is None) != (args.expert == "seed"):
         p.error("--seed-model: expected for every expert but the seed.")
@@ -223,7 +228,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
 
 def main(argv: list[str] | None = None) -> None:
     args, cfg = parse(argv)
-    plan = plans.train_expert(cfg, args.expert)
+    plan = (plan_added if args.added else plans).train_expert(cfg, args.expert)
     group = distributed.from_environment(os.environ)
     if plan.batch_size < group.world_size:
         raise ValueError(

@@ -1,12 +1,12 @@
 # What all rules share: the validated config, the experts, the environment of the jobs.
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 
-SOURCES = f"{workflow.basedir}/../src"
-sys.path.insert(0, SOURCES)
+
+include: "environment.smk"
+
 
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import plan, preview
@@ -15,18 +15,6 @@ from cbtm_pipeline.base import lock
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import terminal
 from cbtm_pipeline.slurm import request
-
-
-# Jobs run `python -m cbtm_pipeline.<rule>` with the sources of this checkout. Their Python is the one that runs Snakemake;
-# with --sdm conda it is the Python of the conda environment.
-def before(first, name):
-    return os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
-
-
-os.environ.update(
-    PATH=before(Path(sys.executable).parent, "PATH"),
-    PYTHONPATH=before(SOURCES, "PYTHONPATH"),
-)
 
 try:
     CONFIG = schema.validate(config)

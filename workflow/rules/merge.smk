@@ -89,7 +89,8 @@ rule ensemble:
         CONDA
     params:
         launch=launch("ensemble"),
+        config=RUN_CONFIG,
     shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.ensemble --metrics {input.metrics:q} --embedder {input.embedder:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.ensemble --config {params.config:q} --metrics {input.metrics:q} --embedder {input.embedder:q}"
         " --clusterer {input.clusterer:q} --top-terms {input.top_terms:q} --tokenizer {input.tokenizer:q} --experts {input.experts:q}"
         " --out {output:q} --log {log:q}"

@@ -60,6 +60,8 @@ def load(
         fingerprint = f"cbtm-{package.verify(folder)['seal'][:12]}"
     else:
         log.warning("%s: no %s, so its files cannot be verified", folder, package.FILES)
+    if settings:
+        _check_settings(folder, settings)
     try:
         with lean_imports():
             model, tokenizer = _load(folder, at_once, settings)
@@ -77,6 +79,14 @@ def load(
         _terms(model, [folder / TERMS, *([outdir / "cluster" / TERMS] if outdir else [])]),
         fingerprint,
     )
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError for settings that the ensemble cannot run with: they are the user's."""
+    with lean_imports():
+        from cbtm_pipeline.inference.modeling_cbtm import CBTMConfig
+
+        CBTMConfig(**{**artifact.read_json(folder / package.CONFIG), **settings})
 
 
 def _load(folder: Path, at_once: bool, settings: dict[str, Any]) -> tuple[Any, Any]:

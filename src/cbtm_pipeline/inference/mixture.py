@@ -56,7 +56,8 @@ def read(folder: Path, **settings: Any) -> Mixture:
     try:
         config = CBTMConfig(**{**artifact.read_json(path), **settings})
         tensors = load_file(folder / "router.safetensors")
-        rows = [config.experts.index(name) for name in config.experts if name not in config.exclude]
+        excluded = config.excluded()
+        rows = [row for row, name in enumerate(config.experts) if name not in excluded]
         setting = _setting(path, config, len(rows))
         names = [config.experts[row] for row in rows]
         terms = artifact.read_sealed(folder / package.TERMS, "top_terms")["top_terms"]

@@ -1,6 +1,7 @@
 """README.md of an ensemble's folder: the model card, for people and for the hub."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,8 +67,9 @@ def render(
     table: str,
     cards: Mapping[str, Mapping[str, Any]],
     top_terms: Sequence[Sequence[str]],
+    tags: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """The text. `row` is the mixture's row of metrics.json, `cards` are those of the experts by name."""
+    """The text. `row` is the mixture's row of metrics.json; `cards` and `tags` are by expert."""
     values = (f"{key} {row[key]:g}" for key in SETTINGS if row.get(key) is not None)
     return CARD.format(
         title=f"An ensemble of {len(cards)} experts",
@@ -77,19 +79,46 @@ def render(
         use=USE,
         table=table,
         label=verdict.label(dict(row)),
-        experts=_experts(cards, top_terms),
+        experts=_experts(cards, top_terms, tags),
     )
 
 
-def _experts(cards: Mapping[str, Mapping[str, Any]], top_terms: Sequence[Sequence[str]]) -> str:
-    """A table: size, training tokens, validation loss, and what sets the cluster apart."""
-    lines = ["| expert | parameters | trained on | validation loss | what sets its texts apart |"]
-    lines.append("|---|---:|---:|---:|---|")
+def changed(
+    text: str,
+    cards: Mapping[str, Mapping[str, Any]],
+    top_terms: Sequence[Sequence[str]],
+    tags: Mapping[str, Mapping[str, str]],
+    change: str,
+) -> str:
+    """The card of an ensemble whose set of experts has changed: `change` says how, in one sentence.
+
+    The evaluation stays, with the note that it is older. What was written by hand stays, too.
+    """
+    k = len(cards)
+    text = re.sub(r"(?m)^# An ensemble of \d+ experts$", f"# An ensemble of {k} experts", text)
+    text = re.sub(r"(?m)^\d+ expert language models, each", f"{k} expert language models, each", text)
+    note = f"Changed since this evaluation: {_cell(change)}\n\n"
+    experts = f"{note}## The experts\n\n{_experts(cards, top_terms, tags)}\n\n"
+    found, n = re.subn(r"(?ms)^## The experts\n.*?(?=^## |\Z)", lambda _: experts, text, count=1)
+    return found if n else f"{text.rstrip()}\n\n{experts}"
+
+
+def _experts(
+    cards: Mapping[str, Mapping[str, Any]],
+    top_terms: Sequence[Sequence[str]],
+    tags: Mapping[str, Mapping[str, str]],
+) -> str:
+    """A table: size, training tokens, validation loss, what sets the cluster apart, and tags if there are."""
+    more = (" tags |", "---|") if any(tags.values()) else ("", "")
+    lines = [f"| expert | parameters | trained on | validation loss | what sets its texts apart |{more[0]}"]
+    lines.append(f"|---|---:|---:|---:|---|{more[1]}")
     for (name, card), terms in zip(cards.items(), top_terms, strict=True):
-        loss = card.get("validation_loss")
+        loss, n_tokens = card.get("validation_loss"), card.get("n_train_tokens")
         shown = _cell(", ".join(term.strip() for term in terms[:N_TERMS]))
-        sizes = f"{card['n_parameters']:,} | {card['n_train_tokens']:,} tokens"
-        lines.append(f"| {name} | {sizes} | {'' if loss is None else f'{loss:.3f}'} | {shown} |")
+        trained = "" if n_tokens is None else f"{n_tokens:,} tokens"
+        sizes = f"{card['n_parameters']:,} | {trained}" if "n_parameters" in card else " | "
+        own = f" {_cell(', '.join(f'{k}: {v}' for k, v in tags.get(name, {}).items()))} |" if more[0] else ""
+        lines.append(f"| {name} | {sizes} | {'' if loss is None else f'{loss:.3f}'} | {shown} |{own}")
     return "\n".join(lines)
 
 

@@ -48,7 +48,8 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 class CBTMConfig(PretrainedConfig):
     """What the ensemble is, and how it is run.
 
-    `experts` are the names of their folders, `exclude` those that are left out. Router `paper` weighs by the
+    `experts` are the names of their folders, `exclude` those that are left out, by name or as
+    `tag:licence=cc-by`; `tags` has the tags of each expert. Router `paper` weighs by the
     prefix alone, `filter` also by what the experts said of it. `n_active` experts run for each token; None is
     all. `hysteresis`: an active expert is replaced only by one that weighs more than so many times as much.
     `route="once"` fixes the active experts at the end of the prompt, `fix_after` after so many tokens behind
@@ -61,7 +62,7 @@ class CBTMConfig(PretrainedConfig):
     def __init__(
         self,
         experts: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        exclude: Sequence[str] | str = (),
         n_components: int = 0,
         vocab_size: int = 0,
         router: str = "filter",
@@ -74,9 +75,11 @@ class CBTMConfig(PretrainedConfig):
         fix_after: int | None = None,
         mode: str = "ensemble",
         max_loaded: int | None = None,
+        tags: dict[str, dict[str, str]] | None = None,
         **kwargs: Any,
     ):
-        self.experts, self.exclude = list(experts), list(exclude)
+        self.experts, self.tags = list(experts), dict(tags or {})
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.n_components, self.vocab_size = n_components, vocab_size
         self.router, self.n_active, self.router_temperature = router, n_active, router_temperature
         self.epsilon, self.beta, self.hysteresis = epsilon, beta, hysteresis
@@ -107,10 +110,21 @@ class CBTMConfig(PretrainedConfig):
             value = getattr(self, name)
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ValueError(_wrong(name, value, expected))
-        if unknown := set(self.exclude) - set(self.experts):
-            raise ValueError(_wrong("exclude", ", ".join(sorted(unknown)), ", ".join(self.experts)))
-        if self.experts and set(self.exclude) == set(self.experts):
+        self.excluded()
+
+    def excluded(self) -> set[str]:
+        """The experts that `exclude` leaves out. Raises ValueError if it names none, or leaves none."""
+        given: Any = self.exclude
+        wanted = {given} if isinstance(given, str) else {str(name) for name in given}
+        tags = {name: self.tags.get(name, {}).items() for name in self.experts}
+        own = {name: {name, *(f"tag:{key}={value}" for key, value in tags[name])} for name in self.experts}
+        known = list(dict.fromkeys([*self.experts, *sorted(set().union(*own.values()) - set(self.experts))]))
+        if unknown := wanted - set(known):  # an opt-out that is misspelt must not be passed over
+            raise ValueError(_wrong("exclude", ", ".join(sorted(unknown)), ", ".join(known)))
+        found = {name for name in self.experts if own[name] & wanted}
+        if self.experts and len(found) == len(self.experts):
             raise ValueError(_wrong("exclude", "every expert", "at least one to be left"))
+        return found
 
 
 def _wrong(name: str, found: Any, expected: str) -> str:
@@ -449,7 +463,8 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CBTMConfig, folder: str | Path | None = None, **expert_kwargs: Any):
         config.check()
         super().__init__(config)
-        self.names = [name for name in config.experts if name not in config.exclude]
+        excluded = config.excluded()
+        self.names = [name for name in config.experts if name not in excluded]
         self.folder, self.expert_kwargs = Path(folder or config._name_or_path), expert_kwargs
         self.device_map = expert_kwargs.pop("device_map", None)
         if isinstance(self.device_map, dict) and (unknown := set(self.device_map) - {"", *config.experts}):

@@ -66,21 +66,25 @@ def write(parts: Parts, out: Path, meta: dict[str, Any], link: bool = True) -> N
     for name, source in parts.experts.items():
         for file in EXPERT_FILES:
             if (source / file).exists():
-                _place(source / file, folder / "experts" / name / file, link)
+                place(source / file, folder / "experts" / name / file, link)
     for path in tokenizer_files(parts.tokenizer):
-        _place(path, folder / path.name, link=False)
+        place(path, folder / path.name, link=False)
     if parts.top_terms:
-        _place(parts.top_terms, folder / TERMS, link=False)
+        place(parts.top_terms, folder / TERMS, link=False)
     tensors = {"embedding": parts.embedding_VD, "centres": parts.centres_KD}
     with artifact.publish(folder / "router.safetensors") as tmp:
         tmp.write_bytes(save({k: np.ascontiguousarray(value, np.float32) for k, value in tensors.items()}))
     artifact.write_json(folder / "generation_config.json", _generation(parts.separator_id))
-    code = resources.files("cbtm_pipeline.inference").joinpath(CODE).read_text("utf-8")
-    for name, text in ((CODE, code), ("README.md", parts.readme)):
+    for name, text in ((CODE, code()), ("README.md", parts.readme)):
         with artifact.publish(folder / name) as tmp:
             tmp.write_text(text, "utf-8")
     hashes = {str(path.relative_to(folder)): artifact.identity(path) for path in files(folder)}
     artifact.write_sealed(out, {**meta, "files": hashes})
+
+
+def code() -> str:
+    """The model's own source, which travels with it."""
+    return resources.files("cbtm_pipeline.inference").joinpath(CODE).read_text("utf-8")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -148,10 +152,7 @@ def copy(folder: Path, to: Path) -> None:
 
     Raises ValueError if `to` is not empty or lies in the folder, or if a file has changed.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"{to}: not empty. Expected a new folder. Give another name.")
-    if to.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{to}: within {folder}. Expected a folder elsewhere. Give another name.")
+    check_new(to, folder)
     record = verify(folder)
     for name in [*record["files"], FILES]:
         with artifact.publish(to / name) as tmp:
@@ -159,6 +160,14 @@ def copy(folder: Path, to: Path) -> None:
             tmp.chmod(0o644)
     for path in [to, *(path for path in to.rglob("*") if path.is_dir())]:
         path.chmod(0o755)
+
+
+def check_new(to: Path, folder: Path) -> None:
+    """Raise ValueError if `to` is not empty or lies in the folder."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"{to}: not empty. Expected a new folder. Give another name.")
+    if to.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{to}: within {folder}. Expected a folder elsewhere. Give another name.")
 
 
 def _clear(folder: Path) -> None:
@@ -184,8 +193,8 @@ def _is_ours(folder: Path) -> bool:
     return isinstance(found, dict) and found.get("model_type") == MODEL_TYPE
 
 
-def _place(path: Path, to: Path, link: bool) -> None:
-    """A hard link to the file, or a copy."""
+def place(path: Path, to: Path, link: bool) -> None:
+    """Put a hard link to the file at `to`, or a copy."""
     with artifact.publish(to) as tmp:
         try:
             if not link:

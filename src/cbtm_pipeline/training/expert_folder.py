@@ -107,6 +107,8 @@ def _readme(card: dict[str, Any], architecture: str) -> str:
     name, plan = card["expert"], card["made_with"]
     if name == "seed":
         title, what = "Seed model", "the seed model that every expert starts from"
+    elif "branch" in plan:
+        title, what = f"Expert {name}", "an expert that was added to a finished run, from its nearest expert"
     elif plan["data"] == "corpus":
         title, what = f"Dense model ({name})", "a dense model on the whole corpus, the baseline"
     elif plan["data"] == "clusters":
