@@ -36,9 +36,10 @@ rule eval_ensemble:
         launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
         cards=lambda wildcards, input: beside(input.experts, "card.json"),
+        merge=["--shards", f"{OUT}/shards/manifest.json"] if CONFIG.eval.merge else [],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} --out {output.metrics:q} --log {log:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
 
