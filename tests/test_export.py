@@ -54,3 +54,8 @@ def test_without_a_result_one_line_says_so(tmp_path: Path, capsys) -> None:
     assert made.command(export.main, tmp_path / "copy", "--outdir", tmp_path / "none") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}/none/ensemble: no ensemble. Expected ")
+
+
+def test_a_mixture_of_experts_needs_the_run_for_its_routers(outdir: Path, tmp_path: Path, capsys) -> None:
+    assert made.command(export.main, tmp_path / "moe", "--moe", "--outdir", outdir) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "moe").exists()

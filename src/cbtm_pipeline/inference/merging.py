@@ -62,12 +62,13 @@ class Merger:
         return math.sqrt(max(square - norm2, 0) / max(norm2, 1e-30))
 
     def score(self, document: np.ndarray, context: int, stride: int) -> np.ndarray:
-        """Log-probability of each token of `[sep, x_0, ...]`, (n,) float32, in windows as in the evaluation."""
+        """Log-probability of each token of `[sep, x_0, ...]`, (n,) float32, in the windows of the evaluation."""
         import torch
 
         scored = np.empty(len(document) - 1, np.float32)
         for start, first, stop in windows(len(scored), context, stride):
-            ids = torch.from_numpy(document[start : stop + 1].astype(np.int64))[None].to(self.net.device)
+            ids = torch.from_numpy(document[start : stop + 1].astype(np.int64))[None]
+            ids = ids.to(self.net.device)
             with torch.inference_mode():
                 logits = self.net(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
                 logprob_T = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu().numpy()
