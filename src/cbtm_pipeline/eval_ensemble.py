@@ -20,7 +20,8 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, scored, sweep, systems, verdict
+from cbtm_pipeline.mixture import bootstrap, scored, sweep, switches, systems, verdict
+from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
@@ -79,6 +80,7 @@ def evaluate(
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
+    metrics["texts"] = _texts(metrics, reported)
     if models:
         from cbtm_pipeline.inference import merging  # only here: it needs torch
 
@@ -105,6 +107,15 @@ def read_models(
     for name, folder in zip(plans.cluster_experts(cfg), folders, strict=True):
         artifact.check_file(folder / "model.safetensors", found.cards[name]["weights"], "Make it again.")
     return Models(documents, folders)
+
+
+def _texts(metrics: dict[str, Any], reported: Scored) -> list[dict[str, Any]]:
+    """Documents that show how the best mixture switches between experts."""
+    best, names = verdict.headline(metrics), metrics["matrix"]["experts"]
+    held_out = HeldOut(reported.experts(names), reported.d2_NK, reported.offsets)
+    setting = Setting(**{name: best[name] for name in Setting._fields})
+    logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting)
+    return switches.examples(logw_NK, reported.offsets, reported.doc_id_D)
 
 
 def _complete_rows(

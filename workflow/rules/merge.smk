@@ -59,13 +59,14 @@ rule report:
     params:
         launch=launch("report"),
         logs=lambda wildcards, input: beside(input.experts, "metrics.jsonl"),
+        tokenizer=f"{OUT}/tokenizer/tokenizer.json",
         records=[
             f"{OUT}/{records.PLACES[rule].record.format(expert)}"
             for rule, expert in records.SHOWN.items()
         ],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
-        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --out {output:q} --log {log:q}"
+        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} --out {output:q} --log {log:q}"
 
 
 # The result as one model. `all` asks for it where the model can be what was evaluated (stale.packs).

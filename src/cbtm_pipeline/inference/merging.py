@@ -62,7 +62,7 @@ class Merger:
         return math.sqrt(max(square - norm2, 0) / max(norm2, 1e-30))
 
     def score(self, document: np.ndarray, context: int, stride: int) -> np.ndarray:
-        """Log-probability of each token of `[sep, x_0, ...]`, (n,) float32, in the windows of the evaluation."""
+        """Log-probability of each token of `[sep, x_0, ...]`, (n,) float32, in the evaluation's windows."""
         import torch
 
         scored = np.empty(len(document) - 1, np.float32)

@@ -1,9 +1,9 @@
 """The experts as one mixture-of-experts model of a stock architecture, as Branch-Train-MiX makes it.
 
-Feed-forwards become the experts of each layer.
-All other tensors are averaged (BTX, arXiv 2403.07816), which
-is exact where only feed-forwards were trained. The router of each layer is the ridge regression from the hidden
-states of the averaged model onto the cluster of the text (DUME, arXiv 2603.29765): it needs no training.
+Feed-forwards become the experts of each layer. All other tensors are averaged (BTX, arXiv 2403.07816), which
+is exact where only feed-forwards were trained. The router of each layer is the ridge regression from the
+hidden states of the averaged model onto the cluster of the text (DUME, arXiv 2603.29765): it needs no
+training.
 
 Shapes: E experts, N tokens, H hidden size, B sequences, T tokens of one.
 """
