@@ -27,7 +27,8 @@ tags: [cluster-branch-train-merge, mixture-of-experts]
 The feed-forwards of {k} expert language models (Cluster-Branch-Train-Merge,
 [Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)) are the experts of each layer; {n_active} run
 for each token. All other weights are averages ([BTX](https://arxiv.org/abs/2403.07816)). The routers are
-ridge regressions onto the clusters ([DUME](https://arxiv.org/abs/2603.29765)), trained for {n_steps} more steps.
+ridge regressions onto the clusters ([DUME](https://arxiv.org/abs/2603.29765)), trained for {n_steps} more
+steps.
 
 It is not the ensemble: it predicts other probabilities. The licences of the training texts, and of the model
 that the experts began as, apply to what you do with it.
