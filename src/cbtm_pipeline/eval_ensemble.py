@@ -80,7 +80,7 @@ def evaluate(
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
-    metrics["texts"] = _texts(metrics, reported)
+    metrics["texts"] = _texts(metrics, reported, np.flatnonzero(~is_calibration_D))
     if models:
         from cbtm_pipeline.inference import merging  # only here: it needs torch
 
@@ -109,13 +109,14 @@ def read_models(
     return Models(documents, folders)
 
 
-def _texts(metrics: dict[str, Any], reported: Scored) -> list[dict[str, Any]]:
-    """Documents that show how the best mixture switches between experts."""
+def _texts(metrics: dict[str, Any], reported: Scored, row_D: np.ndarray) -> list[dict[str, Any]]:
+    """Documents that show how the best mixture switches between experts. `row`: among all held-out ones."""
     best, names = verdict.headline(metrics), metrics["matrix"]["experts"]
     held_out = HeldOut(reported.experts(names), reported.d2_NK, reported.offsets)
     setting = Setting(**{name: best[name] for name in Setting._fields})
     logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting)
-    return switches.examples(logw_NK, reported.offsets, reported.doc_id_D)
+    found = switches.examples(logw_NK, reported.offsets, reported.doc_id_D)
+    return [{**one, "row": int(row_D[one["row"]])} for one in found]
 
 
 def _complete_rows(

@@ -99,18 +99,19 @@ def read_texts(files: Files, metrics: dict[str, Any], shards: dict[str, Any]) ->
     """The documents of the entry `texts` of metrics.json, by token. Each held-out shard is verified."""
     from tokenizers import Tokenizer
 
-    wanted = {one["doc_id"]: one for one in metrics.get("texts", [])}
+    wanted = {one["row"]: one for one in metrics.get("texts", [])}
     tokenizer, found = Tokenizer.from_file(str(files.tokenizer)), {}
-    for doc_id, document in heldout.documents(files.shards.parent, shards, None) if wanted else ():
-        if (one := wanted.get(str(doc_id))) and doc_id not in found:
+    held_out = heldout.documents(files.shards.parent, shards, None) if wanted else ()
+    for row, (_, document) in enumerate(held_out):
+        if one := wanted.get(row):
             ids, pieces, done = document[1 : 1 + len(one["expert"])].tolist(), [], ""
             for i in range(len(ids)):
                 text = tokenizer.decode(ids[: i + 1], skip_special_tokens=False)
                 whole = "" if text.endswith("\ufffd") and i + 1 < len(ids) else text[len(done) :]
                 pieces.append(whole)  # a token within a character adds nothing
                 done = text if whole else done
-            found[doc_id] = texts.Text(doc_id, one["n_switches"], pieces, one["expert"])
-    return [found[doc_id] for doc_id in wanted if doc_id in found]
+            found[row] = texts.Text(one["doc_id"], one["n_switches"], pieces, one["expert"])
+    return [found[row] for row in wanted if row in found]
 
 
 def _read_training(path: Path, metrics: Path, result: dict[str, Any]) -> tuple[str, dict[str, Any], Curve]:

@@ -99,8 +99,8 @@ def perplexity(net: Any, outdir: Path, cfg: Any, calibration_share: float) -> fl
     """Perplexity on the documents that metrics.json reports on, in the same windows. `cfg` is the run's."""
     manifest = artifact.read_sealed(outdir / "shards/manifest.json", "shards")
     found = list(heldout.documents(outdir / "shards", manifest, cfg.eval.max_document_tokens))
-    ids_D = np.array([doc_id for doc_id, _ in found])
-    is_calibration_D = heldout.calibration_documents(ids_D, calibration_share, cfg.seed)
+    arrays, _ = artifact.read_npz(outdir / "route/distances.npz", "distances")  # the ids in the same order
+    is_calibration_D = heldout.calibration_documents(arrays["doc_id"], calibration_share, cfg.seed)
     total, n = 0.0, 0
     for (_, document), skip in zip(found, is_calibration_D.tolist(), strict=True):
         if skip:

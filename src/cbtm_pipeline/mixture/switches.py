@@ -19,7 +19,10 @@ def examples(logw_NK: np.ndarray, offsets: np.ndarray, doc_id_D: np.ndarray) -> 
         begin, end = int(offsets[i]), int(min(offsets[i + 1], offsets[i] + MAX_TOKENS))
         if end - begin >= LEAST_TOKENS:
             expert_T = logw_NK[begin:end].argmax(1)
-            found.append((-int(np.count_nonzero(np.diff(expert_T))), str(doc_id), expert_T.tolist()))
+            found.append((-int(np.count_nonzero(np.diff(expert_T))), str(doc_id), expert_T.tolist(), i))
     found.sort()
     places = sorted({0, len(found) // 2, len(found) - 1}) if found else []
-    return [{"doc_id": found[i][1], "n_switches": -found[i][0], "expert": found[i][2]} for i in places]
+    return [
+        {"doc_id": found[i][1], "n_switches": -found[i][0], "expert": found[i][2], "row": found[i][3]}
+        for i in places
+    ]
