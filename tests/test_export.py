@@ -1,6 +1,7 @@
 """`cbtm export`: a verified copy of the ensemble."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,10 @@ def test_without_a_result_one_line_says_so(tmp_path: Path, capsys) -> None:
     assert made.command(export.main, tmp_path / "copy", "--outdir", tmp_path / "none") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}/none/ensemble: no ensemble. Expected ")
+
+
+def test_a_mixture_of_experts_needs_the_run_for_its_routers(outdir: Path, tmp_path: Path, capsys) -> None:
+    run = shutil.copytree(outdir, tmp_path / "results")
+    (run / "assignments/manifest.json").unlink()
+    assert made.command(export.main, tmp_path / "moe", "--moe", "--outdir", run) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "moe").exists()

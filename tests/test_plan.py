@@ -153,7 +153,7 @@ def other(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [value[:-1] or ["new.jsonl"], [0.5], [0.8, 0.9], ["new.jsonl"], [7]]
     if isinstance(value, str):
-        return ["new", "block", "documents", "steps", "cosine", "float32"]
+        return ["new", "block", "documents", "steps", "feed-forward", "cosine", "float32"]
     return [value / 2, int(value) + 1, int(value) + 1 << 12, 0.29]
 
 

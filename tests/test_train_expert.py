@@ -435,3 +435,51 @@ def test_a_seed_of_another_tokenizer_is_refused(outdir, tmp_path):
     files = artifact.read_sealed(card.with_name("files.json"), "expert_files")["files"]
     change_json(card.with_name("files.json"), files={**files, card.name: artifact.identity(card)})
     refused(tmp_path, "0", r"experts/seed/model\.safetensors: made from another tokenizer")
+
+
+# --- only the feed-forwards -----------------------------------------------------------------------
+
+
+def test_with_only_feed_forward_all_other_tensors_stay_the_seeds(outdir):
+    from safetensors.numpy import load_file
+
+    cfg, where = made.make_config(only="feed-forward"), made.files(outdir, "0", to="feed-forward")
+    made.train(cfg, where, "0")
+    seed = load_file(outdir / "experts/seed/model.safetensors")
+    expert = load_file(where.out)
+    assert seed.keys() == expert.keys()
+    changed = {name for name, tensor in expert.items() if tensor.tobytes() != seed[name].tobytes()}
+    assert changed == {name for name in seed if ".mlp." in name}
+
+
+def test_a_stopped_training_of_feed_forwards_goes_on(outdir):
+    cfg = made.make_config(only="feed-forward", run=made.NOW)
+    whole = made.train(cfg, made.files(outdir, "0", to="whole"), "0")
+    where = made.files(outdir, "0", to="stopped")
+    assert made.train(cfg, where, "0", made.stop_after(4)) == b""
+    assert made.train(cfg, where, "0") == whole
+
+
+def test_only_is_a_matter_of_experts():
+    plans = plan.trainings(made.make_config(only="feed-forward"))
+    assert {name for name, one in plans.items() if "only" in one.content()} == {
+        "0",
+        "1",
+        "random-0",
+        "random-1",
+    }
+    assert not any("only" in one.content() for one in plan.trainings(made.make_config()).values())
+
+
+def test_feed_forwards_are_known_of_each_architecture():
+    sizes = {
+        "opt": {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, "num_hidden_layers": 1},
+        "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+        "gpt_neox": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+    }
+    for kind, keys in sizes.items():
+        heads = {} if kind == "gpt2" else {"num_attention_heads": 2}
+        net = model.scratch({"model_type": kind, **keys, **heads}, 300, 0, 16, 0)
+        model.train_feed_forwards_only(net)
+        trained = {name for name, p in net.named_parameters() if p.requires_grad}
+        assert trained and all(".mlp." in name or ".fc" in name for name in trained)

@@ -24,6 +24,8 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
     ("run", "keep_replaced"): True,
     ("route", "hysteresis"): [1.0],
     ("route", "fix_after"): [],
+    ("train", "only"): "all",
+    ("eval", "merge"): False,
 }
 
 
@@ -129,6 +131,7 @@ class Train(_Section):
     recompute: bool | None
     precision: Literal["auto", "float32", "bf16"]
     compile: bool | None
+    only: Literal["all", "feed-forward"]
 
 
 class Route(_Section):
@@ -147,6 +150,7 @@ class Eval(_Section):
     max_document_tokens: Count | None
     stride: Count
     bootstrap: Count
+    merge: bool
 
 
 class Run(_Section):

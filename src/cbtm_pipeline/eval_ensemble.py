@@ -11,7 +11,7 @@ routers' settings. The numbers are of the other part.
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, scored, sweep, systems, verdict
+from cbtm_pipeline.mixture import bootstrap, scored, sweep, switches, systems, verdict
+from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
@@ -30,8 +31,17 @@ TABLE = "table.txt"  # beside metrics.json
 Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert
 
 
-def evaluate(cfg: config.Config, held_out: Scored, cards: Cards) -> dict[str, Any]:
-    """Return the content of metrics.json without its meta record.
+class Models(NamedTuple):
+    """Held-out documents `[sep, x_0, ...]` in the order of the scores, and the cluster experts' folders."""
+
+    documents: list[np.ndarray]
+    folders: list[Path]
+
+
+def evaluate(
+    cfg: config.Config, held_out: Scored, cards: Cards, models: Models | None = None
+) -> dict[str, Any]:
+    """Return the content of metrics.json without its meta record. `models` are there with eval.merge.
 
     Raises ValueError when there are too few documents to calibrate on.
     """
@@ -70,7 +80,43 @@ def evaluate(cfg: config.Config, held_out: Scored, cards: Cards) -> dict[str, An
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
+    metrics["texts"] = _texts(metrics, reported, np.flatnonzero(~is_calibration_D))
+    if models:
+        from cbtm_pipeline.inference import merging  # only here: it needs torch
+
+        score, rows_D = plans.score_expert(cfg), np.flatnonzero(~is_calibration_D)
+        documents = [models.documents[i] for i in rows_D.tolist()]
+        about = reported, documents, models.folders, score.context, score.stride
+        metrics["merge"] = merging.compare(metrics, *about)
     return {**metrics, "verdict": verdict.sentences(metrics)}
+
+
+def read_models(
+    shards: Path, held_out: str, cfg: config.Config, found: scored.Found, cards: list[Path]
+) -> Models:
+    """What eval.merge needs. Raises ValueError if a file is not the one that was scored."""
+    manifest = artifact.read_sealed(shards, "shards")
+    if manifest["identity_eval"] != held_out:
+        raise ValueError(
+            f"{shards}: other held-out text than was scored. Expected the same. Start the workflow again."
+        )
+    limit = plans.score_expert(cfg).max_document_tokens
+    documents = [document for _, document in heldout.documents(shards.parent, manifest, limit)]
+    by_name = {path.parent.name: path.parent for path in cards}
+    folders = [by_name[name] for name in plans.cluster_experts(cfg)]
+    for name, folder in zip(plans.cluster_experts(cfg), folders, strict=True):
+        artifact.check_file(folder / "model.safetensors", found.cards[name]["weights"], "Make it again.")
+    return Models(documents, folders)
+
+
+def _texts(metrics: dict[str, Any], reported: Scored, row_D: np.ndarray) -> list[dict[str, Any]]:
+    """Documents that show how the best mixture switches between experts. `row`: among all held-out ones."""
+    best, names = verdict.headline(metrics), metrics["matrix"]["experts"]
+    held_out = HeldOut(reported.experts(names), reported.d2_NK, reported.offsets)
+    setting = Setting(**{name: best[name] for name in Setting._fields})
+    logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting)
+    found = switches.examples(logw_NK, reported.offsets, reported.doc_id_D)
+    return [{**one, "row": int(row_D[one["row"]])} for one in found]
 
 
 def _complete_rows(
@@ -220,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
+    p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
     p.add_argument("--out", required=True, type=Path, help="metrics.json; table.txt is written beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -230,7 +277,12 @@ def main(argv: list[str] | None = None) -> None:
     expected = scored.Expected(cfg.outdir, experts, k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
     check_data(found, args.experts, args.clusters)
-    metrics = evaluate(cfg, found.scored, found.cards)
+    models = None
+    if cfg.eval.merge:
+        if args.shards is None:
+            p.error("--shards: expected with eval.merge.")
+        models = read_models(args.shards, found.distances["made_from"]["held_out"], cfg, found, args.experts)
+    metrics = evaluate(cfg, found.scored, found.cards, models)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")

@@ -143,6 +143,7 @@ class TrainingPlan(Plan):
     recompute: bool | None  # compute activations again in the backward pass; None: where memory needs it
     precision: Literal["auto", "float32", "bf16"]
     compile: bool | None  # torch.compile; None: on a GPU
+    only: Literal["all", "feed-forward"] = dataclasses.field(default="all", kw_only=True)
 
     @property
     def step_tokens(self) -> int:
@@ -190,6 +191,7 @@ class EvalPlan(Plan):
     rng_seed: int
     hysteresis: tuple[float, ...] = (1.0,)
     fix_after: tuple[int, ...] = ()
+    merge: bool = False
 
 
 def cluster_experts(config: Config) -> list[str]:
@@ -273,12 +275,12 @@ def train_expert(c: Config, expert: str) -> TrainingPlan:
     data, group = data_of(expert)
     keys = _values(t, without={"batch_size", "steps", "seed_share", "seed_batch_size", "dense", "controls"})
     about: dict[str, Any] = {"expert": expert, "data": data, "group": group, "rng_seed": c.seed, **keys}
+    about["only"] = t.only if data != "corpus" else "all"  # seed and dense models train all
     total = t.steps * t.batch_size  # sequences of every phase-two system
 
     if expert == "seed":
         sequences = t.seed_share / (1 - t.seed_share) * total if c.model.pretrained is None else 0
-        about |= {"pretrained": c.model.pretrained, "scratch": scratch(c)}
-        about |= {"revision": c.model.revision} if c.model.pretrained else {}
+        about |= {"pretrained": c.model.pretrained, "scratch": scratch(c), "revision": c.model.revision}
         return SeedPlan(**about, n_steps=round(sequences / t.seed_batch_size), batch_size=t.seed_batch_size)
     if expert == "dense-batch" or (expert == "dense" and t.dense == "batch"):
         return TrainingPlan(**about, n_steps=t.steps, batch_size=t.batch_size)
@@ -301,9 +303,8 @@ def route(c: Config) -> RoutePlan:
 
 
 def eval_ensemble(c: Config) -> EvalPlan:
-    return EvalPlan(
-        **_values(c.route, without={"window_tokens"}), bootstrap=c.eval.bootstrap, rng_seed=c.seed
-    )
+    tried = _values(c.route, without={"window_tokens"})
+    return EvalPlan(**tried, bootstrap=c.eval.bootstrap, rng_seed=c.seed, merge=c.eval.merge)
 
 
 def ensemble(c: Config) -> EnsemblePlan:

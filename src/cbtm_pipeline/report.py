@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from cbtm_pipeline import plan
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
-from cbtm_pipeline.html import charts, sections
+from cbtm_pipeline.corpus import heldout
+from cbtm_pipeline.html import charts, sections, texts
 from cbtm_pipeline.html.page import Html, Number, count, join, page, section, table, tag
 from cbtm_pipeline.provenance import made_from, records
 from cbtm_pipeline.training import expert_folder
@@ -38,6 +39,7 @@ class Report(NamedTuple):
     losses: dict[str, Curve]  # by expert, from its training log
     plans: dict[str, dict[str, Any]]  # by rule, and of each training by expert: what each was made with
     made_from: dict[str, str]
+    examples: Sequence[texts.Text] = ()  # documents coloured by expert
 
 
 class Files(NamedTuple):
@@ -49,6 +51,7 @@ class Files(NamedTuple):
     shards: Path
     training: Sequence[Path]
     records: Sequence[Path]
+    tokenizer: Path | None = None
 
 
 def read(files: Files) -> Report:
@@ -88,7 +91,27 @@ def read(files: Files) -> Report:
     order = list(records.PLACES)
     jobs = sorted(shown, key=lambda job: (order.index(job.partition(" ")[0]), job))
     plans = {job: shown[job]["made_with"] for job in jobs}
-    return Report(metrics, terms["top_terms"], clusters, shards, losses, plans, identities)
+    shown_texts = read_texts(files, metrics, shards) if files.tokenizer else []
+    return Report(metrics, terms["top_terms"], clusters, shards, losses, plans, identities, shown_texts)
+
+
+def read_texts(files: Files, metrics: dict[str, Any], shards: dict[str, Any]) -> list[texts.Text]:
+    """The documents of the entry `texts` of metrics.json, by token. Each held-out shard is verified."""
+    from tokenizers import Tokenizer
+
+    wanted = {one["row"]: one for one in metrics.get("texts", [])}
+    tokenizer, found = Tokenizer.from_file(str(files.tokenizer)), {}
+    held_out = heldout.documents(files.shards.parent, shards, None) if wanted else ()
+    for row, (_, document) in enumerate(held_out):
+        if one := wanted.get(row):
+            ids, pieces, done = document[1 : 1 + len(one["expert"])].tolist(), [], ""
+            for i in range(len(ids)):
+                text = tokenizer.decode(ids[: i + 1], skip_special_tokens=False)
+                whole = "" if text.endswith("\ufffd") and i + 1 < len(ids) else text[len(done) :]
+                pieces.append(whole)  # a token within a character adds nothing
+                done = text if whole else done
+            found[row] = texts.Text(one["doc_id"], one["n_switches"], pieces, one["expert"])
+    return [found[row] for row in wanted if row in found]
 
 
 def _read_training(path: Path, metrics: Path, result: dict[str, Any]) -> tuple[str, dict[str, Any], Curve]:
@@ -230,6 +253,7 @@ def render(report: Report) -> str:
         sections.systems(metrics),
         sections.routers(metrics),
         clusters_section(report),
+        *([texts.texts_section(report.examples, metrics["matrix"]["experts"])] if report.examples else []),
         sections.heat_map(metrics),
         training_section(report),
         sections.compute(metrics),
@@ -255,11 +279,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--records", type=Path, nargs="*", default=[], help="further artifacts whose plans the page shows"
     )
+    p.add_argument("--tokenizer", type=Path, help="tokenizer.json, to show texts coloured by expert")
     p.add_argument("--out", required=True, type=Path, help="report.html")
     args = p.parse_args(argv)
     cli.start_logging("report", args.log)
 
     files = Files(args.metrics, args.top_terms, args.assignments, args.shards, args.training, args.records)
+    files = files._replace(tokenizer=args.tokenizer)
     report = read(files)
     with artifact.publish(args.out) as tmp:
         tmp.write_text(render(report), "utf-8")

@@ -22,6 +22,7 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.corpus import heldout
+from cbtm_pipeline.corpus.windows import windows
 from cbtm_pipeline.provenance import made_from
 from cbtm_pipeline.training import expert_folder, model
 
@@ -41,20 +42,6 @@ class Window(NamedTuple):
     tokens: np.ndarray
     n_context: int
     rows: slice
-
-
-def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, first, stop) for each window of a document with `n_tokens` tokens.
-
-    The model reads inputs start ... stop - 1; the predictions of inputs first ... stop - 1 are scored. Input
-    t predicts token x_t, t < n_tokens; input 0 is the separator. Every token is scored exactly once. No
-    window has more than `context` inputs. A token is predicted from at least context - stride + 1 inputs (the
-    separator counts), or from all inputs before it if there are fewer.
-    """
-    first, stop = 0, min(n_tokens, context)
-    while first < stop:
-        yield max(0, stop - context), first, stop
-        first, stop = stop, min(n_tokens, stop + stride)
 
 
 def cut(documents: Sequence[np.ndarray], context: int, stride: int) -> Iterator[Window]:

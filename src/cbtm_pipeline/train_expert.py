@@ -85,7 +85,10 @@ def start_from(
     assert files.seed_model is not None
     card = expert_folder.read_card(files.seed_model)
     artifact.check_made_from(files.seed_model, card, "tokenizer", tokenizer["identity"])
-    return Start(model.load(files.seed_model.parent), card, None)
+    net = model.load(files.seed_model.parent)
+    if plan.only == "feed-forward":
+        model.train_feed_forwards_only(net)
+    return Start(net, card, None)
 
 
 def train_and_publish(

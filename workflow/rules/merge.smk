@@ -36,9 +36,10 @@ rule eval_ensemble:
         launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
         cards=lambda wildcards, input: beside(input.experts, "card.json"),
+        merge=["--shards", f"{OUT}/shards/manifest.json"] if CONFIG.eval.merge else [],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} --out {output.metrics:q} --log {log:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
 
@@ -58,13 +59,14 @@ rule report:
     params:
         launch=launch("report"),
         logs=lambda wildcards, input: beside(input.experts, "metrics.jsonl"),
+        tokenizer=f"{OUT}/tokenizer/tokenizer.json",
         records=[
             f"{OUT}/{records.PLACES[rule].record.format(expert)}"
             for rule, expert in records.SHOWN.items()
         ],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
-        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --out {output:q} --log {log:q}"
+        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} --out {output:q} --log {log:q}"
 
 
 # The result as one model. `all` asks for it where the model can be what was evaluated (stale.packs).

@@ -20,6 +20,7 @@ Shapes: B sequences, T new columns, C columns of a block, K experts, D dimension
 import copy
 import functools
 import inspect
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ FIRST_BLOCKS = (8, 64)  # ends of the first blocks: a text's first weights chang
 ROUTER, RECORD = "router.safetensors", "files.json"
 NO_EVIDENCE = 1.0  # squared distance of a prefix without a usable term: equally far from all centres
 MERGED = -1  # the number under which a cache keeps the merged model
+FAR = 0.2  # experts whose spread is larger do not average: those of a young seed lie 0.5 to 0.7 away
+log = logging.getLogger("cbtm")
 # transformers 5.24 has renamed the argument
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -475,6 +478,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         )  # shows where `to` has moved the model
         self.experts = nn.ModuleDict()  # those in memory, the least recently used first
         self.latest = ""  # the name of the last
+        self.spread = 0.0  # of the experts that were merged last
         self.n_passes = 0  # columns that went through an expert, over all sequences: the cost
         self.eval()
 
@@ -759,17 +763,27 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def merge(self, weight_K: Sequence[float] | np.ndarray) -> PreTrainedModel:
-        """A model whose weights are the mean of the experts' with these weights (TTMM, arXiv 2505.14136)."""
+        """A model whose weights are the mean of the experts' with these weights (TTMM, arXiv 2505.14136).
+
+        A line is logged if the experts are too far apart to average: their root mean square distance from
+        the mean, divided by its norm, is `spread`.
+        """
         mean: dict[str, torch.Tensor] = {}
-        merged = None
+        merged, square = None, 0.0
         for j in np.flatnonzero(weight_K).tolist():  # one expert after the other: few have to be in memory
             net = self.expert(j)
             merged = copy.deepcopy(net) if merged is None else merged
             for name, tensor in net.named_parameters():
                 part = float(weight_K[j]) * tensor.float()
+                square += float((part * tensor).sum())
                 mean[name] = mean[name] + part.to(mean[name].device) if name in mean else part
         if merged is None:
             raise ValueError(_wrong("weight_K", "no expert", "at least one weight above 0"))
+        norm2 = sum(float(tensor.square().sum()) for tensor in mean.values())
+        self.spread = math.sqrt(max(square - norm2, 0) / max(norm2, 1e-30))
+        if self.spread > FAR:
+            found = f"experts {self.spread:.2f} of their mean's norm away from it"
+            log.warning(_wrong("mode merge", found, f"at most {FAR}, or their average predicts badly"))
         for name, tensor in merged.named_parameters():
             tensor.copy_(mean[name])
         return merged

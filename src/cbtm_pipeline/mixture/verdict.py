@@ -59,7 +59,8 @@ def dense_kind(metrics: dict[str, Any], name: str) -> str:
 
 def sentences(metrics: dict[str, Any]) -> list[str]:
     """Compare the headline ensemble with dense models and other mixtures, and random clusters with dense."""
-    return [*_against_dense(metrics), *_against_others(metrics), *_random_clusters(metrics)]
+    found = [*_against_dense(metrics), *_against_others(metrics), *_random_clusters(metrics)]
+    return [*found, *([_merged(metrics["merge"])] if "merge" in metrics else [])]
 
 
 def _against_dense(metrics: dict[str, Any]) -> list[str]:
@@ -96,6 +97,18 @@ def _random_clusters(metrics: dict[str, Any]) -> list[str]:
         for row in metrics["systems"]
         if row["system"] == "random"
     ]
+
+
+def _merged(merge: dict[str, Any]) -> str:
+    """What one model of averaged weights for each document gives, beside the others on the same tokens."""
+    first, *others = (
+        f"{row['system']} {row['perplexity']:.2f} ({row['passes']:.2f} passes)" for row in merge["systems"]
+    )
+    return (
+        f"Merging at test time, perplexity after prompts of {merge['prompt_tokens']:.0f} tokens: {first}; "
+        f"{', '.join(others)}. {merge['averaged']:.1f} experts averaged "
+        f"({merge['effective']:.2f} in effect), {merge['spread']:.2f} of their mean's norm apart."
+    )
 
 
 def _outcome(ci95: list[float], below: str, above: str) -> str:

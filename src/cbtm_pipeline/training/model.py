@@ -184,6 +184,27 @@ def layers(model: "PreTrainedModel") -> torch.nn.ModuleList:
     return next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
 
 
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "fc1", "fc2")  # what models call it in a layer
+
+
+def train_feed_forwards_only(model: "PreTrainedModel") -> None:
+    """Freeze all parameters but those of the layers' feed-forwards.
+
+    Raises ValueError for a model whose layers have none that this module knows.
+    """
+    model.requires_grad_(False)
+    blocks = [
+        part for layer in layers(model) for name, part in layer.named_children() if name in FEED_FORWARD
+    ]
+    if not blocks:
+        raise ValueError(
+            f"train.only: feed-forward, but a layer of {type(model).__name__} has none that is known. "
+            f"Expected one named {', '.join(FEED_FORWARD)}. Set train.only to all."
+        )
+    for block in blocks:
+        block.requires_grad_(True)
+
+
 def n_parameters(model: "PreTrainedModel") -> int:
     """The number of parameters. Those that layers share count once."""
     return sum(p.numel() for p in model.parameters())

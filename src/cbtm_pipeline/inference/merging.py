@@ -1,0 +1,141 @@
+"""Merging at test time: one model of averaged weights for each document, beside the ensemble (TTMM).
+
+The first `prefix(n)` of a document's n tokens are its prompt. The router's weights after them average the
+experts' weights (arXiv 2505.14136). The merged model reads the whole document, and its tokens after the
+prompt are scored: the same tokens for all systems that are compared.
+
+Shapes: D documents, K experts, N tokens of all documents.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbtm_pipeline.base.cli import Progress, log
+from cbtm_pipeline.corpus.windows import windows
+from cbtm_pipeline.mixture import ensemble, verdict
+from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
+from cbtm_pipeline.mixture.scored import Scored
+
+PREFIX = 32  # tokens of a prompt, at most
+FAR = 0.2  # a spread above which averages predict badly; as in modeling_cbtm
+
+
+def prefix(n_tokens_D: np.ndarray) -> np.ndarray:
+    """Tokens of each document's prompt: a quarter of it, at most PREFIX."""
+    return np.minimum(PREFIX, n_tokens_D // 4)
+
+
+class Merger:
+    """Experts whose weights are averaged anew for each document."""
+
+    def __init__(self, folders: Sequence[Path]):
+        from cbtm_pipeline.base import device
+        from cbtm_pipeline.training import model
+
+        nets = [model.load(folder).eval() for folder in folders]
+        self.net = copy.deepcopy(nets[0])
+        device.move(self.net)
+        self.parts = [dict(net.named_parameters()) for net in nets]
+
+    def merge(self, weight_K: np.ndarray) -> float:
+        """Average the experts. Returns their spread.
+
+        That is the root mean square of their distances from the mean, divided by its norm.
+        """
+        import torch
+
+        square, norm2 = 0.0, 0.0
+        with torch.no_grad():
+            for name, target in self.net.named_parameters():
+                mean = torch.zeros_like(self.parts[0][name])
+                for j in np.flatnonzero(weight_K).tolist():
+                    tensor = self.parts[j][name]
+                    mean.add_(tensor, alpha=float(weight_K[j]))
+                    square += float(weight_K[j]) * float(tensor.square().sum())
+                norm2 += float(mean.square().sum())
+                target.copy_(mean)
+        return math.sqrt(max(square - norm2, 0) / max(norm2, 1e-30))
+
+    def score(self, document: np.ndarray, context: int, stride: int) -> np.ndarray:
+        """Log-probability of each token of `[sep, x_0, ...]`, (n,) float32, in the evaluation's windows."""
+        import torch
+
+        scored = np.empty(len(document) - 1, np.float32)
+        for start, first, stop in windows(len(scored), context, stride):
+            ids = torch.from_numpy(document[start : stop + 1].astype(np.int64))[None]
+            ids = ids.to(self.net.device)
+            with torch.inference_mode():
+                logits = self.net(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
+                logprob_T = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu().numpy()
+            scored[first:stop] = logprob_T[first - start :]
+        return scored
+
+
+def setting_of(row: dict[str, Any]) -> Setting:
+    """The setting of an ensemble's row of metrics.json."""
+    return Setting(**{name: row[name] for name in Setting._fields})
+
+
+def compare(
+    metrics: dict[str, Any],
+    reported: Scored,
+    documents: Sequence[np.ndarray],
+    folders: Sequence[Path],
+    context: int,
+    stride: int,
+) -> dict[str, Any]:
+    """The entry `merge` of metrics.json: perplexity and passes per token of the merged model, and of others.
+
+    `documents` are the reported ones, `[sep, x_0, ...]`; `folders` those of the cluster experts. The router
+    is the best mixture's. Logs a line if the experts are too far apart to average.
+    """
+    experts = metrics["matrix"]["experts"]
+    held_out = HeldOut(reported.experts(experts), reported.d2_NK, reported.offsets)
+    rows = [row for row in metrics["systems"] if row["system"] == "ensemble" and row["calibrated"]]
+    best, n_D = verdict.headline(metrics), prefix(reported.n_tokens_D)
+    position_N = np.arange(reported.offsets[-1]) - np.repeat(reported.offsets[:-1], reported.n_tokens_D)
+    scored_N = position_N >= np.repeat(n_D, reported.n_tokens_D)
+    logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting_of(best))
+    merged_N, spreads, used, effective = np.zeros(len(scored_N)), [], [], []
+    merger, progress = Merger(folders), Progress("merged", int(reported.offsets[-1]), "tokens")
+    for begin, n, document in zip(reported.offsets[:-1].tolist(), n_D.tolist(), documents, strict=True):
+        if len(document) > 1:
+            weight_K = np.exp(logw_NK[begin + n])
+            spreads.append(merger.merge(weight_K))
+            used.append(np.count_nonzero(weight_K))
+            effective.append(np.exp(-(weight_K[weight_K > 0] * np.log(weight_K[weight_K > 0])).sum()))
+            merged_N[begin : begin + len(document) - 1] = merger.score(document, context, stride)
+            progress.add(len(document) - 1)
+    spread = float(np.mean(spreads))
+    if spread > FAR:
+        log.warning(
+            "eval.merge: experts %.2f of their mean's norm away from it. Expected at most %g, or their "
+            "average predicts badly. Start from a pretrained seed (model.pretrained).",
+            *(spread, FAR),
+        )
+    prompts = np.where(scored_N[:, None], -np.inf, logw_NK)
+    passes = 1 + ensemble.passes_per_token(prompts, reported.offsets).sum() / len(scored_N)
+    systems = [_system("merge", merged_N[scored_N], float(passes))]
+    for row in rows:
+        weights_NK = ROUTERS[row["router"]].log_weights(held_out, setting_of(row))
+        mixed_N = ensemble.mix(held_out.logprob_NK, weights_NK)
+        systems.append(_system(verdict.label(row), mixed_N[scored_N], row["passes"]))
+    systems.append(_system("dense", reported.logprob["dense"][scored_N], 1.0))
+    return {
+        "prompt_tokens": float(n_D.mean()),
+        "n_tokens": int(scored_N.sum()),
+        "router": verdict.label(best),
+        "averaged": float(np.mean(used)),
+        "effective": float(np.mean(effective)),
+        "spread": spread,
+        "systems": systems,
+    }
+
+
+def _system(name: str, logprob_N: np.ndarray, passes: float) -> dict[str, Any]:
+    return {"system": name, "perplexity": math.exp(-float(np.mean(logprob_N, dtype=float))), "passes": passes}

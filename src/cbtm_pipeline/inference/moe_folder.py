@@ -1,0 +1,114 @@
+"""Write an ensemble as a mixture-of-experts folder that plain transformers and engines load."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import heldout, token_files
+from cbtm_pipeline.corpus.windows import windows
+from cbtm_pipeline.inference import moe, package
+from cbtm_pipeline.training import model
+
+N_SEQUENCES = 64  # of each cluster, that routers are fitted on
+BATCH = 8  # sequences of a step
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [cluster-branch-train-merge, mixture-of-experts]
+---
+# {k} experts as one {kind} model
+
+The feed-forwards of {k} expert language models (Cluster-Branch-Train-Merge,
+[Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)) are the experts of each layer; {n_active} run
+for each token. All other weights are averages ([BTX](https://arxiv.org/abs/2403.07816)). The routers are
+ridge regressions onto the clusters ([DUME](https://arxiv.org/abs/2603.29765)), trained for {n_steps} more
+steps.
+
+It is not the ensemble: it predicts other probabilities. The licences of the training texts, and of the model
+that the experts began as, apply to what you do with it.
+"""
+
+
+def training_texts(outdir: Path, names: Sequence[str], n_context: int) -> dict[int, list[torch.Tensor]]:
+    """Sequences (T,) of training tokens of each expert's cluster, from the start of the files.
+
+    Raises ValueError if the run's assignments are missing or damaged.
+    """
+    path = outdir / "assignments/manifest.json"
+    if not path.exists():
+        raise ValueError(
+            f"{path}: missing. Expected the run of the ensemble, on whose texts the routers are fitted. "
+            "Name it with --outdir."
+        )
+    manifest, found = artifact.read_sealed(path, "assignments"), {j: [] for j in range(len(names))}
+    for entry in manifest["shards"]:
+        file = path.with_name(f"{entry['name']}.arrow")
+        identities = token_files.read_identities(file, entry["identity"])
+        for j, name in enumerate(names):
+            values = token_files.read(file, int(name), identities[int(name)]).values
+            for begin in range(0, len(values), n_context):
+                if (
+                    len(found[j]) < N_SEQUENCES
+                    and len(part := values[begin : begin + n_context]) == n_context
+                ):
+                    found[j].append(torch.from_numpy(part.astype(np.int64)))
+    return found
+
+
+def write(outdir: Path, to: Path, n_steps: int) -> tuple[Any, Any]:
+    """Write the folder `to`. Returns the model, and the average of the experts.
+
+    Raises ValueError if `to` is not empty, or if the architecture has no twin.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"{to}: not empty. Expected a new folder. Give another name.")
+    folder = outdir / "ensemble"
+    package.verify(folder)
+    about = artifact.read_json(folder / "config.json")
+    names, n_active = about["experts"], about.get("n_active") or len(about["experts"])
+    paths = [folder / "experts" / name for name in names]
+    moe.twin(AutoConfig.from_pretrained(paths[0]), len(names), n_active)  # refuse before work is done
+    texts = training_texts(outdir, names, about["max_position_embeddings"])
+    experts = [model.load(path).eval() for path in paths]
+    made, mean = moe.build(experts, n_active), moe.average(experts)
+    moe.fit_routers(made, mean, texts)
+    pool = [ids for sequences in texts.values() for ids in sequences]
+    rng = np.random.default_rng(0)
+    order = [rng.choice(len(pool), min(BATCH, len(pool)), replace=False) for _ in range(n_steps)]
+    moe.train_routers(made, lambda step: torch.stack([pool[i] for i in order[step]]), n_steps)
+    logging.disable_progress_bar()
+    made.save_pretrained(to)
+    for path in folder.iterdir():
+        if path.name == "generation_config.json" or path.name.startswith(("tokenizer", "vocab", "merges")):
+            shutil.copyfile(path, to / path.name)
+    card = CARD.format(k=len(names), kind=made.config.model_type, n_active=n_active, n_steps=n_steps)
+    (to / "README.md").write_text(card, "utf-8")
+    return made, mean
+
+
+def perplexity(net: Any, outdir: Path, cfg: Any, calibration_share: float) -> float:
+    """Perplexity on the documents that metrics.json reports on, in the same windows. `cfg` is the run's."""
+    manifest = artifact.read_sealed(outdir / "shards/manifest.json", "shards")
+    found = list(heldout.documents(outdir / "shards", manifest, cfg.eval.max_document_tokens))
+    arrays, _ = artifact.read_npz(outdir / "route/distances.npz", "distances")  # the ids in the same order
+    is_calibration_D = heldout.calibration_documents(arrays["doc_id"], calibration_share, cfg.seed)
+    total, n = 0.0, 0
+    for (_, document), skip in zip(found, is_calibration_D.tolist(), strict=True):
+        if skip:
+            continue
+        for start, first, stop in windows(len(document) - 1, cfg.train.seq_len, cfg.eval.stride):
+            ids = torch.from_numpy(document[start : stop + 1].astype(np.int64))[None]
+            with torch.inference_mode():
+                logprob = net(input_ids=ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+            total -= float(logprob.gather(1, ids[0, 1:, None])[first - start :].sum())
+            n += stop - first
+    return float(np.exp(total / n))
