@@ -24,6 +24,7 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
     ("run", "keep_replaced"): True,
     ("route", "hysteresis"): [1.0],
     ("route", "fix_after"): [],
+    ("eval", "tasks"): [],
 }
 
 
@@ -147,6 +148,7 @@ class Eval(_Section):
     max_document_tokens: Count | None
     stride: Count
     bootstrap: Count
+    tasks: Annotated[list[Name], BeforeValidator(_list)]
 
 
 class Run(_Section):

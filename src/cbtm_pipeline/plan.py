@@ -20,25 +20,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from cbtm_pipeline import presets
+from cbtm_pipeline import plan_tasks, presets
 from cbtm_pipeline.config import Config
+from cbtm_pipeline.plan_base import Plan
 
 Data = Literal["corpus", "clusters", "random"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a rule depends on besides its input files. The base class itself: no config key at all."""
-
-    def content(self) -> dict[str, Any]:
-        """The plan as JSON types, as artifacts keep it.
-
-        A field that has its default is left out. So a new optional key reruns nothing of an old run. A path
-        to the corpus is left out, too: its content is an input (`made_from`).
-        """
-        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("path")]
-        kept = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -334,6 +320,8 @@ RULES: dict[str, Callable[..., Plan]] = {
     "eval_ensemble": eval_ensemble,
     "report": lambda c: Plan(),
     "ensemble": lambda c: Plan(),
+    "eval_task": plan_tasks.eval_task,
+    "tasks_table": lambda c: Plan(),
 }
 
 

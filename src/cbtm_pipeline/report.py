@@ -38,6 +38,7 @@ class Report(NamedTuple):
     losses: dict[str, Curve]  # by expert, from its training log
     plans: dict[str, dict[str, Any]]  # by rule, and of each training by expert: what each was made with
     made_from: dict[str, str]
+    tasks: dict[str, Any] | None = None  # eval/tasks.json
 
 
 class Files(NamedTuple):
@@ -49,6 +50,7 @@ class Files(NamedTuple):
     shards: Path
     training: Sequence[Path]
     records: Sequence[Path]
+    tasks: Path | None = None
 
 
 def read(files: Files) -> Report:
@@ -83,12 +85,13 @@ def read(files: Files) -> Report:
             f"--training: no log of {', '.join(missing)}. Expected the metrics.jsonl of every expert. "
             "Add it to the command line."
         )
-    identities = made_from.report(metrics, terms, clusters, shards, others)
+    tasks = artifact.read_sealed(files.tasks, "tasks") if files.tasks else None
+    identities = made_from.report(metrics, terms, clusters, shards, others, tasks)
     shown = {**others, "shard": shards, "assign": clusters, "eval_ensemble": metrics}
     order = list(records.PLACES)
     jobs = sorted(shown, key=lambda job: (order.index(job.partition(" ")[0]), job))
     plans = {job: shown[job]["made_with"] for job in jobs}
-    return Report(metrics, terms["top_terms"], clusters, shards, losses, plans, identities)
+    return Report(metrics, terms["top_terms"], clusters, shards, losses, plans, identities, tasks)
 
 
 def _read_training(path: Path, metrics: Path, result: dict[str, Any]) -> tuple[str, dict[str, Any], Curve]:
@@ -229,6 +232,7 @@ def render(report: Report) -> str:
         join([tag("h1", title), sections.lead(metrics)]),
         sections.systems(metrics),
         sections.routers(metrics),
+        *([sections.tasks(report.tasks)] if report.tasks else []),
         clusters_section(report),
         sections.heat_map(metrics),
         training_section(report),
@@ -255,11 +259,15 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--records", type=Path, nargs="*", default=[], help="further artifacts whose plans the page shows"
     )
+    p.add_argument("--tasks", type=Path, help="eval/tasks.json, if the models were given tasks")
     p.add_argument("--out", required=True, type=Path, help="report.html")
     args = p.parse_args(argv)
     cli.start_logging("report", args.log)
 
-    files = Files(args.metrics, args.top_terms, args.assignments, args.shards, args.training, args.records)
+    files = Files(
+        *(args.metrics, args.top_terms, args.assignments, args.shards),
+        *(args.training, args.records, args.tasks),
+    )
     report = read(files)
     with artifact.publish(args.out) as tmp:
         tmp.write_text(render(report), "utf-8")

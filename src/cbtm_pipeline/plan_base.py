@@ -1,0 +1,20 @@
+"""The base of all plans (plan.py)."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rule depends on besides its input files. The base class itself: no config key at all."""
+
+    def content(self) -> dict[str, Any]:
+        """The plan as JSON types, as artifacts keep it.
+
+        A field that has its default is left out. So a new optional key reruns nothing of an old run. A path
+        to the corpus is left out, too: its content is an input (`made_from`).
+        """
+        fields = [field for field in dataclasses.fields(self) if not field.metadata.get("path")]
+        kept = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()}
