@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = harness.evaluate(
         args.model.parent, cfg.eval.tasks, **({"n_active": 1} if args.name == TOP1 else {})
     )
-    meta = artifact.make_meta("task_results", identities, plan_tasks.eval_task(cfg).content(), model=args.name)
+    meta = artifact.make_meta(
+        "task_results", identities, plan_tasks.eval_task(cfg).content(), model=args.name
+    )
     artifact.write_sealed(args.out, {**meta, "rows": rows})
     cli.log.info("%s", harness.summary(rows))
 

@@ -50,7 +50,8 @@ OUTPUTS = {  # of the stages, in their order
     "eval_task": "eval/tasks/{}.json",  # one for each model
     "tasks_table": "eval/tasks.json",
 }
-OF_MANY = {"score_expert": "score", "eval_task": "tasks"}  # rules with a job for each model: its name on Slurm
+# Rules with a job for each model, and how these are called on Slurm.
+OF_MANY = {"score_expert": "score", "eval_task": "tasks"}
 
 
 def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: float) -> Status:

@@ -1,6 +1,6 @@
 """Put the results of the tasks of all models side by side.
 
-    python -m cbtm_pipeline.tasks_table --results results/eval/tasks/*.json --out results/eval/tasks.json
+python -m cbtm_pipeline.tasks_table --results results/eval/tasks/*.json --out results/eval/tasks.json
 """
 
 from pathlib import Path

@@ -140,7 +140,7 @@ def report(
     others: Mapping[str, Record],
     tasks: Record | None = None,
 ) -> Identities:
-    """Of report.html. `others`: further records by job, whose plans the page shows. `tasks`: eval/tasks.json."""
+    """Of report.html. `others`: further records by job, whose plans the page shows."""
     named = {"metrics": metrics, "top_terms": top_terms, "assignments": assignments, "shards": shards}
     named |= {"tasks": tasks} if tasks else {}
     plans = {job: record["made_with"] for job, record in others.items()}

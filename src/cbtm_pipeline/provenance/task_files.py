@@ -6,7 +6,6 @@ paths in it are relative to the file itself.
 """
 
 import difflib
-import glob
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -149,8 +148,9 @@ def _data_files(value: Any, path: Path, found: list[Path]) -> Any:
         return [_data_files(v, path, found) for v in value]
     if "://" in str(value):
         return value
-    pattern = str((path.parent / str(value)).resolve())
-    files = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+    exact = (path.parent / str(value)).resolve()
+    pattern = str(exact.relative_to(exact.anchor))
+    files = [str(exact)] if exact.is_file() else sorted(map(str, Path(exact.anchor).glob(pattern)))
     if not files:
         raise ValueError(
             f"{path}: {value}: no such file. Expected a data file, relative to the task file. "

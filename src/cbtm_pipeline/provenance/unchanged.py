@@ -38,7 +38,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", required=True, type=Path, help="config.json in the folder of the outputs")
     p.add_argument("--rule", required=True, help="the rule of the job")
-    p.add_argument("--expert", help="the expert of the job, for train_expert and score_expert; for eval_task, the model")
+    p.add_argument(
+        "--expert", help="the expert of the job, for train_expert and score_expert; for eval_task, the model"
+    )
     p.add_argument("--log", type=Path, help="write a line to this file if there is nothing to do")
     p.add_argument("command", nargs="+", help="after --: the command that does the job")
     args = p.parse_args()
