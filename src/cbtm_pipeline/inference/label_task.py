@@ -31,12 +31,11 @@ class LabelTask(ConfigurableTask):
         requests: Any = super().construct_requests(doc, ctx, **kwargs)
         if self.domain is None:
             return requests
-        return [
-            *requests,
-            *(
-                dataclasses.replace(requests[0], arguments=(self.domain, text), idx=len(requests) + i)
-                for i, text in enumerate(self._continuations(doc))
-            ),
+        first, n = requests[0], len(requests)
+        # lists of answers of their own: `replace` alone would share those of the first
+        return requests + [
+            dataclasses.replace(first, arguments=(self.domain, text), idx=n + i, resps=[], filtered_resps={})
+            for i, text in enumerate(self._continuations(doc))
         ]
 
     def process_results(self, doc: dict[str, Any], results: Any) -> dict[str, Any]:

@@ -6,15 +6,15 @@ from typing import Any
 from cbtm_pipeline.mixture import verdict
 
 ABOUT = ("task", "metric", "n_shots", "n_examples")
-LATER = ("ensemble", "ensemble-top1")  # models that stand before the single experts
 
 
 def order(models: Sequence[str]) -> list[str]:
     """The models as they are shown: the seed, dense models, ensembles, then the experts in cluster order."""
 
-    def place(name: str) -> tuple[int, int]:
-        kind = ("seed", "dense").index(name[:5].rstrip("-")) if name[:4] in ("seed", "dens") else 2
-        return (3, int(name)) if name.isdecimal() else (kind, LATER.index(name) if name in LATER else 0)
+    def place(name: str) -> tuple[int, int, str]:
+        if name.isdecimal():
+            return 3, int(name), name
+        return (0 if name == "seed" else 1 if name.startswith("dense") else 2), 0, name
 
     return sorted(models, key=place)
 
