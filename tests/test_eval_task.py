@@ -239,7 +239,7 @@ def test_the_scores_are_those_that_their_formulas_give(n_active: int | None, tmp
     found = {row["metric"]: row for row in harness.evaluate(ensemble.folder, [str(path)], **settings)}
     model = AutoModelForCausalLM.from_pretrained(ensemble.folder, dtype=torch.float32, **settings)
     tokenizer = AutoTokenizer.from_pretrained(ensemble.folder)
-    n_right = dict.fromkeys(("acc", "acc_token_mean", "acc_mutual_info", "acc_dcpmi"), 0)
+    n_right: dict[str, int] = dict.fromkeys(("acc", "acc_token_mean", "acc_mutual_info", "acc_dcpmi"), 0)
     for line in (tmp_path / "test.jsonl").read_text().splitlines()[:30]:
         row = json.loads(line)
         scores: dict[str, list[float]] = {name: [] for name in n_right}
@@ -291,10 +291,11 @@ def test_a_copy_of_each_template_runs_with_one_edit(tmp_path: Path, monkeypatch)
 @pytest.mark.slow
 def test_a_task_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
     ensemble = made_tiny_ensemble.make(tmp_path / "made", rng_seeds=(0,))
-    for keys, expected in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"doc_to_text": "{{text"}, "eval.tasks: "),
         ({"metadata": {"cbtm": {"shots": 3}}}, "metadata.cbtm.shots: unknown key"),
-    ):
+    ]
+    for keys, expected in cases:
         with pytest.raises(ValueError, match=expected) as error:
             harness.evaluate(ensemble.folder, [str(write_task(tmp_path, **keys))])
         assert "\n" not in str(error.value) and ". Expected " in str(error.value)
