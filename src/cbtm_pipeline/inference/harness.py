@@ -53,11 +53,12 @@ def evaluate(folder: Path, tasks: Sequence[str], **model_args: Any) -> list[Row]
 
 
 def _rows(folder: Path, tasks: Sequence[str], cache: Path, model_args: Mapping[str, Any]) -> Iterator[Row]:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
 
     settings: dict[str, Any] = {"device": str(device.best()), "dtype": "float32", "batch_size": BATCH_SIZE}
-    lm = HFLM(pretrained=str(folder), **settings, **model_args)
+    model: Any = huggingface.HFLM  # its decorator hides its parameters
+    lm = model(pretrained=str(folder), **settings, **model_args)
     names = [task for task in tasks if not is_file(task)]
     if names:
         yield from _run(lm, list(names), TaskManager(), SEED, None)
