@@ -101,6 +101,34 @@ def test_the_claim_has_its_controls_beside_it_and_says_who_wins(made: Made):
     assert "Dense wins." in Page(render(made.arguments)).text
 
 
+def test_tasks_have_a_table_with_a_column_for_each_model(made: Made):
+    content = {
+        "models": ["seed", "ensemble", "0"],
+        "rows": [
+            {
+                "task": "<b>topics",
+                "metric": "acc",
+                "n_shots": 8,
+                "n_examples": 60,
+                "results": {"seed": [0.25, 0.0411], "ensemble": [0.5, None]},
+            },
+        ],
+    }
+    path = made.folder / "eval/tasks.json"
+    artifact.write_sealed(path, artifact.make_meta("tasks", {}, {}, **content))
+    parsed = Page(render([*made.arguments, "--tasks", str(path)]))
+    assert parsed.headings == [*SECTIONS[:2], "Tasks", *SECTIONS[2:]]
+    at = parsed.cells.index("<b>topics")
+    assert parsed.cells[at : at + 7] == ["<b>topics", "acc", "8", "60", "0.250 ± 0.041", "0.500", "–"]
+    assert "expert 0" in parsed.cells or "expert 0" in parsed.text
+    record = records.read_page(made.folder / "report.html")
+    assert record["made_from"]["tasks"] == artifact.read_sealed(path, "tasks")["seal"]
+    assert (
+        "tasks"
+        not in records.read_page(Path(render(made.arguments) and made.folder / "report.html"))["made_from"]
+    )
+
+
 def test_text_from_data_is_escaped(made: Made):
     text = render(made.arguments)
     assert "<script" not in text

@@ -43,6 +43,7 @@ def retrained(experts: set[str]) -> set[str]:
 
 
 CLUSTERING = {"fit_kmeans", "assign", "route"} | retrained({"0", "1"}) | MERGE
+TASKS = each("eval_task", {"seed", "dense", "dense-steps", "0", "1", "ensemble", "ensemble-top1"})
 TRAINING = retrained(EXPERTS | {"seed"}) | MERGE
 CORPUS = {"tokenizer", "shard", "embed", "assign_random"} | CLUSTERING | TRAINING
 
@@ -54,6 +55,8 @@ CHANGES = {
     "route: {fix_after: []}": MERGE,
     "eval: {bootstrap: 100}": MERGE,
     "eval: {max_document_tokens: 20}": {"route"} | each("score_expert", EXPERTS | {"seed"}) | MERGE,
+    "eval: {tasks: [lambada_openai]}": TASKS | {"tasks_table", "report"},
+    "eval: {tasks: []}": set(),
     "eval: {stride: 8}": each("score_expert", EXPERTS | {"seed"}) | MERGE,
     "cluster: {k: 3}": {"fit_kmeans", "assign", "assign_random", "route"}
     | retrained({"0", "1", "2", "random-0", "random-1", "random-2", "dense-steps"})

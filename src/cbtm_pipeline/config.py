@@ -26,6 +26,7 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
     ("route", "fix_after"): [],
     ("train", "only"): "all",
     ("eval", "merge"): False,
+    ("eval", "tasks"): [],
 }
 
 
@@ -151,6 +152,7 @@ class Eval(_Section):
     stride: Count
     bootstrap: Count
     merge: bool
+    tasks: Annotated[list[Name], BeforeValidator(_list)]
 
 
 class Run(_Section):
@@ -257,8 +259,8 @@ def _explain(error: Any) -> str:
         known = _keys(Config)
         section, _, name = key.rpartition(".")
         siblings = [k for k in known if k.rpartition(".")[0] == section]
-        near = difflib.get_close_matches(key, siblings, 1, 0.6)
-        near = near or [k for k in known if k.rpartition(".")[2] == name]
+        near = [k for k in known if k.rpartition(".")[2] == name]
+        near = near or difflib.get_close_matches(key, siblings, 1, 0.6)
         near = near or difflib.get_close_matches(key, known, 1, 0)
         return f"{key}: unknown key. Expected a key of config.yaml. Did you mean {near[0]}?"
     if error["type"] == "missing":

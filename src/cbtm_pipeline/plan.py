@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from cbtm_pipeline import presets
+from cbtm_pipeline import plan_tasks, presets
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.plan_base import EnsemblePlan, Plan
 
@@ -325,6 +325,8 @@ RULES: dict[str, Callable[..., Plan]] = {
     "eval_ensemble": eval_ensemble,
     "report": lambda c: Plan(),
     "ensemble": ensemble,
+    "eval_task": plan_tasks.eval_task,
+    "tasks_table": lambda c: Plan(),
 }
 
 

@@ -33,6 +33,7 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
     "score_expert": ("eval",),
     "route": ("eval", "route"),
     "eval_ensemble": ("route", "eval"),
+    "eval_task": ("eval",),
 }
 NAMES = {"rng_seed": "seed", "context": "train.seq_len", "model": "model.pretrained"}  # other fields
 DERIVED = {"n_steps": "steps", "batch_size": "sequences per step"}  # from train.steps, batch_size, cluster.k

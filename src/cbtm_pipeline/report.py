@@ -40,6 +40,7 @@ class Report(NamedTuple):
     plans: dict[str, dict[str, Any]]  # by rule, and of each training by expert: what each was made with
     made_from: dict[str, str]
     examples: Sequence[texts.Text] = ()  # documents coloured by expert
+    tasks: dict[str, Any] | None = None  # eval/tasks.json
 
 
 class Files(NamedTuple):
@@ -52,6 +53,7 @@ class Files(NamedTuple):
     training: Sequence[Path]
     records: Sequence[Path]
     tokenizer: Path | None = None
+    tasks: Path | None = None
 
 
 def read(files: Files) -> Report:
@@ -86,13 +88,15 @@ def read(files: Files) -> Report:
             f"--training: no log of {', '.join(missing)}. Expected the metrics.jsonl of every expert. "
             "Add it to the command line."
         )
-    identities = made_from.report(metrics, terms, clusters, shards, others)
+    tasks = artifact.read_sealed(files.tasks, "tasks") if files.tasks else None
+    identities = made_from.report(metrics, terms, clusters, shards, others, tasks)
     shown = {**others, "shard": shards, "assign": clusters, "eval_ensemble": metrics}
     order = list(records.PLACES)
     jobs = sorted(shown, key=lambda job: (order.index(job.partition(" ")[0]), job))
     plans = {job: shown[job]["made_with"] for job in jobs}
     shown_texts = read_texts(files, metrics, shards) if files.tokenizer else []
-    return Report(metrics, terms["top_terms"], clusters, shards, losses, plans, identities, shown_texts)
+    found_terms = terms["top_terms"]
+    return Report(metrics, found_terms, clusters, shards, losses, plans, identities, shown_texts, tasks)
 
 
 def read_texts(files: Files, metrics: dict[str, Any], shards: dict[str, Any]) -> list[texts.Text]:
@@ -252,6 +256,7 @@ def render(report: Report) -> str:
         join([tag("h1", title), sections.lead(metrics)]),
         sections.systems(metrics),
         sections.routers(metrics),
+        *([sections.tasks(report.tasks)] if report.tasks else []),
         clusters_section(report),
         *([texts.texts_section(report.examples, metrics["matrix"]["experts"])] if report.examples else []),
         sections.heat_map(metrics),
@@ -280,12 +285,15 @@ def main(argv: list[str] | None = None) -> None:
         "--records", type=Path, nargs="*", default=[], help="further artifacts whose plans the page shows"
     )
     p.add_argument("--tokenizer", type=Path, help="tokenizer.json, to show texts coloured by expert")
+    p.add_argument("--tasks", type=Path, help="eval/tasks.json, if the models were given tasks")
     p.add_argument("--out", required=True, type=Path, help="report.html")
     args = p.parse_args(argv)
     cli.start_logging("report", args.log)
 
-    files = Files(args.metrics, args.top_terms, args.assignments, args.shards, args.training, args.records)
-    files = files._replace(tokenizer=args.tokenizer)
+    files = Files(
+        *(args.metrics, args.top_terms, args.assignments, args.shards),
+        *(args.training, args.records, args.tokenizer, args.tasks),
+    )
     report = read(files)
     with artifact.publish(args.out) as tmp:
         tmp.write_text(render(report), "utf-8")

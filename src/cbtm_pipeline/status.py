@@ -47,12 +47,17 @@ OUTPUTS = {  # of the stages, in their order
     "eval_ensemble": "eval/metrics.json",
     "report": "report.html",
     "ensemble": "ensemble/files.json",
+    "eval_task": "eval/tasks/{}.json",  # one for each model
+    "tasks_table": "eval/tasks.json",
 }
+# Rules with a job for each model, and how these are called on Slurm.
+OF_MANY = {"score_expert": "score", "eval_task": "tasks"}
 
 
 def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: float) -> Status:
     """The run in `outdir` at the unix time `now`. `queue`: Slurm's jobs by id; None if it cannot be asked."""
-    path, plans, left_out, notes = outdir / "config.json", {}, set(), []
+    path, plans, notes = outdir / "config.json", {}, []
+    left_out, models = {"eval_task", "tasks_table"}, []
     began = lenient.changed(path)
     try:
         cfg = config.validate(orjson.loads(path.read_bytes()))
@@ -63,6 +68,8 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
             left_out.add("assign_random")
         if not stale.packs(cfg):
             left_out.add("ensemble")
+        if models := list(stale.task_models(cfg)):
+            left_out -= {"eval_task", "tasks_table"}
     except (OSError, ValueError) as error:
         reason = lenient.text(error.strerror if isinstance(error, OSError) else error)
         expected = "the config, which a run writes when it starts"
@@ -75,7 +82,9 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
     active = run_state.holder(outdir / ".lock", now)
     run = Snapshot(outdir, queue, now, began or 0.0, active is not None)
     stages = [
-        _scores(run, names) if name == "score_expert" else _stage(run, name)
+        _stages(run, name, {"score_expert": names, "eval_task": models}[name])
+        if name in OF_MANY
+        else _stage(run, name)
         for name in OUTPUTS
         if name not in left_out
     ]
@@ -89,19 +98,20 @@ def _stage(run: Snapshot, name: str, expert: str | None = None) -> Row:
     done = lenient.changed(run.outdir / OUTPUTS[name].format(expert)) is not None
     logged = lenient.changed(log)
     live = run.active and logged is not None and logged >= run.began  # without Slurm, there is no better sign
-    job = f"score-{expert}" if expert else name
+    job = f"{OF_MANY[name]}-{expert}" if expert else name
     return run_state.judge(run, Row("stage", name), Evidence(job, log, done, live, logged is not None))
 
 
-def _scores(run: Snapshot, experts: Sequence[str]) -> Row:
-    """All jobs of score_expert as one row. Its state is that of the job that needs attention most."""
-    jobs = {expert: _stage(run, "score_expert", expert) for expert in experts}
+def _stages(run: Snapshot, name: str, experts: Sequence[str]) -> Row:
+    """All jobs of a rule as one row. Its state is that of the job that needs attention most."""
+    jobs = {expert: _stage(run, name, expert) for expert in experts}
     order = ("failed", "unknown", "running", "stopped", "waiting", "done")
     expert = min(jobs, key=lambda expert: order.index(jobs[expert].state))
     n_done = sum(job.state == "done" for job in jobs.values())
     error = jobs[expert].error
-    row = Row("stage", "score_expert", jobs[expert].state, n_done, len(jobs))
-    return row._replace(error=error and f"expert {expert}: {error}")
+    row = Row("stage", name, jobs[expert].state, n_done, len(jobs))
+    what = "expert" if name == "score_expert" else "model"
+    return row._replace(error=error and f"{what} {expert}: {error}")
 
 
 def _expert(run: Snapshot, name: str, planned: TrainingPlan | None) -> Row:

@@ -10,7 +10,7 @@ include: "environment.smk"
 
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import plan, preview
-from cbtm_pipeline.provenance import kept, records, stale
+from cbtm_pipeline.provenance import kept, records, stale, task_files
 from cbtm_pipeline.base import lock
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import terminal
@@ -27,6 +27,7 @@ OUT = CONFIG.outdir.rstrip("/")
 RUN_CONFIG = f"{OUT}/config.json"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
 EXPERTS = plan.trained(CONFIG)
+TASK_MODELS = stale.task_models(CONFIG)
 MANIFESTS = {
     "corpus": "shards/manifest.json",
     "clusters": "assignments/manifest.json",
@@ -90,6 +91,11 @@ TOUCH = bool(
 
 def before_start():
     """Lock the outdir, write the config that the jobs read, and keep what they replace."""
+    if any(job.rule == "eval_task" for job in start().run):
+        try:
+            task_files.check_names(CONFIG.eval.tasks)
+        except ValueError as error:
+            sys.exit(f"{error}")
     lock.hold(OUT)
     if TOUCH:
         return
@@ -97,6 +103,8 @@ def before_start():
     kept.keep(Path(OUT), start().run)
     if stale.Job("eval_ensemble") in start().run and is_whole():
         kept.put_away(Path(OUT), EXPERTS, stale.packs(CONFIG))
+    if stale.Job("report") in start().run and is_whole() and not TASK_MODELS:
+        kept.drop_tasks(Path(OUT))
 
 
 def after_success():

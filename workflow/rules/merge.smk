@@ -50,6 +50,7 @@ rule report:
         assignments=made("assignments/manifest.json"),
         shards=made("shards/manifest.json"),
         experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
+        tasks=made("eval/tasks.json") if TASK_MODELS else [],
     output:
         f"{OUT}/report.html",
     log:
@@ -64,9 +65,10 @@ rule report:
             f"{OUT}/{records.PLACES[rule].record.format(expert)}"
             for rule, expert in records.SHOWN.items()
         ],
+        tasks=["--tasks", f"{OUT}/eval/tasks.json"] if TASK_MODELS else [],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
-        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} --out {output:q} --log {log:q}"
+        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} {params.tasks:q} --out {output:q} --log {log:q}"
 
 
 # The result as one model. `all` asks for it where the model can be what was evaluated (stale.packs).

@@ -19,7 +19,8 @@ EXIT_SAVED = 85
 # With this variable set to 1, stderr shows few lines (see _Few); the log file has all of them.
 BRIEF = "CBTM_BRIEF"
 NEWS = {"is_news": True}  # `log.info(..., extra=NEWS)`: stderr shows this line in any case
-LINE = re.compile(r"\d\d:\d\d:\d\d ([A-Z]) (?:(?:expert|score) )?\S+ +(.+)")  # level and message of a line
+# Level and message of a line.
+LINE = re.compile(r"\d\d:\d\d:\d\d ([A-Z]) (?:(?:expert|score|tasks) )?\S+ +(.+)")
 
 log = logging.getLogger("cbtm")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from cbtm_pipeline.html import charts
 from cbtm_pipeline.html.page import Html, Number, count, decimals, flops, section, table, tag
-from cbtm_pipeline.mixture import verdict
+from cbtm_pipeline.mixture import task_table, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS
 
 Metrics = dict[str, Any]
@@ -149,6 +149,17 @@ def _temperature_chart(router: str, rows: list[Row], dense: charts.Series) -> Ht
         series.append(charts.Series(f"top_k {top_k}", COLOURS[i % len(COLOURS)], points, dots=True))
     title = f"Temperature of the router {router}"
     return charts.lines(title, "T", "perplexity", [dense, *series], log_x=True)
+
+
+def tasks(content: dict[str, Any]) -> Html:
+    """The results of the tasks. `content` is that of eval/tasks.json."""
+    models = content["models"]
+    rows = []
+    for row in content["rows"]:
+        task, *others = task_table.cells(row, models)
+        rows.append([task, others[0], *map(Number, others[1:])])
+    note = "Value ± standard error, by lm-evaluation-harness. ensemble-top1 runs one expert at a token."
+    return section("Tasks", note, table(task_table.header(models), rows))
 
 
 def heat_map(metrics: Metrics) -> Html:

@@ -123,7 +123,7 @@ def table(metrics: dict[str, Any]) -> str:
         ("passes", "perplexity", "bits/byte", "to dense [95 %]", "FLOPs"),
     )
     header = ("system", *settings, *numbers)
-    lines = _align([header, *map(_cells, main_rows(metrics))])
+    lines = align([header, *map(_cells, main_rows(metrics))])
     lines.insert(1, "-" * len(lines[0]))
     n_documents, n_chosen = metrics["n_documents"], metrics["calibration"]["n_documents"]
     notes = [
@@ -152,7 +152,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
+def align(rows: list[tuple[str, ...]]) -> list[str]:
     """One line for each row; the first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

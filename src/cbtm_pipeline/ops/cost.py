@@ -65,6 +65,7 @@ def n_jobs(config: Config) -> dict[str, int]:
         **({"ensemble": 1} if stale.packs(config) else {}),
         "train_expert": n_experts,
         "score_expert": n_experts,
+        **({"eval_task": len(models), "tasks_table": 1} if (models := stale.task_models(config)) else {}),
     }
 
 

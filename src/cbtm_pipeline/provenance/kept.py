@@ -58,11 +58,19 @@ def put_away(outdir: Path, experts: Iterable[str], packs: bool) -> None:
         _keep_expert(outdir, outdir / f"experts/{name}")
         shutil.rmtree(outdir / f"experts/{name}", ignore_errors=True)
         (outdir / f"scores/{name}.npz").unlink(missing_ok=True)
+        (outdir / f"eval/tasks/{name}.json").unlink(missing_ok=True)
     known = set(experts)
     if not any(name.startswith("random-") for name in known):
         shutil.rmtree(outdir / "random", ignore_errors=True)
     if not packs and (outdir / "ensemble/files.json").exists():
         shutil.rmtree(outdir / "ensemble", ignore_errors=True)
+
+
+def drop_tasks(outdir: Path) -> None:
+    """Delete the results of tasks, which the run no longer has."""
+    shutil.rmtree(outdir / "eval/tasks", ignore_errors=True)
+    for name in ("tasks.json", "tasks.txt"):
+        (outdir / "eval" / name).unlink(missing_ok=True)
 
 
 def give_back(outdir: Path, job: Job, made_with: dict[str, Any], made_from: dict[str, str]) -> bool:

@@ -23,6 +23,7 @@ from cbtm_pipeline.plan import TrainingPlan
 
 Record = Mapping[str, Any]  # the meta record of an artifact, with its seal
 Identities = dict[str, str]
+TEXTS = ("README.md", "card.json", "top_terms.json")  # files of an ensemble that compute nothing
 
 
 def embed(shards: Record) -> Identities:
@@ -115,10 +116,32 @@ def ensemble(
     }
 
 
+def eval_task(model: Record, tasks: Identities) -> Identities:
+    """Of eval/tasks/<model>.json. `model` is the card of an expert, or the record of the ensemble.
+
+    `tasks` are the identities of task files. What an ensemble says does not depend on texts about it.
+    """
+    if model["kind"] == "expert":
+        return {"model": model["identity"], **tasks}
+    computes = {name: h for name, h in model["files"].items() if not name.endswith(TEXTS)}
+    return {"model": artifact.fingerprint(computes), **tasks}
+
+
+def tasks_table(results: Mapping[str, Record]) -> Identities:
+    """Of eval/tasks.json. `results` are the records of eval_task by model."""
+    return {f"tasks-{name}": record["seal"] for name, record in results.items()}
+
+
 def report(
-    metrics: Record, top_terms: Record, assignments: Record, shards: Record, others: Mapping[str, Record]
+    metrics: Record,
+    top_terms: Record,
+    assignments: Record,
+    shards: Record,
+    others: Mapping[str, Record],
+    tasks: Record | None = None,
 ) -> Identities:
     """Of report.html. `others`: further records by job, whose plans the page shows."""
     named = {"metrics": metrics, "top_terms": top_terms, "assignments": assignments, "shards": shards}
+    named |= {"tasks": tasks} if tasks else {}
     plans = {job: record["made_with"] for job, record in others.items()}
     return {**{name: record["seal"] for name, record in named.items()}, "plans": artifact.fingerprint(plans)}

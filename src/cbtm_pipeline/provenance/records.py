@@ -36,6 +36,8 @@ PLACES = {  # by rule, in the order of the data
     "eval_ensemble": Place("metrics", "eval/metrics.json", ("eval/metrics.json", "eval/table.txt")),
     "report": Place("report", "report.html", ("report.html",)),
     "ensemble": Place("ensemble", "ensemble/files.json", ("ensemble/files.json",)),
+    "eval_task": Place("task_results", "eval/tasks/{}.json", ("eval/tasks/{}.json",)),
+    "tasks_table": Place("tasks", "eval/tasks.json", ("eval/tasks.json", "eval/tasks.txt")),
 }
 
 
@@ -103,9 +105,18 @@ def check_beside(outdir: Path, rule: str, record: dict[str, Any]) -> None:
 
 def table(outdir: Path) -> str:
     """The table of the results; empty if there is none, or if it is not the one that was written."""
-    path = outdir / "eval/table.txt"
+    return _table(outdir, "eval_ensemble")
+
+
+def tasks_table(outdir: Path) -> str:
+    """The table of the tasks, likewise."""
+    return _table(outdir, "tasks_table")
+
+
+def _table(outdir: Path, rule: str) -> str:
+    path = outdir / PLACES[rule].outputs[1]
     try:
-        whole = read(outdir, "eval_ensemble")["table"] == artifact.identity(path)
+        whole = read(outdir, rule)["table"] == artifact.identity(path)
     except (OSError, ValueError):
         return ""
     return path.read_text("utf-8") if whole else ""

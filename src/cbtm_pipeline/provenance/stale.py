@@ -16,7 +16,7 @@ from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.mixture.routers import ROUTERS
-from cbtm_pipeline.provenance import made_from, records
+from cbtm_pipeline.provenance import made_from, records, task_files
 
 DAMAGED = (ValueError, OSError, KeyError, TypeError, IndexError)  # what reading a strange record may raise
 DEMO = "demo/corpus.jsonl.zst"  # below the outdir: the file that builtin:demo stands for
@@ -84,10 +84,15 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
     experts = [Job("train_expert", name) for name in names]
     scores = [Job("score_expert", name) for name in names]
     found[Job("eval_ensemble")] = [route, assign, *randoms, *experts, *scores]
-    found[Job("report")] = [shard, fit, assign, Job("eval_ensemble"), *experts]
+    report = [shard, fit, assign, Job("eval_ensemble"), *experts]
     if packs(cfg):
         clusters = [Job("train_expert", name) for name in plan.cluster_experts(cfg)]
         found[Job("ensemble")] = [tokenizer, embed, fit, Job("eval_ensemble"), *clusters]
+    if models := task_models(cfg):
+        found |= {Job("eval_task", name): [model] for name, model in models.items()}
+        found[Job("tasks_table")] = [Job("eval_task", name) for name in models]
+        report += [Job("tasks_table")]
+    found[Job("report")] = report
     return found
 
 
@@ -96,8 +101,24 @@ def packs(cfg: Config) -> bool:
     return not cfg.embed.encoder and any(ROUTERS[name].in_model for name in cfg.route.routers)
 
 
+def task_models(cfg: Config) -> dict[str, Job]:
+    """The models that are given the tasks, each with the job that makes it. None without eval.tasks.
+
+    `ensemble-top1` is the ensemble with one active expert.
+    """
+    if not cfg.eval.tasks:
+        return {}
+    names = ["seed", *plan.dense_experts(cfg), *plan.cluster_experts(cfg)]
+    ensembles = ["ensemble", "ensemble-top1"] if packs(cfg) else []
+    return {name: Job("train_expert", name) for name in names} | dict.fromkeys(ensembles, Job("ensemble"))
+
+
 def look(cfg: Config) -> States:
-    """The state of every job. Reads the records in the outdir, and corpus files that look changed."""
+    """The state of every job. Reads the records in the outdir, and corpus files that look changed.
+
+    Raises ValueError for tasks that cannot be run here.
+    """
+    task_files.check(cfg.eval.tasks)
     outdir, states = Path(cfg.outdir), {}
     for job, inputs in jobs(cfg).items():
         downstream = any(states[i].runs for i in inputs)
@@ -187,7 +208,16 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
             terms = records.read_top_terms(Path(cfg.outdir))
             others = {rule: read(rule, expert) for rule, expert in records.SHOWN.items()}
             others |= {f"train_expert {name}": read("train_expert", name) for name in plan.trained(cfg)}
-            return made_from.report(read("eval_ensemble"), terms, read("assign"), read("shard"), others)
+            tasks = read("tasks_table") if cfg.eval.tasks else None
+            return made_from.report(
+                read("eval_ensemble"), terms, read("assign"), read("shard"), others, tasks
+            )
+        case "eval_task":
+            assert job.expert
+            model = read(*task_models(cfg)[job.expert])
+            return made_from.eval_task(model, task_files.identities(cfg.eval.tasks))
+        case "tasks_table":
+            return made_from.tasks_table({name: read("eval_task", name) for name in task_models(cfg)})
         case "ensemble":
             terms = records.read_top_terms(Path(cfg.outdir))
             cards = {name: read("train_expert", name) for name in plan.cluster_experts(cfg)}

@@ -38,14 +38,16 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", required=True, type=Path, help="config.json in the folder of the outputs")
     p.add_argument("--rule", required=True, help="the rule of the job")
-    p.add_argument("--expert", help="the expert of the job, for train_expert and score_expert")
+    p.add_argument(
+        "--expert", help="the expert of the job, for train_expert and score_expert; for eval_task, the model"
+    )
     p.add_argument("--log", type=Path, help="write a line to this file if there is nothing to do")
     p.add_argument("command", nargs="+", help="after --: the command that does the job")
     args = p.parse_args()
     job = Job(args.rule, args.expert)
     if is_done(config.read(args.config), job):
-        label = {"train_expert": f"expert {job.expert}", "score_expert": f"score {job.expert}"}
-        cli.start_logging(label.get(job.rule, job.rule), args.log)
+        label = {"train_expert": "expert", "score_expert": "score", "eval_task": "tasks"}.get(job.rule)
+        cli.start_logging(f"{label} {job.expert}" if label else job.rule, args.log)
         cli.log.info("its plan and inputs are what they were, nothing to do")
         return
     os.execvp(args.command[0], args.command)

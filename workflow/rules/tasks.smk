@@ -1,0 +1,35 @@
+# Run only if eval.tasks names tasks: `report` asks for their table then.
+rule eval_task:
+    input:
+        lambda wildcards: made(*TASK_MODELS[wildcards.expert].outputs)(wildcards),
+    output:
+        f"{OUT}/eval/tasks/{{expert}}.json",
+    log:
+        f"{OUT}/logs/eval_task/{{expert}}.log",
+    wildcard_constraints:
+        expert="|".join(TASK_MODELS) or "none",
+    conda:
+        CONDA
+    params:
+        launch=launch("eval_task", "tasks"),
+        config=RUN_CONFIG,
+    shell:
+        "exec {params.launch:q} python -m cbtm_pipeline.eval_task --config {params.config:q} --name {wildcards.expert} --model {input:q}"
+        " --out {output:q} --threads {threads} --log {log:q}"
+
+
+# The command's own output goes to /dev/null: the Snakefile prints the table at the end of the run.
+rule tasks_table:
+    input:
+        made(*(f"eval/tasks/{name}.json" for name in TASK_MODELS)),
+    output:
+        f"{OUT}/eval/tasks.json",
+        f"{OUT}/eval/tasks.txt",
+    log:
+        f"{OUT}/logs/tasks_table.log",
+    conda:
+        CONDA
+    params:
+        launch=launch("tasks_table"),
+    shell:
+        "exec {params.launch:q} python -m cbtm_pipeline.tasks_table --results {input:q} --out {output[0]:q} --log {log:q} > /dev/null"
