@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.provenance import records
+from cbtm_pipeline.provenance import expert_files, records
+from cbtm_pipeline.provenance.expert_files import WEIGHTS
 from cbtm_pipeline.provenance.stale import DAMAGED, Job
 
 FOLDER = "kept"
-WEIGHTS = "model.safetensors"
 
 
 def keep(outdir: Path, some: Iterable[Job]) -> None:
@@ -153,22 +153,11 @@ def _move(path: Path, other: Path) -> None:
     partial.rename(other)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a kept expert has all files that something reads, each as it was published."""
-    try:
-        card = artifact.read_sealed(folder / "card.json", "expert")
-        hashes = artifact.read_sealed(folder / "files.json", "expert_files")["files"]
-        names = filter(records.is_read, hashes)
-        return artifact.identity(folder / WEIGHTS) == card["weights"] and all(
-            artifact.identity(folder / name) == hashes[name] for name in names
-        )
-    except DAMAGED:
-        return False
-
-
 def _give_back_expert(kept: Path, folder: Path) -> bool:
     """Put a kept expert back, its weights last. Returns False unless it is there and whole."""
-    if not _is_whole(kept):
+    try:
+        expert_files.read_card(kept / WEIGHTS)
+    except DAMAGED:
         return False
     files = sorted(
         (path for path in kept.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS
