@@ -11,6 +11,7 @@ from cbtm_pipeline.base.errors import make_again
 
 WEIGHTS = "model.safetensors"
 FILES = "files.json"
+STAGING = ".staging"  # where a training writes all files before it moves them; a kill may leave it
 
 
 def is_read(name: str) -> bool:

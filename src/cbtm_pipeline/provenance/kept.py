@@ -123,7 +123,7 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
     partial = kept.with_name(f".{kept.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    files = [path for path in folder.rglob("*") if path.is_file() and ".staging" not in path.parts]
+    files = [path for path in folder.rglob("*") if path.is_file() and expert_files.STAGING not in path.parts]
     try:
         for path in files:
             other = partial / path.relative_to(folder)
@@ -147,7 +147,7 @@ def _move(path: Path, other: Path) -> None:
     partial = other.with_name(f".{other.name}")
     if path.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(path, partial, ignore=shutil.ignore_patterns(".staging"))
+        shutil.copytree(path, partial, ignore=shutil.ignore_patterns(expert_files.STAGING))
     else:
         shutil.copyfile(path, partial)
     partial.rename(other)
@@ -165,6 +165,7 @@ def _give_back_expert(kept: Path, folder: Path) -> bool:
     for path in files:
         with artifact.publish(folder / path.relative_to(kept)) as tmp:
             _copy_or_link(path, tmp)
+    shutil.rmtree(folder / expert_files.STAGING, ignore_errors=True)  # of a training that was killed
     shutil.rmtree(kept)
     return True
 

@@ -66,7 +66,7 @@ def publish(
     ValueError if the tokenizer has changed.
     """
     folder = out.parent
-    staging = folder / ".staging"
+    staging = folder / expert_files.STAGING
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "tensorboard").mkdir(parents=True)
 
