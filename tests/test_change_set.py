@@ -386,7 +386,7 @@ def test_adding_changes_nothing_of_the_run(grown: Path) -> None:
     check_folder(results / "ensemble-law", results / "ensemble", but="law")
     assert torch.equal(logits(results / "ensemble-law", exclude=[f"tag:{TAG}"]), logits(results / "ensemble"))
     (change,) = package.read_record(results / "ensemble-law")["changes"]
-    card = expert_folder.read_card(results / "added/law/experts/law/model.safetensors")
+    card = expert_files.read_card(results / "added/law/experts/law/model.safetensors")
     parent = artifact.read_sealed(results / "experts/0/card.json", "expert")
     assert change["parent"] == "0" and change["identity"] == card["identity"]
     assert card["made_from"]["seed"] == parent["identity"]
@@ -459,7 +459,7 @@ def test_a_further_expert_is_added_to_a_changed_set(grown: Path, tmp_path: Path)
     assert model_of(project / "both").names == ["0", "1", "law", "law-2"]
     assert model_of(project / "both").config.tags == {"law": {"licence": "cc-by-nc"}}
     assert [c["expert"] for c in package.read_record(project / "both")["changes"]] == ["law", "law-2"]
-    card = expert_folder.read_card(project / "results/added/law-2/experts/law-2/model.safetensors")
+    card = expert_files.read_card(project / "results/added/law-2/experts/law-2/model.safetensors")
     assert card["n_steps"] == 4
 
 

@@ -193,6 +193,16 @@ def test_a_file_overwritten_by_hand_is_made_again(
     assert job in planned_jobs(project, "", monkeypatch)
 
 
+def test_what_no_record_fits_is_made_again(finished: Path, tmp_path: Path) -> None:
+    """A start runs what its lines announce, also where the file is there and its record is damaged."""
+    project = copy_of(finished, tmp_path / "project")
+    for file in ("report.html", "experts/1/card.json"):
+        (project / "results" / file).write_text("{}\n")
+    printed = snakemake(project, "--cores", "2")
+    assert set(done(printed)) == {"train_expert 1", "score_expert 1"} | MERGE
+    assert files_of(project / "results") == files_of(finished / "results")
+
+
 def test_an_edited_readme_of_an_expert_trains_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +262,9 @@ def test_another_rate_and_back_trains_once_and_keeps_both(finished: Path, tmp_pa
     kept = project / "results/kept/experts"
     assert len(list(kept.iterdir())) == 7
     assert files_of(project / "results") != files_of(finished / "results")
+    left = project / "results/experts/1/.staging/README.md"  # by a training that was killed as it published
+    left.parent.mkdir()
+    left.touch()
     printed = snakemake(project, "--cores", "2")
     assert trained(project) == set(), "nothing is trained that was kept"
     assert files_of(project / "results") == files_of(finished / "results")

@@ -14,8 +14,8 @@ import made_training as made
 from cbtm_pipeline import plan, score_expert
 from cbtm_pipeline.base import artifact, lock
 from cbtm_pipeline.corpus import encoding, token_files
-from cbtm_pipeline.provenance import made_from
-from cbtm_pipeline.training import batches, checkpoint, data, expert_folder, model, training_log
+from cbtm_pipeline.provenance import expert_files, made_from
+from cbtm_pipeline.training import batches, checkpoint, data, model, training_log
 from resealed import change_json
 
 
@@ -50,8 +50,8 @@ def test_published_folder(outdir):
         ),
         *("tensorboard", "tokenizer.json", "tokenizer_config.json"),
     }
-    card = expert_folder.read_card(where.out)
-    seed = expert_folder.read_card(outdir / "experts/seed/model.safetensors")
+    card = expert_files.read_card(where.out)
+    seed = expert_files.read_card(outdir / "experts/seed/model.safetensors")
     tokenizer = artifact.identity(outdir / "tokenizer/tokenizer.json")
     clusters, shards = (
         artifact.read_sealed(outdir / folder / "manifest.json", folder)
@@ -116,7 +116,7 @@ def test_precisions_differ(outdir):
     )
     assert a != b
     assert (
-        expert_folder.read_card(outdir / "bf16-0/random-1/model.safetensors")["precision"] == "bf16 autocast"
+        expert_files.read_card(outdir / "bf16-0/random-1/model.safetensors")["precision"] == "bf16 autocast"
     )
 
 
@@ -152,7 +152,7 @@ def test_pretrained_seed_is_published_as_it_is(outdir):
     cfg = made.make_config(pretrained=str(outdir / "experts/seed"))
     where = made.files(outdir, "seed", to="pretrained")
     assert made.train(cfg, where, "seed") == (outdir / "experts/seed/model.safetensors").read_bytes()
-    card = expert_folder.read_card(where.out)
+    card = expert_files.read_card(where.out)
     assert (card["n_train_tokens"], card["train_flops"], card["final_loss"]) == (0, 0, None)
 
 
@@ -167,13 +167,13 @@ def test_a_seed_from_the_hub_has_its_commit_on_its_card_and_no_path_in_any_file(
     where = made.files(outdir, "seed", to="from-hub")
     weights = made.train(made.make_config(pretrained="me/tiny", revision="main"), where, "seed")
     assert weights == (outdir / "experts/seed/model.safetensors").read_bytes()
-    card = expert_folder.read_card(where.out)
+    card = expert_files.read_card(where.out)
     assert card["pretrained_commit"] == made_hub.NEW
     assert (card["made_with"]["pretrained"], card["made_with"]["revision"]) == ("me/tiny", "main")
 
     child = made.files(outdir, "0", to="from-hub")._replace(seed_model=where.out)
     made.train(made.make_config(steps=1), child, "0")
-    assert "pretrained_commit" not in expert_folder.read_card(child.out)
+    assert "pretrained_commit" not in expert_files.read_card(child.out)
     # a path would make the files of one training differ between machines
     for folder, source in ((where.out.parent, cache), (child.out.parent, outdir)):
         for name in ("config.json", "generation_config.json"):
@@ -260,7 +260,7 @@ def test_a_training_that_lost_its_lock_writes_nothing_more(outdir, monkeypatch, 
 def origin(outdir: Path, name: str, **keys: Any) -> dict[str, str]:
     """What a training is made from by these keys of section train, if it has the seed in `outdir`."""
     how, where = plan.train_expert(made.make_config(**keys), name), made.files(outdir, name)
-    seed = None if name == "seed" else expert_folder.read_card(outdir / "experts/seed/model.safetensors")
+    seed = None if name == "seed" else expert_files.read_card(outdir / "experts/seed/model.safetensors")
     tokenizer = encoding.read_card(where.tokenizer)
     return made_from.train_expert(how, data.read(where.data, how).manifest, tokenizer, seed)
 
@@ -302,7 +302,7 @@ def test_new_held_out_text_gives_the_same_expert(two_held_out_texts):
     for out in two_held_out_texts:
         where = made.files(out, "0")
         made.train(made.make_config(validations=2), where, "0")
-        cards.append(expert_folder.read_card(where.out))
+        cards.append(expert_files.read_card(where.out))
     assert cards[0]["identity"] == cards[1]["identity"]
     assert cards[0]["made_from"] == cards[1]["made_from"]
     assert cards[0]["validation_loss"] != cards[1]["validation_loss"]

@@ -113,7 +113,7 @@ def pack(found: changed_set.Set, folder: Path, name: str, tags: dict[str, str], 
             "expert under another name."
         )
     weights = folder / "experts" / name / changed_set.WEIGHTS
-    card = expert_folder.read_card(weights)
+    card = expert_files.read_card(weights)
     terms = changed_set.top_terms(found.folder / "tokenizer.json", found, counts_V, centre_D)
     more = found._replace(
         names=[*found.names, name],

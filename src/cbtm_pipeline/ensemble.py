@@ -22,8 +22,7 @@ from cbtm_pipeline.inference import model_card, package
 from cbtm_pipeline.mixture import verdict
 from cbtm_pipeline.mixture.routers import ROUTERS
 from cbtm_pipeline.plan_base import EnsemblePlan
-from cbtm_pipeline.provenance import made_from
-from cbtm_pipeline.training import expert_folder
+from cbtm_pipeline.provenance import expert_files, made_from
 
 TABLE = "table.txt"  # beside metrics.json
 NAMES = {  # of the settings in metrics.json, as keys of the model's configuration
@@ -74,7 +73,7 @@ def read_experts(weights: list[Path], names: list[str], tokenizer: str, evaluate
     """
     found = {}
     for path in weights:
-        card = expert_folder.read_card(path)
+        card = expert_files.read_card(path)
         artifact.check_made_from(path, card, "tokenizer", tokenizer)
         if card["weights"] != evaluated.get(card["expert"]):
             raise ValueError(

@@ -23,7 +23,7 @@ TOP1 = "ensemble-top1"
 
 def read_model(path: Path) -> dict[str, Any]:
     """The record of a model whose files are as they were written. Raises ValueError otherwise."""
-    return package.verify(path.parent) if path.name == package.FILES else expert_folder.read_card(path)
+    return package.verify(path.parent) if path.name == package.FILES else expert_files.read_card(path)
 
 
 def main(argv: list[str] | None = None) -> None:

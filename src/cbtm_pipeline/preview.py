@@ -19,7 +19,7 @@ from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import cost, lenient, planned
-from cbtm_pipeline.provenance import kept, stale
+from cbtm_pipeline.provenance import expert_files, kept, stale
 from cbtm_pipeline.provenance.stale import Asked, Job, Reason, Start, States
 
 SECTIONS = {  # where a field of a rule's plan comes from, the first section that has it
@@ -38,6 +38,7 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
 NAMES = {"rng_seed": "seed", "context": "train.seq_len", "model": "model.pretrained"}  # other fields
 DERIVED = {"n_steps": "steps", "batch_size": "sequences per step"}  # from train.steps, batch_size, cluster.k
 LOG_TAIL = 1 << 16  # bytes at the end of a training's log: about 400 steps
+OTHERS = ("all", "demo_corpus")  # rules that no record belongs to
 SHOWN = 6  # changes and reasons that are shown
 
 
@@ -135,13 +136,16 @@ def _unsure(states: States, start: Start) -> list[str]:
     return [f"{len(unsure)} of them only {read} what others make again: nothing to do if that stays the same"]
 
 
+def _sure(states: States, start: Start) -> list[str]:
+    """The experts that are trained for sure, and not only if the seed comes out as another one."""
+    runs = (job for job in start.run if states[job].reasons or job in start.anew)
+    return [job.expert for job in runs if job.rule == "train_expert" and job.expert]
+
+
 def _trainings(cfg: config.Config, outdir: Path, states: States, start: Start) -> list[str]:
     """How many trainings run for sure, and what they cost."""
     plans = plan.trainings(cfg)
-    sure = [
-        job for job in start.run if job.rule == "train_expert" and (states[job].reasons or job in start.anew)
-    ]
-    names = [job.expert for job in sure if job.expert and plans[job.expert].n_steps]
+    names = [name for name in _sure(states, start) if plans[name].n_steps]
     if not names:
         return []
     n_tokens = sum(plans[name].n_steps * plans[name].step_tokens for name in names)
@@ -165,22 +169,17 @@ def _tokens_per_s(cfg: config.Config, outdir: Path, states: States) -> float | N
 
 def _replaced(cfg: config.Config, outdir: Path, states: States, start: Start) -> list[str]:
     """Which trained models a start replaces or takes out, and where they go."""
-    fate = "they stay" if cfg.run.keep_replaced else "they are deleted at the end (run.keep_replaced)"
-    place = f"{fate} in {outdir / kept.FOLDER}" if cfg.run.keep_replaced else fate
+    deleted = "they are deleted at the end (run.keep_replaced)"
+    fate = f"they stay in {outdir / kept.FOLDER}" if cfg.run.keep_replaced else deleted
     there = [
-        job.expert
-        for job in start.run
-        if job.rule == "train_expert"
-        and job.expert
-        and (states[job].reasons or job in start.anew)
-        and (outdir / f"experts/{job.expert}" / kept.WEIGHTS).exists()
+        name for name in _sure(states, start) if (outdir / f"experts/{name}" / expert_files.WEIGHTS).exists()
     ]
-    found = [f"replaces {_n(len(there), 'trained model')} ({_few(there)}): {place}"] if there else []
+    found = [f"replaces {_n(len(there), 'trained model')} ({_few(there)}): {fate}"] if there else []
     surplus = kept.surplus(outdir, plan.trained(cfg)) if Job("eval_ensemble") in start.run else []
     if surplus:
-        found.append(f"takes {_n(len(surplus), 'trained model')} out of the run ({_few(surplus)}): {place}")
-    came = {path.name.rpartition("-")[0] for path in kept.replaced(outdir)}
-    if back := [job.expert for job in start.run if job.rule == "train_expert" and job.expert in came]:
+        found.append(f"takes {_n(len(surplus), 'trained model')} out of the run ({_few(surplus)}): {fate}")
+    trainings = (job for job in start.run if job.rule == "train_expert" and kept.has(outdir, job))
+    if back := [job.expert for job in trainings if job.expert]:
         fit = "comes back untrained if it fits" if len(back) == 1 else "come back untrained if they fit"
         found.append(f"{_n(len(back), 'kept model')} ({_few(back)}) {fit}")
     return found
@@ -200,7 +199,7 @@ def main() -> None:
     cfg = config.validate(planned.read_config(["config.yaml", *args.configfile]))
     corpus_files.find(cfg.corpus.train, cfg.corpus.eval)  # raises ValueError that names what is missing
     for target in args.targets:
-        if target not in ("all", "demo_corpus") and not stale.named(cfg, [target]):
+        if target not in OTHERS and not stale.named(cfg, [target]):
             rules = ", ".join(dict.fromkeys(job.rule for job in stale.jobs(cfg)))
             expected = f"Expected a rule ({rules}) or a file that one makes"
             raise ValueError(f"{target}: nothing of this run. {expected}. Correct it.")

@@ -20,8 +20,7 @@ from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.html import charts, sections, texts
 from cbtm_pipeline.html.page import Html, Number, count, join, page, section, table, tag
-from cbtm_pipeline.provenance import made_from, records
-from cbtm_pipeline.training import expert_folder
+from cbtm_pipeline.provenance import expert_files, made_from, records
 
 MAX_POINTS = 80  # of a loss curve
 KEPT_SHARE = 0.97  # of the losses; the highest are cut off, so that the first steps do not flatten the curves
@@ -128,7 +127,7 @@ def _read_training(path: Path, metrics: Path, result: dict[str, Any]) -> tuple[s
             f"{card_path}: not the {name} of {metrics}. Expected the weights that were evaluated. "
             f"{make_again(metrics)}"
         )
-    expert_folder.check_file(path, card)
+    expert_files.check_file(path, card)
     return name, card, read_losses(path)
 
 

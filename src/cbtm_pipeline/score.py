@@ -26,6 +26,7 @@ from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS
 from cbtm_pipeline.inference import where
 from cbtm_pipeline.inference.mixture import Mixture
+from cbtm_pipeline.provenance import expert_files
 
 BASELINES = ("dense", "dense-batch", "dense-steps", "seed")  # of the run that the folder lies in
 PART_BYTES = 1 << 24
@@ -127,13 +128,12 @@ def systems(
 
 def find_baselines(mixture: Mixture) -> dict[str, Path]:
     """The dense models and the seed of the run that the folder lies in, verified; none for a copy."""
-    from cbtm_pipeline.training import expert_folder
 
     experts, found = mixture.folder.parent / "experts", {}
     for name in BASELINES:
         weights = experts / name / "model.safetensors"
         if weights.exists() and mixture.folder.name.startswith("ensemble"):
-            card = expert_folder.read_card(weights)
+            card = expert_files.read_card(weights)
             if card["made_from"]["tokenizer"] == mixture.record["made_from"].get("tokenizer"):
                 found[name] = weights.parent
     return found

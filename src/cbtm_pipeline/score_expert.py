@@ -23,8 +23,8 @@ from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.corpus.windows import windows
-from cbtm_pipeline.provenance import made_from
-from cbtm_pipeline.training import expert_folder, model
+from cbtm_pipeline.provenance import expert_files, made_from
+from cbtm_pipeline.training import model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=1, help="threads that the model computes with on a CPU")
     args = p.parse_args(argv)
     plan = plans.score_expert(config.read(args.config))
-    card = expert_folder.read_card(args.expert_weights)
+    card = expert_files.read_card(args.expert_weights)
     cli.start_logging(f"score {card['expert']}", args.log)
     torch.set_num_threads(args.threads)
 

@@ -32,7 +32,7 @@ from cbtm_pipeline.base import artifact, cli, lock
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.plan import SeedPlan, TrainingPlan
-from cbtm_pipeline.provenance import made_from
+from cbtm_pipeline.provenance import expert_files, made_from
 from cbtm_pipeline.training import (
     checkpoint,
     distributed,
@@ -83,7 +83,7 @@ def start_from(
         net = model.scratch(plan.scratch, vocab_size, separator_id, plan.seq_len, plan.rng_seed)
         return Start(net, None, None)
     assert files.seed_model is not None
-    card = expert_folder.read_card(files.seed_model)
+    card = expert_files.read_card(files.seed_model)
     artifact.check_made_from(files.seed_model, card, "tokenizer", tokenizer["identity"])
     net = model.load(files.seed_model.parent)
     if plan.only == "feed-forward":
@@ -224,8 +224,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
         p.error(f"--expert: {args.expert}. Expected one of {', '.join(names)}.")
     if (args.seed_model is None) != (args.expert == "seed"):
         p.error("--seed-model: expected for every expert but the seed.")
-    if args.out.name != expert_folder.WEIGHTS:
-        p.error(f"--out: {args.out.name}. Expected {expert_folder.WEIGHTS}.")
+    if args.out.name != expert_files.WEIGHTS:
+        p.error(f"--out: {args.out.name}. Expected {expert_files.WEIGHTS}.")
     return args, cfg
 
 

@@ -17,8 +17,8 @@ from cbtm_pipeline import config, plan, train_expert
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import heldout, shard_files, token_files
-from cbtm_pipeline.provenance import made_from
-from cbtm_pipeline.training import expert_folder, training_log
+from cbtm_pipeline.provenance import expert_files, made_from
+from cbtm_pipeline.training import training_log
 from resealed import change_json
 
 VOCAB_SIZE, SEQ_LEN = 300, 32
@@ -277,7 +277,7 @@ def stop_after(n_steps: int) -> Callable[[], bool]:
 
 def check_published(where: train_expert.Files, n_steps: int) -> None:
     """Check that the folder is complete, its log has each step once, and no temporary file is left."""
-    expert_folder.read_card(where.out)
+    expert_files.read_card(where.out)
     assert [row["step"] for row in training_log.read(where.out.with_name("metrics.jsonl"))] == list(
         range(1, n_steps + 1)
     )

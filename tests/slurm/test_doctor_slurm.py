@@ -93,7 +93,7 @@ def test_a_good_profile_passes(
     assert "ok    profile: slurm/config.yaml; 11 rules go to Slurm." in lines
     assert "ok    train_expert: gpu takes 1 GPU, 1 CPU, 1000 MB, 30 min." in lines
     assert any(line.startswith("ok    Slurm: inside job 7.") for line in lines)
-    assert "jobs       44 on Slurm: 18 train_expert, 18 score_expert, 8 of other rules" in lines
+    assert "jobs       45 on Slurm: 18 train_expert, 18 score_expert, 9 of other rules" in lines
     assert any(line.startswith("GPU-hours ") and "A100 (assumed: fake" in line for line in lines)
 
 

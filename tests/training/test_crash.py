@@ -13,7 +13,8 @@ import pytest
 import made_training as made
 from cbtm_pipeline import config
 from cbtm_pipeline.base import cli, lock
-from cbtm_pipeline.training import checkpoint, expert_folder, training_log
+from cbtm_pipeline.provenance import expert_files
+from cbtm_pipeline.training import checkpoint, training_log
 from interrupted import Change, Crashes, command_line, reference
 from made_training import NEVER, NOW, check_published, place
 
@@ -117,7 +118,7 @@ def test_killed_anywhere(outdir, driver):
                 2,
                 3,
             ]
-            assert expert_folder.read_card(where.out)["expert"] == "0"
+            assert expert_files.read_card(where.out)["expert"] == "0"
         if n % 2:
             where.out.unlink(missing_ok=True)
         status, _ = driver.run(3, where)

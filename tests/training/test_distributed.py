@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import made_training as made
 from cbtm_pipeline import config, train_expert
 from cbtm_pipeline.base import cli
-from cbtm_pipeline.training import checkpoint, expert_folder, model, training_log
+from cbtm_pipeline.provenance import expert_files
+from cbtm_pipeline.training import checkpoint, model, training_log
 from made_driver import Ranks, output
 from made_training import NEVER, NOW, place
 
@@ -103,7 +104,7 @@ def test_three_processes_train_as_one_does(outdir, together):
     made.train(made.make_config(steps=N_STEPS, micro_batch_size=1, validations=4, run=NEVER), alone, "0")
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
     assert losses(alone)[N_STEPS - 1] < losses(alone)[0] - 0.1
-    cards = [expert_folder.read_card(where.out) for where in (together, alone)]
+    cards = [expert_files.read_card(where.out) for where in (together, alone)]
     assert cards[0]["weights"] != cards[1]["weights"]  # summed in another order
     changes = ("weights", "identity", "seal", "final_loss", "validation_loss")
     assert [{**card, **dict.fromkeys(changes)} for card in cards] == [

@@ -14,12 +14,12 @@ import made_training as made
 from cbtm_pipeline import plan, train_expert
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout
+from cbtm_pipeline.provenance import expert_files
 from cbtm_pipeline.training import (
     batches,
     checkpoint,
     data,
     distributed,
-    expert_folder,
     loop,
     loss,
     model,
@@ -75,9 +75,9 @@ def test_validation_changes_no_weight_and_is_logged(outdir):
         assert made.train(made.make_config(validations=5), validated, "0") == weights
     assert [row["step"] for row in rows_of(validated) if "valid_loss" in row] == [2, 4, 6, 8, 10]
     assert sum(line.startswith("step ") and "validation " in line for line in lines) == 5
-    card = expert_folder.read_card(validated.out)
+    card = expert_files.read_card(validated.out)
     assert card["validation_loss"] == rows_of(validated)[-1]["valid_loss"]
-    assert expert_folder.read_card(plain.out)["validation_loss"] is None
+    assert expert_files.read_card(plain.out)["validation_loss"] is None
 
 
 def test_seed_and_dense_models_are_validated_on_all_clusters(outdir):
@@ -102,7 +102,7 @@ def test_a_training_that_gets_no_better_ends(outdir):
         made.train(cfg, where, "0")
     assert len(rows_of(where)) == 6  # the first validation is the best, two more are no better
     assert any("ends after step 6 of 20" in line for line in lines)
-    card = expert_folder.read_card(where.out)
+    card = expert_files.read_card(where.out)
     assert (card["n_steps"], card["n_train_tokens"]) == (6, 6 * 4 * made.SEQ_LEN)
     assert "| steps | 6 with 4 sequences each |" in where.out.with_name("README.md").read_text()
 

@@ -59,9 +59,9 @@ def corpus(wildcards):
     So here, Snakemake is told which outputs to make again. The records in the outdir say it (stale.py), neither the
     times of files nor what Snakemake remembers: it runs what is forced or missing, and what reads that.
     """
-    made_before = [job for job in start().run if STATES[job].record]
+    outputs = [f"{OUT}/{output}" for job in start().run for output in job.outputs]
     workflow.dag.forcefiles.update(
-        f"{OUT}/{output}" for job in made_before for output in job.outputs
+        output for output in outputs if Path(output).exists()
     )
     return ancient(CORPUS)
 

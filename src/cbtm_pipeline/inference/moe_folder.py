@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, hub
 from cbtm_pipeline.corpus import heldout, token_files
 from cbtm_pipeline.corpus.windows import windows
 from cbtm_pipeline.inference import moe, package

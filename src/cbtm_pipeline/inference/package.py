@@ -28,7 +28,8 @@ CONFIG = "config.json"
 FILES = "files.json"
 TERMS = "top_terms.json"
 MODEL_TYPE = "cbtm"
-EXPERT_FILES = (CONFIG, "generation_config.json", "model.safetensors", "card.json", "README.md")
+# An expert's README.md stays behind: people may edit it, and the ensemble's own describes every expert.
+EXPERT_FILES = (CONFIG, "generation_config.json", "model.safetensors", "card.json")
 
 SIZES = {  # what tools ask a model for, and how models call it
     "hidden_size": ("n_embd", "hidden_size"),

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.provenance import records
+from cbtm_pipeline.provenance import expert_files, records
+from cbtm_pipeline.provenance.expert_files import WEIGHTS
 from cbtm_pipeline.provenance.stale import DAMAGED, Job
 
 FOLDER = "kept"
-WEIGHTS = "model.safetensors"
 
 
 def keep(outdir: Path, some: Iterable[Job]) -> None:
@@ -131,7 +131,7 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
     partial = kept.with_name(f".{kept.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    files = [path for path in folder.rglob("*") if path.is_file() and ".staging" not in path.parts]
+    files = [path for path in folder.rglob("*") if path.is_file() and expert_files.STAGING not in path.parts]
     try:
         for path in files:
             other = partial / path.relative_to(folder)
@@ -155,28 +155,17 @@ def _move(path: Path, other: Path) -> None:
     partial = other.with_name(f".{other.name}")
     if path.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(path, partial, ignore=shutil.ignore_patterns(".staging"))
+        shutil.copytree(path, partial, ignore=shutil.ignore_patterns(expert_files.STAGING))
     else:
         shutil.copyfile(path, partial)
     partial.rename(other)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a kept expert has all files that something reads, each as it was published."""
-    try:
-        card = artifact.read_sealed(folder / "card.json", "expert")
-        hashes = artifact.read_sealed(folder / "files.json", "expert_files")["files"]
-        names = filter(records.is_read, hashes)
-        return artifact.identity(folder / WEIGHTS) == card["weights"] and all(
-            artifact.identity(folder / name) == hashes[name] for name in names
-        )
-    except DAMAGED:
-        return False
-
-
 def _give_back_expert(kept: Path, folder: Path) -> bool:
     """Put a kept expert back, its weights last. Returns False unless it is there and whole."""
-    if not _is_whole(kept):
+    try:
+        expert_files.read_card(kept / WEIGHTS)
+    except DAMAGED:
         return False
     files = sorted(
         (path for path in kept.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS
@@ -184,6 +173,7 @@ def _give_back_expert(kept: Path, folder: Path) -> bool:
     for path in files:
         with artifact.publish(folder / path.relative_to(kept)) as tmp:
             _copy_or_link(path, tmp)
+    shutil.rmtree(folder / expert_files.STAGING, ignore_errors=True)  # of a training that was killed
     shutil.rmtree(kept)
     return True
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.provenance import expert_files
 
 
 class Place(NamedTuple):
@@ -69,27 +70,11 @@ def missing(outdir: Path, rule: str, expert: str | None, record: dict[str, Any])
     files = [outdir / output.format(expert) for output in place.outputs]
     beside = (outdir / place.record.format(expert)).parent
     there = {path.name for path in beside.iterdir()} if beside.is_dir() else set()
-    names = files_of_expert(beside) if place.kind == "expert" else record.get("files", [])
+    names = expert_files.names(beside) if place.kind == "expert" else record.get("files", [])
     return [
         *(path for path in files if not path.exists()),
         *(beside / name for name in names if name not in there and not (beside / name).exists()),
     ]
-
-
-def files_of_expert(folder: Path) -> list[str]:
-    """The files of an expert that something reads, but its weights; their list comes first.
-
-    Raises ValueError if the list is damaged.
-    """
-    path = folder / "files.json"
-    if not path.exists():
-        return [path.name]
-    return [path.name, *filter(is_read, artifact.read_sealed(path, "expert_files")["files"])]
-
-
-def is_read(name: str) -> bool:
-    """Whether the pipeline reads this file of an expert. The others are for people, who may edit them."""
-    return name != "README.md" and not name.startswith("tensorboard/")
 
 
 def check_beside(outdir: Path, rule: str, record: dict[str, Any]) -> None:

@@ -132,17 +132,15 @@ def look(cfg: Config) -> States:
 
 def _read(outdir: Path, job: Job) -> tuple[dict[str, Any] | None, list[Reason]]:
     """The record of a job, and what is wrong with it or its files."""
+    record = None
     try:
         record = records.read(outdir, *job)
         if missing := records.missing(outdir, *job, record):
             return record, [Reason(f"{missing[0].relative_to(outdir)} is missing")]
-    except FileNotFoundError:
-        return None, [Reason("not made yet")]
-    except DAMAGED as error:
-        return None, [Reason(str(error))]
-    try:
         records.check_beside(outdir, job.rule, record)
         return record, []
+    except FileNotFoundError:
+        return None, [Reason("not made yet")]
     except DAMAGED as error:
         return record, [Reason(str(error))]
 

@@ -13,14 +13,12 @@ from safetensors import SafetensorError
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.plan import TrainingPlan
-from cbtm_pipeline.provenance import records
+from cbtm_pipeline.provenance import expert_files
+from cbtm_pipeline.provenance.expert_files import WEIGHTS
 from cbtm_pipeline.training import training_log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS = "model.safetensors"
-FILES = "files.json"
 
 README = """\
 ---
@@ -68,7 +66,7 @@ def publish(
     ValueError if the tokenizer has changed.
     """
     folder = out.parent
-    staging = folder / ".staging"
+    staging = folder / expert_files.STAGING
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "tensorboard").mkdir(parents=True)
 
@@ -92,8 +90,8 @@ def publish(
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != WEIGHTS)
     hashes = {str(path.relative_to(staging)): artifact.identity(path) for path in files}
     meta = artifact.make_meta("expert_files", {"expert": card["identity"]}, files=hashes)
-    artifact.write_sealed(staging / FILES, meta)
-    for path in [*files, staging / FILES]:
+    artifact.write_sealed(staging / expert_files.FILES, meta)
+    for path in [*files, staging / expert_files.FILES]:
         with artifact.publish(folder / path.relative_to(staging)) as tmp:
             path.rename(tmp)
     with artifact.publish(out) as tmp:
@@ -121,37 +119,10 @@ def _readme(card: dict[str, Any], architecture: str) -> str:
     )
 
 
-def read_card(weights: Path) -> dict[str, Any]:
-    """The card of an expert, whose files are as they were published; those for people are not read.
-
-    Raises ValueError if a file has changed, OSError if one is missing.
-    """
-    card = artifact.read_sealed(weights.with_name("card.json"), "expert")
-    artifact.check_file(weights, card["weights"], make_again(weights))
-    for name, expected in _hashes(weights, card).items():
-        if records.is_read(name):
-            artifact.check_file(weights.parent / name, expected, make_again(weights))
-    return card
-
-
-def check_file(path: Path, card: dict[str, Any]) -> None:
-    """Raise ValueError unless this file of an expert's folder is as it was published."""
-    weights = path.with_name(WEIGHTS)
-    artifact.check_file(path, _hashes(weights, card)[path.name], make_again(weights))
-
-
-def _hashes(weights: Path, card: dict[str, Any]) -> dict[str, str]:
-    """The hashes of all files but the weights, by their path in the folder."""
-    path = weights.with_name(FILES)
-    record = artifact.read_sealed(path, "expert_files")
-    artifact.check_made_from(path, record, "expert", card["identity"])
-    return record["files"]
-
-
 def is_published(weights: Path, plan: TrainingPlan, made_from: dict[str, str]) -> bool:
     """Whether the folder holds the whole result of exactly this training."""
     try:
-        card = read_card(weights)
+        card = expert_files.read_card(weights)
     except (OSError, ValueError):
         return False
     return (card["made_with"], card["made_from"]) == (plan.content(), made_from)

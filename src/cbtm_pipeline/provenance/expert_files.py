@@ -1,0 +1,57 @@
+"""The files of a finished expert, and what says that they are as they were published.
+
+card.json identifies the model and holds the hash of the weights. files.json holds those of all other files.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import make_again
+
+WEIGHTS = "model.safetensors"
+FILES = "files.json"
+STAGING = ".staging"  # where a training writes all files before it moves them; a kill may leave it
+
+
+def is_read(name: str) -> bool:
+    """Whether the pipeline reads this file of an expert. The others are for people, who may edit them."""
+    return name != "README.md" and not name.startswith("tensorboard/")
+
+
+def names(folder: Path) -> list[str]:
+    """The files of an expert that something reads, but its weights; their list comes first.
+
+    Raises ValueError if the list is damaged.
+    """
+    path = folder / FILES
+    if not path.exists():
+        return [FILES]
+    return [FILES, *filter(is_read, artifact.read_sealed(path, "expert_files")["files"])]
+
+
+def read_card(weights: Path) -> dict[str, Any]:
+    """The card of an expert, whose files are as they were published; those for people are not read.
+
+    Raises ValueError if a file has changed, OSError if one is missing.
+    """
+    card = artifact.read_sealed(weights.with_name("card.json"), "expert")
+    artifact.check_file(weights, card["weights"], make_again(weights))
+    for name, expected in _hashes(weights, card).items():
+        if is_read(name):
+            artifact.check_file(weights.parent / name, expected, make_again(weights))
+    return card
+
+
+def check_file(path: Path, card: dict[str, Any]) -> None:
+    """Raise ValueError unless this file of an expert's folder is as it was published."""
+    weights = path.with_name(WEIGHTS)
+    artifact.check_file(path, _hashes(weights, card)[path.name], make_again(weights))
+
+
+def _hashes(weights: Path, card: dict[str, Any]) -> dict[str, str]:
+    """The hashes of all files but the weights, by their path in the folder."""
+    path = weights.with_name(FILES)
+    record = artifact.read_sealed(path, "expert_files")
+    artifact.check_made_from(path, record, "expert", card["identity"])
+    return record["files"]
