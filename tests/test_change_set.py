@@ -29,7 +29,7 @@ from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import encoding, token_files
 from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.inference import changed_set, loaded, modeling_cbtm, package
-from cbtm_pipeline.training import expert_folder
+from cbtm_pipeline.provenance import expert_files
 from changed_config import changed
 from made_project import make_project, snakemake
 

@@ -22,6 +22,7 @@ from cbtm_pipeline.base import artifact, cli, printable
 from cbtm_pipeline.corpus import content, encoding
 from cbtm_pipeline.inference import changed_set, package
 from cbtm_pipeline.ops import which_run
+from cbtm_pipeline.provenance import expert_files
 
 REQUEST = "request.json"
 KIND = "request"
@@ -103,8 +104,7 @@ def run(words: list[str]) -> int:
 
 def pack(found: changed_set.Set, folder: Path, name: str, tags: dict[str, str], out: Path) -> str:
     """Write the new ensemble. Returns the name of the parent."""
-    from cbtm_pipeline.inference import branch  # these import torch
-    from cbtm_pipeline.training import expert_folder
+    from cbtm_pipeline.inference import branch  # it imports torch
 
     centre_D, counts_V, record = branch.read(folder / "branch.npz")
     if record["made_from"]["ensemble"] != found.record["seal"]:

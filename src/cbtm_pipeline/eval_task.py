@@ -15,8 +15,7 @@ import torch
 from cbtm_pipeline import config, plan_tasks
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.inference import harness, package
-from cbtm_pipeline.provenance import made_from, task_files
-from cbtm_pipeline.training import expert_folder
+from cbtm_pipeline.provenance import expert_files, made_from, task_files
 
 TOP1 = "ensemble-top1"
 

@@ -76,7 +76,7 @@ def write(outdir: Path, to: Path, n_steps: int) -> tuple[Any, Any]:
     about = artifact.read_json(folder / "config.json")
     names, n_active = about["experts"], about.get("n_active") or len(about["experts"])
     paths = [folder / "experts" / name for name in names]
-    moe.twin(AutoConfig.from_pretrained(paths[0]), len(names), n_active)  # refuse before work is done
+    moe.twin(hub.load(AutoConfig, paths[0]), len(names), n_active)  # refuse before work is done
     texts = training_texts(outdir, names, about["max_position_embeddings"])
     experts = [model.load(path).eval() for path in paths]
     made, mean = moe.build(experts, n_active), moe.average(experts)
