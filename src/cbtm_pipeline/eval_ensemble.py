@@ -86,7 +86,7 @@ def evaluate(
 
         score, rows_D = plans.score_expert(cfg), np.flatnonzero(~is_calibration_D)
         documents = [models.documents[i] for i in rows_D.tolist()]
-        about = reported, documents, models.folders, score.context, score.stride
+        about = calibration, reported, documents, models.folders, score.context, score.stride
         metrics["merge"] = merging.compare(metrics, *about)
     return {**metrics, "verdict": verdict.sentences(metrics)}
 

@@ -52,6 +52,12 @@ def test_one_expert_alone_stays_itself_and_far_ones_have_a_spread(folders: list[
     assert merger.merge(np.array([0.5, 0.5])) > merging.FAR
 
 
+def test_the_posterior_goes_to_who_predicts_a_document_and_is_averaged_over_documents():
+    logprob_NK = np.log([[0.5, 0.1], [0.5, 0.1], [0.2, 0.2]])  # two documents, of two tokens and of one
+    weight_K = merging.mean_posterior(logprob_NK, np.array([0, 2, 3]))
+    np.testing.assert_allclose(weight_K, [(25 / 26 + 1 / 2) / 2, (1 / 26 + 1 / 2) / 2])
+
+
 def test_long_documents_are_read_in_windows(folders: list[Path]):
     merger, document = merging.Merger(folders), np.random.default_rng(0).integers(0, 50, 41)
     merger.merge(np.array([1.0, 0.0]))
@@ -88,11 +94,15 @@ def test_the_merged_model_stands_beside_the_ensemble(folders: list[Path], caplog
         **setting,
     }
     metrics = {"matrix": {"experts": names}, "systems": [{**row, "calibration_nll": 1.0}]}
-    found = merging.compare(metrics, reported, documents, folders, 16, 8)
-    merged, ensemble, dense = found["systems"]
+    found = merging.compare(metrics, reported, reported, documents, folders, 16, 8)
+    merged, average, ensemble, dense = found["systems"]
     assert (merged["system"], ensemble["system"], dense["system"]) == ("merge", "paper all-2", "dense")
     expected = np.exp(-np.concatenate([logprob["0"][3:12], logprob["0"][14:]]).mean())
     assert merged["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert dense["perplexity"] == pytest.approx(expected, rel=1e-4)
+    far = merging.Merger(folders)
+    far.merge(merging.mean_posterior(np.stack([logprob["0"], logprob["1"]], 1), offsets))
+    scored = [far.score(d, 16, 8)[n // 4 :] for d, n in zip(documents, lengths, strict=True)]
+    assert average["perplexity"] == pytest.approx(np.exp(-np.concatenate(scored).mean()), rel=1e-4)
     assert found["n_tokens"] == 15 and found["effective"] == pytest.approx(1)
     assert merged["passes"] == pytest.approx(1 + 2 * 5 / 20)

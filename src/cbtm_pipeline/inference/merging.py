@@ -2,7 +2,8 @@
 
 The first `prefix(n)` of a document's n tokens are its prompt. The router's weights after them average the
 experts' weights (arXiv 2505.14136). The merged model reads the whole document, and its tokens after the
-prompt are scored: the same tokens for all systems that are compared.
+prompt are scored: the same tokens for all systems that are compared. Beside it stands one average for all
+documents, weighted by the mean posterior of the calibration documents (BTM, arXiv 2208.03306).
 
 Shapes: D documents, K experts, N tokens of all documents.
 """
@@ -76,6 +77,14 @@ class Merger:
         return scored
 
 
+def mean_posterior(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The mean over documents of the Bayes posterior after a document, from equal priors, (K)."""
+    columns = [ensemble.document_sums(column_N, offsets) for column_N in logprob_NK.T]
+    sums_DK = np.stack(columns, 1)
+    weight_DK = np.exp(sums_DK - sums_DK.max(1, keepdims=True))
+    return (weight_DK / weight_DK.sum(1, keepdims=True)).mean(0)
+
+
 def setting_of(row: dict[str, Any]) -> Setting:
     """The setting of an ensemble's row of metrics.json."""
     return Setting(**{name: row[name] for name in Setting._fields})
@@ -83,6 +92,7 @@ def setting_of(row: dict[str, Any]) -> Setting:
 
 def compare(
     metrics: dict[str, Any],
+    calibration: Scored,
     reported: Scored,
     documents: Sequence[np.ndarray],
     folders: Sequence[Path],
@@ -101,17 +111,20 @@ def compare(
     position_N = np.arange(reported.offsets[-1]) - np.repeat(reported.offsets[:-1], reported.n_tokens_D)
     scored_N = position_N >= np.repeat(n_D, reported.n_tokens_D)
     logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting_of(best))
-    merged_N, spreads, used, effective = np.zeros(len(scored_N)), [], [], []
-    merger, progress = Merger(folders), Progress("merged", int(reported.offsets[-1]), "tokens")
+    merger, progress = Merger(folders), Progress("merged", 2 * len(scored_N), "tokens")
+    merged, average, spreads, weights = [], [], [], []
     for begin, n, document in zip(reported.offsets[:-1].tolist(), n_D.tolist(), documents, strict=True):
         if len(document) > 1:
-            weight_K = np.exp(logw_NK[begin + n])
-            spreads.append(merger.merge(weight_K))
-            used.append(np.count_nonzero(weight_K))
-            effective.append(np.exp(-(weight_K[weight_K > 0] * np.log(weight_K[weight_K > 0])).sum()))
-            merged_N[begin : begin + len(document) - 1] = merger.score(document, context, stride)
+            weights.append(np.exp(logw_NK[begin + n]))
+            spreads.append(merger.merge(weights[-1]))
+            merged.append(merger.score(document, context, stride))
             progress.add(len(document) - 1)
-    spread = float(np.mean(spreads))
+    merger.merge(mean_posterior(calibration.experts(experts), calibration.offsets))
+    for document in documents:
+        average.append(merger.score(document, context, stride))
+        progress.add(len(document) - 1)
+    spread, weight_DK = float(np.mean(spreads)), np.stack(weights)
+    entropy_D = -(weight_DK * np.log(np.where(weight_DK > 0, weight_DK, 1))).sum(1)
     if spread > FAR:
         log.warning(
             "eval.merge: experts %.2f of their mean's norm away from it. Expected at most %g, or their "
@@ -120,7 +133,8 @@ def compare(
         )
     prompts = np.where(scored_N[:, None], -np.inf, logw_NK)
     passes = 1 + ensemble.passes_per_token(prompts, reported.offsets).sum() / len(scored_N)
-    systems = [_system("merge", merged_N[scored_N], float(passes))]
+    systems = [_system("merge", np.concatenate(merged)[scored_N], float(passes))]
+    systems.append(_system("posterior average", np.concatenate(average)[scored_N], 1.0))
     for row in rows:
         weights_NK = ROUTERS[row["router"]].log_weights(held_out, setting_of(row))
         mixed_N = ensemble.mix(held_out.logprob_NK, weights_NK)
@@ -130,8 +144,8 @@ def compare(
         "prompt_tokens": float(n_D.mean()),
         "n_tokens": int(scored_N.sum()),
         "router": verdict.label(best),
-        "averaged": float(np.mean(used)),
-        "effective": float(np.mean(effective)),
+        "averaged": float((weight_DK > 0).sum(1).mean()),
+        "effective": float(np.exp(entropy_D).mean()),
         "spread": spread,
         "systems": systems,
     }
