@@ -35,8 +35,10 @@ def offline(
     if router == "paper":
         logw_NK = ensemble.paper_log_weights(d2_NK, SETTINGS["router_temperature"], n_active)
     else:
-        values = (SETTINGS[key] for key in ("router_temperature", "epsilon", "beta"))
-        logw_NK = ensemble.filter_log_weights(logprob_NK, d2_NK, offsets, *values, n_active)
+        temperature, epsilon, beta = SETTINGS.values()
+        logw_NK = ensemble.filter_log_weights(
+            logprob_NK, d2_NK, offsets, temperature, epsilon, beta, n_active
+        )
     return ensemble.mix(logprob_NK, logw_NK)
 
 

@@ -74,7 +74,7 @@ def test_the_merged_model_stands_beside_the_ensemble(folders: list[Path], caplog
         name: np.concatenate([alone(f, d) for d in documents]) for name, f in zip(names, folders, strict=True)
     }
     logprob["dense"] = logprob["0"]
-    d2_NK = np.tile(np.float32([0, 90]), (20, 1))  # all weight on expert 0
+    d2_NK = np.tile(np.array([0, 90], np.float32), (20, 1))  # all weight on expert 0
     reported = Scored(logprob, d2_NK, offsets, np.ones(2), np.zeros(2, int), np.array(["a", "b"]))
     setting = {
         "router": "paper",

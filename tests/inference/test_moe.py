@@ -43,7 +43,8 @@ def test_identical_experts_are_the_dense_model(kind: str, tmp_path: Path):
         for block in moe.layers(made):  # any router will do
             block.gate.weight.normal_()
         made.save_pretrained(tmp_path)
-        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        found: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        loaded, info = found
         assert not info["missing_keys"] and not info["unexpected_keys"]
         torch.testing.assert_close(loaded.eval()(TEXT).logits, net(TEXT).logits, atol=1e-4, rtol=1e-4)
     assert loaded.generate(TEXT, max_new_tokens=4, do_sample=False).shape == (2, 24)
