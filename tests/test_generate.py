@@ -2,9 +2,7 @@
 
 import io
 import os
-import pty
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 import made_ensemble as made
+import pseudo_terminal
 from cbtm_pipeline import generate
 from cbtm_pipeline.inference import colours, loaded
 
@@ -82,20 +81,8 @@ def test_bad_numbers_are_refused(folder: Path, option: tuple[str, str], capsys) 
 
 def on_terminal(*argv: object, **environment: str) -> str:
     """What the command writes to a terminal."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "cbtm_pipeline", "generate", *map(str, argv)]
     env = {**os.environ, "TERM": "xterm-256color", **environment}
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, env=env) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 1 << 16):
-                shown += part
-        except OSError:  # how Linux says that the other side is closed
-            pass
-    os.close(ours)
-    assert process.returncode == 0, shown
-    return shown.decode().replace("\r\n", "\n")
+    return pseudo_terminal.shown("generate", *argv, env=env)
 
 
 def test_a_terminal_shows_each_token_in_the_colour_of_its_expert(folder: Path, capsys) -> None:

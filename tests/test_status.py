@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import shutil
 import socket
@@ -18,6 +17,7 @@ import pytest
 
 import made_status
 import made_training as made
+import pseudo_terminal
 from cbtm_pipeline import config, status
 from cbtm_pipeline.ops import run_state, status_table
 from cbtm_pipeline.provenance import records, stale
@@ -262,23 +262,8 @@ def test_colours_on_a_terminal_only(out, tmp_path):
         key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")
     } | {"TERM": "xterm"}
     assert "\x1b" not in run("status", cwd=tmp_path, env=environment)
-    ours, theirs = pty.openpty()
-    subprocess.run(
-        [sys.executable, "-m", "cbtm_pipeline", "status"],
-        cwd=tmp_path,
-        stdout=theirs,
-        env=environment,
-        check=True,
-    )
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 1 << 16):
-            shown += part
-    except OSError:  # how Linux says that the other side is closed
-        pass
-    os.close(ours)
-    assert b"\x1b[32mdone\x1b[0m" in shown
+    shown = pseudo_terminal.shown("status", cwd=tmp_path, env=environment)
+    assert "\x1b[32mdone\x1b[0m" in shown
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ TOUCH = bool(
 
 def before_start():
     """Lock the outdir, write the config that the jobs read, and keep what they replace."""
-    if any(job.rule == "eval_task" for job in start().run):
+    rules = {job.rule for job in start().run}
+    if "eval_task" in rules:
         try:
             task_files.check_names(CONFIG.eval.tasks)
         except ValueError as error:
