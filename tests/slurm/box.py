@@ -23,8 +23,8 @@ if __name__ == "__main__":  # as a script, too, it is a part of its package
     __package__ = "slurm"
     import slurm  # noqa: F401
 
-from .configure import configure
-from .machine import PATH, alive, environment, install, kill, wait
+from .configure import configure, write_prolog
+from .machine import PATH, alive, environment, install, kill, tail, wait
 
 NODES = ("gpu1", "gpu2", "gpu3", "gpu4")
 DAEMONS = ("slurmctld", *NODES, "slurmdbd", "mariadbd", "munged")
@@ -73,6 +73,10 @@ class Box:
 
     def start(self) -> None:
         """Start all daemons that do not run, and wait until the box is ready for jobs."""
+        self._start_daemons()
+        wait(lambda: self.idle_nodes() == len(NODES) or self.squeue(), 60, "four idle nodes", self.story)
+
+    def _start_daemons(self) -> None:
         if len(str(self.folder)) > 70:
             raise ValueError(
                 f"{self.folder}: {len(str(self.folder))} characters. Expected 70 at most (sockets). Take a "
@@ -93,11 +97,6 @@ class Box:
         for node in NODES:
             self.start_slurmd(node)
         self.start_slurmctld()
-        wait(
-            lambda: self.idle_nodes() == len(NODES) or self.squeue(),
-            60,
-            f"four idle nodes (see {self.folder}/*.log)",
-        )
 
     def stop(self) -> None:
         """End every process of the box and of its jobs.
@@ -111,14 +110,35 @@ class Box:
             self.kill_slurmd(node)
 
     def clear(self) -> None:
-        """Return to an idle cluster: start the daemons that were killed, and cancel all jobs."""
+        """Return to an idle cluster: start the daemons that were killed, cancel all jobs, resume the nodes.
+
+        Slurm drains a node that fails to start or to end a job, until an administrator resumes it.
+        """
         for name in DAEMONS:
             self.signal(name, signal.SIGCONT)
-        self.start()
+        write_prolog(self.folder)
+        self._start_daemons()
         if self.squeue():
             self.run("scancel", "--me", "--signal=KILL", "--full")
             self.run("scancel", "--me")
-        wait(lambda: self.idle_nodes() == len(NODES) and not self.squeue(), 60, "an idle cluster")
+        wait(self._is_clear, 60, "an idle cluster", self.story)
+
+    def _is_clear(self) -> bool:
+        """Whether all nodes are idle and no job is there. Resumes nodes that are drained or down."""
+        for node, state in self.nodes().items():
+            if state.startswith(("drain", "down")):  # refused if it has changed since
+                self._answers("scontrol", "update", f"nodename={node}", "state=resume")
+        return self.idle_nodes() == len(NODES) and not self.squeue()
+
+    def story(self) -> str:
+        """The nodes and the jobs as Slurm sees them, with its reasons, and the last lines of its log."""
+        asked = [
+            ("sinfo", "--Node", "--partition=gpu", "--format=%N %T %E"),
+            ("squeue", "--format=%i %j %T %R"),
+        ]
+        answers = [subprocess.run(command, env=self.env, capture_output=True, text=True) for command in asked]
+        told = [answer.stdout + answer.stderr for answer in answers]
+        return "".join([*told, *(tail(self.folder / f"{name}.log") for name in ("slurmctld", *NODES))])
 
     def start_slurmctld(self) -> None:
         self._start("slurmctld", "-f", str(self.conf))
@@ -211,10 +231,13 @@ class Box:
         """The controller's state of a job: PENDING, RUNNING, COMPLETED, ..."""
         return self.squeue("--states=all", f"--jobs={job_id}")[0]["State"]
 
+    def nodes(self) -> dict[str, str]:
+        """Slurm's state of each node: idle, mixed, drained, down* (* if it does not answer), ..."""
+        lines = self.run("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %T").splitlines()
+        return dict(line.split() for line in lines)
+
     def idle_nodes(self) -> int:
-        return (
-            self.run("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T").split().count("idle")
-        )
+        return list(self.nodes().values()).count("idle")
 
     def pull_forward(self, job_id: str) -> None:
         """Let a requeued job start now, without its delay."""

@@ -38,7 +38,17 @@ def configure(folder: Path, accounting: bool) -> None:
         # As on most clusters, jobs are tracked by freezer cgroups (version 1), if these can be made.
         "proctrack": "cgroup" if os.access("/sys/fs/cgroup/freezer", os.W_OK) else "linuxproc",
     }
+    write_prolog(folder)
     for name in FILES:
         lines = (ETC / name).read_text().format(**values).splitlines(keepends=True)
         (folder / name).touch(mode=0o600)  # slurmdbd requires it
         (folder / name).write_text("".join(x for x in lines if accounting or not x.startswith("Accounting")))
+
+
+def write_prolog(folder: Path, script: str = "exit 0") -> None:
+    """What runs on a node before each job's start. If it fails, Slurm drains the node and holds the job."""
+    prolog = folder / "prolog"
+    new = prolog.with_suffix(".new")
+    new.write_text(f"#!/bin/sh\n{script}\n")
+    new.chmod(0o755)
+    new.rename(prolog)

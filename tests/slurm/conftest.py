@@ -1,11 +1,16 @@
 """One Slurm cluster per test process. Without Slurm, these tests are skipped; the last line counts them."""
 
+import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from .box import Box
+from .launchers import RESOURCES, Start
 from .machine import install
 
 # A shell that starts a process in the background, as `make test` does, makes it ignore SIGINT.
@@ -30,3 +35,28 @@ def clear_box(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "box" in request.fixturenames:
         request.getfixturevalue("box").clear()
+
+
+@pytest.fixture
+def start(box: Box, tmp_path: Path) -> Start:
+    """Start a launcher of a shell script that may write to `out`."""
+
+    def launcher(
+        script: str, *options: str, env: dict[str, str] = box.env, **resources: object
+    ) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "cbtm_pipeline.slurm.launch",
+            "--name",
+            "job",
+            "--folder",
+            "slurm",
+            "--outputs",
+            "out",
+            *options,
+        ]
+        command += ["--resources", json.dumps({**RESOURCES, **resources}), "--", "bash", "-c", script]
+        return subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+
+    return launcher

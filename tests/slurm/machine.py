@@ -69,13 +69,27 @@ def install() -> str | None:
     return None
 
 
-def wait(condition: Callable[[], object], timeout: float = 60, what: str = "condition") -> None:
-    """Poll `condition` until it is true; TimeoutError after `timeout` seconds."""
+def wait(
+    condition: Callable[[], object],
+    timeout: float = 60,
+    what: str = "condition",
+    story: Callable[[], str] | None = None,
+) -> None:
+    """Poll `condition` until it is true; TimeoutError after `timeout` seconds, with what `story` tells."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not so after {timeout:g} s")
+            told = f"\n{story()}" if story else ""
+            raise TimeoutError(f"{what}: not so after {timeout:g} s{told}")
         time.sleep(0.05)
+
+
+def tail(path: Path, n: int = 15) -> str:
+    """The last lines of a file, under its name; empty if there is no such file."""
+    with contextlib.suppress(OSError):
+        lines = path.read_text(errors="replace").splitlines()
+        return "\n".join([f"--- {path}", *lines[-n:], ""])
+    return ""
 
 
 def free_ports() -> int:

@@ -14,7 +14,7 @@ import yaml
 from made_project import ROOT, make_project, snakemake_command
 
 from .box import Box
-from .machine import wait
+from .machine import tail, wait
 
 PROFILE = yaml.safe_load((ROOT / "profiles/slurm/config.yaml").read_text())
 
@@ -73,11 +73,18 @@ class Run:
             )
 
     def finish(self, ok: bool = True, timeout: float = 300) -> None:
-        status = self.process.wait(timeout)
+        wait(lambda: self.process.poll() is not None, timeout, f"end of {self.project}", self.story)
+        status = self.process.returncode
         assert (status == 0) == ok, f"exit status {status}\n{self.printed()}"
 
     def printed(self) -> str:
         return (self.project / "snakemake.log").read_text()
+
+    def story(self) -> str:
+        """The cluster, and the last lines of what Snakemake, the launcher and the job have printed."""
+        folder = self.project / f"results/slurm/expert-{self.expert}"
+        logs = [self.project / "snakemake.log", *sorted(folder.glob("*.log")), *sorted(folder.glob("*.out"))]
+        return self.box.story() + "".join(map(tail, logs))
 
     def kill(self, number: int, everything: bool = False) -> None:
         """Signal Snakemake, or with `everything` its whole process group, as a terminal does."""
@@ -104,13 +111,21 @@ class Run:
 
     def reach(self, step: int, timeout: float = 120) -> None:
         """Wait until the training has done `step` steps."""
-        wait(lambda: self.step() >= step or self.process.poll() is not None, timeout, f"step {step}")
+        wait(
+            lambda: self.step() >= step or self.process.poll() is not None,
+            timeout,
+            f"step {step}",
+            self.story,
+        )
         assert self.process.poll() is None, self.printed()
 
     def reach_starts(self, n: int, timeout: float = 200) -> None:
         """Wait for the n-th start of the task on a node."""
         wait(
-            lambda: len(self.events("started")) >= n or self.process.poll() is not None, timeout, f"start {n}"
+            lambda: len(self.events("started")) >= n or self.process.poll() is not None,
+            timeout,
+            f"start {n}",
+            self.story,
         )
 
     @property

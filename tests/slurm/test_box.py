@@ -64,6 +64,28 @@ def test_a_lost_node_requeues_its_job_and_comes_back(box: Box, tmp_path: Path) -
     wait(lambda: box.idle_nodes() == len(NODES))
 
 
+def test_nodes_that_slurm_took_out_of_service_are_idle_after_clear(box: Box) -> None:
+    job = submit(box, "sleep 600", "--nodelist=gpu1")
+    wait(lambda: box.state(job) == "RUNNING")
+    box.run("scontrol", "update", "nodename=gpu1,gpu2", "state=drain", "reason=Duplicate jobid")
+    box.run("scontrol", "update", "nodename=gpu3", "state=down", "reason=lost")
+    assert [box.nodes()[node] for node in NODES] == ["draining", "drained", "down", "idle"]
+    box.clear()
+    assert box.nodes() == dict.fromkeys(NODES, "idle")
+
+
+def test_what_was_waited_for_in_vain_says_what_is_there(box: Box) -> None:
+    job = submit(box, "sleep 600", "--hold", "--job-name=waits")
+    box.run("scontrol", "update", "nodename=gpu2", "state=drain", "reason=Kill task failed")
+    with pytest.raises(TimeoutError) as error:
+        wait(lambda: False, 0.1, "the end of the world", box.story)
+    told = str(error.value).splitlines()
+    assert told[0] == "the end of the world: not so after 0.1 s"
+    assert "gpu2 drained Kill task failed" in told and "gpu1 idle none" in told
+    assert f"{job} waits PENDING (JobHeldUser)" in str(error.value)
+    assert f"_slurm_rpc_submit_batch_job: JobId={job}" in str(error.value)
+
+
 def test_a_box_by_hand(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A job outlives its controller; nothing outlives the box."""
     if reason := install():

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,61 +13,8 @@ from cbtm_pipeline.base import cli
 from cbtm_pipeline.slurm import events, request
 
 from .box import Box
+from .launchers import RESOURCES, Start, end_of, says, started, submitted, when
 from .machine import wait
-
-Start = Callable[..., subprocess.Popen]
-RESOURCES = {"slurm_partition": "gpu", "runtime": 5, "mem_mb": 200}
-
-
-@pytest.fixture
-def start(box: Box, tmp_path: Path) -> Start:
-    """Start a launcher of a shell script that may write to `out`."""
-
-    def launcher(
-        script: str, *options: str, env: dict[str, str] = box.env, **resources: object
-    ) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "cbtm_pipeline.slurm.launch",
-            "--name",
-            "job",
-            "--folder",
-            "slurm",
-            "--outputs",
-            "out",
-            *options,
-        ]
-        command += ["--resources", json.dumps({**RESOURCES, **resources}), "--", "bash", "-c", script]
-        return subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-
-    return launcher
-
-
-def end_of(launcher: subprocess.Popen, status: int) -> str:
-    """Wait for the end of a launcher, which has to have this exit status. Returns what it printed."""
-    printed = launcher.communicate(timeout=90)[1]
-    assert launcher.returncode == status, printed
-    return printed
-
-
-def says(launcher: subprocess.Popen, words: str) -> str:
-    """Wait for the launcher's next line with these words, and return that line."""
-    assert launcher.stderr
-    return next(line for line in launcher.stderr if words in line)
-
-
-def when(file: str, command: str) -> str:
-    """A script that runs a command as soon as a file is there."""
-    return f"while [ ! -e {file} ]; do sleep 0.1; done; {command}"
-
-
-def submitted(folder: Path) -> list[str]:
-    return [row["job_id"] for row in events.read(folder / "slurm/job") if row["event"] == "submitted"]
-
-
-def started(folder: Path) -> list[dict]:
-    return [row for row in events.read(folder / "slurm/job") if row["event"] == "started"]
 
 
 def test_a_job_gets_what_it_asked_for_and_leaves_its_log(box: Box, start: Start, tmp_path: Path) -> None:

@@ -148,6 +148,27 @@ def test_errors_that_users_have_to_correct(message: str) -> None:
     assert not commands.is_temporary(message)
 
 
+@pytest.mark.parametrize(
+    "state, reason, is_held, launch_failed",
+    [
+        ("PENDING", "launch failed requeued held", True, True),
+        ("PENDING", "launch_failed_requeued_held", True, True),
+        ("PENDING", "job requeued in held state", True, False),
+        ("SPECIAL_EXIT", "job requeued in held state", True, False),
+        ("PENDING", "JobHeldUser", True, False),
+        ("PENDING", "JobHeldAdmin", True, False),
+        ("PENDING", "JobHoldMaxRequeue", True, False),
+        ("COMPLETING", "launch failed requeued held", False, False),
+        ("PENDING", "BeginTime", False, False),
+        ("PENDING", "ReqNodeNotAvail, UnavailableNodes:gpu1", False, False),
+        ("RUNNING", "None", False, False),
+    ],
+)
+def test_a_job_that_is_held_and_why(state: str, reason: str, is_held: bool, launch_failed: bool) -> None:
+    job = commands.QueuedJob("17", "expert-3", state, reason, "", 1, "token", "", "")
+    assert (job.is_held, job.launch_failed) == (is_held, launch_failed)
+
+
 def test_a_command_that_hangs_is_unreachable_and_one_that_is_missing_is_not() -> None:
     with pytest.raises(commands.Unreachable):
         commands.ask("sleep", "5", timeout_s=0.1)

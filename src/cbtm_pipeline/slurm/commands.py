@@ -1,4 +1,4 @@
-"""Questions to Slurm: the queue, the records of ended jobs, scancel. Standard library only.
+"""Questions to Slurm: the queue, the records of ended jobs; scancel and release. Standard library only.
 
 A controller that does not answer raises `Unreachable`. That never means "no such job": whoever confuses the
 two starts a second writer.
@@ -49,10 +49,25 @@ class QueuedJob(NamedTuple):
     start: str
     end: str
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the job waits until somebody releases it."""
+        return self.state in HELD and bool(_HELD.search(self.reason))
+
+    @property
+    def launch_failed(self) -> bool:
+        """Whether Slurm itself holds the job, as a node failed to start it."""
+        return self.is_held and bool(_LAUNCH_FAILED.search(self.reason))
+
 
 # States of a job that has not ended.
 LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
 LIVE |= {"REQUEUE_FED", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"}
+HELD = {"PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT"}  # states in which a job may be held
+# Reasons of a job that nothing but a release starts (JobHeldUser, JobHeldAdmin, "job requeued in held state",
+# JobHoldMaxRequeue, ...), and the one that Slurm gives when a node could not start a job.
+_HELD = re.compile("held|hold", re.I)
+_LAUNCH_FAILED = re.compile("launch.failed", re.I)
 _FIELDS = ("JobID", "Name", "State", "Reason", "NodeList", "RestartCnt", "Comment", "StartTime", "EndTime")
 
 
@@ -147,3 +162,8 @@ def cancel(job_id: str) -> None:
     except Refused as error:
         if "Invalid job id" not in str(error):
             raise
+
+
+def release(job_id: str) -> None:
+    """Let a held job take its turn. Raises Unreachable, or Refused for one that an operator holds."""
+    ask("scontrol", "release", job_id)

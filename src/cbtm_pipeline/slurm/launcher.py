@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ LATENCY_S = 60.0  # a network file system may show a file this much later
 CONFIRM_S = {"COMPLETED": LATENCY_S, "CANCELLED": 2.0}
 REQUEUE_S = 15.0
 AT_ONCE = 4  # submissions at the same time: hundreds of experts become ready in the same moment
+MAX_RELEASES = 3  # of a job that one node after the other failed to start
+TOKEN = re.compile("[0-9a-f]{32}")  # the comment of every launcher's job
 SUBMIT_S = 3600.0  # give up when Slurm has accepted no job for so long
 # Reasons for which a job would wait for ever.
 FOREVER = {"PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "AccountNotAllowed"}
@@ -47,6 +50,7 @@ class Launcher:
         self.folder, self.order, self.lock_fd = folder, order, lock_fd
         self.work = Path(order["work"]) if order["work"] else None
         self.watch = Watch(folder.parent, parent)
+        self.seen_held: tuple[str, int, str] | None = None  # id, restarts and reason of a job
 
     def lock(self) -> None:
         """Wait until no other launcher has this job: one that has lost its parent leaves within POLL_S."""
@@ -196,16 +200,51 @@ class Launcher:
     def _state(self, record: Record) -> str:
         """Slurm's state of the job. Raises Unreachable.
 
-        Cancels a job that would wait for ever, and raises ValueError.
+        Releases a job that Slurm holds. Cancels a job that would wait for ever, and raises ValueError.
         """
         job = self.watch.look(record["job_id"], record["submitted"])
         if job is None:
             return commands.ended_as(record["job_id"]) or "UNKNOWN"
+        if job.comment != record["token"] and TOKEN.fullmatch(job.comment):
+            # A controller that was killed forgets its last seconds, and gives the same ids to other jobs.
+            return "UNKNOWN"
         if job.state == "PENDING" and job.reason in FOREVER:
             commands.cancel(job.id)
             found = f"job {job.id} would wait for ever ({job.reason})"
             self._fail(f"{found}. Expected what the partition grants. Correct the profile.")
+        if job.is_held:
+            self._held(job)
         return job.state
+
+    def _held(self, job: commands.QueuedJob) -> None:
+        """Release a job that a node failed to start. Of any other held job, say what to do. Once each.
+
+        Raises Unreachable.
+        """
+        hold = (job.id, job.restarts, job.reason)
+        if hold == self.seen_held:
+            return
+        found = job.reason
+        if job.launch_failed and self._n_releases(job.id) < MAX_RELEASES:
+            try:
+                commands.release(job.id)
+            except commands.Refused as error:
+                found = f"{job.reason}; {error}"
+            else:
+                self._add("released", job_id=job.id, reason=job.reason, restart=job.restarts)
+                log.info("job %s released: a node failed to start it (%s)", job.id, job.reason, extra=NEWS)
+                found = ""
+        self.seen_held = hold
+        if found:
+            todo = f"Release it with scontrol release {job.id}, or cancel it"
+            log.warning("job %s: held (%s). Expected a job that waits for its turn. %s.", job.id, found, todo)
+
+    def _n_releases(self, job_id: str) -> int:
+        """How often the job was released since it last started."""
+        rows = [row for row in events.read(self.folder) if row.get("job_id") == job_id]
+        started = [i for i, row in enumerate(rows) if row["event"] == "started"]
+        newest = rows[started[-1] + 1 if started else 0 :]
+        return sum(row["event"] == "released" for row in newest)
 
     def _take(self, result: dict[str, Any], record: Record) -> None:
         """Return when all outputs are there. Raises ValueError if the job failed or an output is missing."""
