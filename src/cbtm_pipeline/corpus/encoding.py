@@ -12,7 +12,7 @@ import orjson
 import tokenizers
 from gigatoken.gigatoken_rs import load_hf_json
 
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, inside
 from cbtm_pipeline.base.errors import make_again
 
 PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces
@@ -130,6 +130,7 @@ def read_card(tokenizer_json: Path) -> dict[str, Any]:
     Raises ValueError if a file of the tokenizer is another one than the card says.
     """
     card = artifact.read_sealed(tokenizer_json.with_name("card.json"), "tokenizer")
+    inside.check(tokenizer_json.with_name("card.json"), card["files"], make_again(tokenizer_json))
     for name, expected in card["files"].items():
         artifact.check_file(tokenizer_json.with_name(name), expected, make_again(tokenizer_json))
     return card
