@@ -56,8 +56,9 @@ def make(
     """Write the shards of the corpus beside `out`, and `out` (manifest.json) last.
 
     `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of the corpus's files,
-    `planned` which files the start of the run has found. Raises ValueError if more than `max_bad_share` of the
-    corpus cannot be used, if a planned file is gone, or if no document is left to train on or to hold out.
+    `planned` which files the start of the run has found. Raises ValueError if more than `max_bad_share` of
+    the corpus cannot be used, if a planned file is gone, or if no document is left to train on or to hold
+    out.
     """
     card = encoding.read_card(tokenizer_json)
     train, held_out = _input_files(plan, demo)
@@ -130,8 +131,8 @@ def _make_shards(
     in_order: InOrder,
     quarantine: Quarantine,
 ) -> tuple[list[Entry], str, int]:
-    """Make all blocks. Returns the shards, training shards first, the name of the encoder in the manifest, and
-    the bytes of all records.
+    """Make all blocks. Returns the shards, training shards first, the name of the encoder in the manifest,
+    and the bytes of all records.
 
     That name is `gigatoken` if it encoded every block, else `tokenizers`. The first `n_held_out` files are
     those of corpus.eval.
@@ -221,8 +222,8 @@ def _check_quarantine(read: Read, quarantine: Quarantine, path: Path, max_bad_sh
     end = f"Expected at most {max_bad_share:.2%}. See {path}; "
     if n_damaged / read.n_files > max_bad_share:
         raise ValueError(
-            f"corpus: {n_damaged} of {read.n_files} files ({n_damaged / read.n_files:.2%}) are damaged, and nobody "
-            f"knows how much of them is missing: {summary}. {end}get these files again or change "
+            f"corpus: {n_damaged} of {read.n_files} files ({n_damaged / read.n_files:.2%}) are damaged, and "
+            f"nobody knows how much of them is missing: {summary}. {end}get these files again or change "
             "corpus.max_bad_share."
         )
     if share > max_bad_share or n_bad == read.n_rows:
@@ -232,8 +233,8 @@ def _check_quarantine(read: Read, quarantine: Quarantine, path: Path, max_bad_sh
         )
     if of_bytes > max_bad_share:
         raise ValueError(
-            f"corpus: {n_bad} of {read.n_rows} rows cannot be used, and they hold {of_bytes:.2%} of the bytes: "
-            f"{summary}. {end}mend the rows or change corpus.max_bad_share."
+            f"corpus: {n_bad} of {read.n_rows} rows cannot be used, and they hold {of_bytes:.2%} of the "
+            f"bytes: {summary}. {end}mend the rows or change corpus.max_bad_share."
         )
     if n_bad:
         cli.log.warning(
@@ -245,9 +246,7 @@ def _about_ids(quarantine: Quarantine) -> str:
     """What to do where most of the rows in the quarantine repeat an id."""
     if 2 * quarantine.kinds["duplicate id"] < quarantine.n_rows:
         return ""
-    return (
-        " Where each file counts its documents anew, set corpus.id_field: null to name them by file and row."
-    )
+    return " Where each file counts from 0, set corpus.id_field: null: then file and row name a document."
 
 
 def _log_passed_over(patterns: list[str]) -> None:

@@ -79,7 +79,7 @@ class _Few(logging.Filter):
 class _OneLine(logging.Formatter):
     """Makes one line of each message: ids, keys and names of files may hold anything."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(shortened(record.message), keep="")
         return super().formatMessage(record)
 

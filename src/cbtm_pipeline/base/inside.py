@@ -15,6 +15,6 @@ def check(path: Path, names: Iterable[str], advice: str) -> None:
     for name in names:
         if not name or not is_inside(name):
             raise ValueError(
-                f"{path}: it names {name}. Expected only files below {path.parent}, as others may have written "
-                f"it. {advice}"
+                f"{path}: it names {name}. Expected only files below {path.parent}, as others may have "
+                f"written it. {advice}"
             )

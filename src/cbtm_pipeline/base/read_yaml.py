@@ -1,4 +1,4 @@
-"""Read YAML in which each key stands once. YAML forbids to repeat a key, and PyYAML takes the last silently."""
+"""Read YAML in which each key stands once. YAML forbids to repeat one, and PyYAML takes the last silently."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -34,6 +34,6 @@ def read(path: str | Path, loader: type[Loader] = Loader) -> Any:
     """
     text = Path(path).read_text("utf-8")
     try:
-        return yaml.load(text, loader)  # noqa: S506 (a safe loader)
+        return yaml.load(text, loader)
     except Twice as error:
         raise ValueError(f"{path}: {error}") from None

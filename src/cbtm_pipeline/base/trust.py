@@ -31,9 +31,9 @@ def others(folder: Path) -> Iterator[Other]:
     """Who else may write to a folder, or put another one in its place, the nearest first.
 
     In a sticky folder such as /tmp, nobody can rename what is not theirs; so it counts only if it is the
-    folder itself. A folder that does not exist yet is as safe as the one it will be made in.
+    folder itself. A folder that does not exist yet will be the user's.
     """
-    path = Path(os.path.abspath(folder)).resolve()
+    path = folder.resolve()
     for place in (path, *path.parents):
         try:
             about = place.stat()
@@ -73,8 +73,8 @@ def refuse_open(folder: Path) -> None:
     if found := next((other for other in others(folder) if other.is_everybody), None):
         todo = f"Run {found.change}, or choose" if found.change else "Choose"
         raise ValueError(
-            f"{found.folder}: everybody may write there, and so run code as you in a job of Slurm. Expected a "
-            f"folder of yours or of a group. {todo} another outdir."
+            f"{found.folder}: everybody may write there, and so run code as you in a job of Slurm. Expected "
+            f"a folder of yours or of a group. {todo} another outdir."
         )
 
 
@@ -84,8 +84,8 @@ def warning(folder: Path) -> str | None:
         return None
     todo = f"run {found.change}" if found.change else "choose another outdir"
     return (
-        f"{found.folder}: {found.who} may write there, too, and so change results, and run code as you in a job "
-        f"of Slurm. If that is not what you want, {todo}"
+        f"{found.folder}: {found.who} may write there, too, and so change results, and run code as you in a "
+        f"job of Slurm. If that is not what you want, {todo}"
     )
 
 

@@ -62,8 +62,8 @@ def check_planned(path: Path | None, found: Iterable[Path]) -> None:
     if gone:
         more = f", and {len(gone) - 1} more files are gone" if len(gone) > 1 else ""
         raise ValueError(
-            f"{gone[0]}: gone since the run was started{more}. Expected the corpus to stay as it is. Bring it "
-            "back and start again, or start again to run without it."
+            f"{gone[0]}: gone since the run was started{more}. Expected the corpus to stay as it is. Bring "
+            "it back and start again, or start again to run without it."
         )
 
 
@@ -100,7 +100,7 @@ def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
 
 
 def _stat(path: Path) -> list[int]:
-    """Size, times and inode of a file. Raises OSError for a file that is not there, ValueError for no file."""
+    """Size, times and inode of a file. Raises OSError if it is not there, ValueError if it is no file."""
     about = corpus_files.about(path)
     return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 

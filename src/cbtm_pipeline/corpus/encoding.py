@@ -61,8 +61,9 @@ class TokenEncoder:
     """
 
     def __init__(self, tokenizer_json: Path):
-        text = tokenizer_json.read_text("utf-8")
+        content = tokenizer_json.read_bytes()
         try:
+            text = content.decode("utf-8")
             self.slow = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower type
             raise ValueError(

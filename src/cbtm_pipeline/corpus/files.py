@@ -89,7 +89,8 @@ def _matching(pattern: str) -> list[Path]:
     roots = _roots(pattern)
     if roots == [path := Path(pattern).expanduser()] and not path.is_dir() and format_of(path) is None:
         raise ValueError(
-            f"{pattern}: unknown format. {_expected()} Convert the file, or correct corpus.train or corpus.eval."
+            f"{pattern}: unknown format. {_expected()} Convert the file, or correct corpus.train or "
+            "corpus.eval."
         )
     files = [file for root in roots for file in _below(root) if format_of(file)]
     if not files:
@@ -99,6 +100,10 @@ def _matching(pattern: str) -> list[Path]:
 
 def _roots(pattern: str) -> list[Path]:
     """The files and folders that a pattern names. Raises ValueError for a path that is not there."""
+    if not pattern.strip():  # else it would be the current folder
+        raise ValueError(
+            "corpus: an empty path. Expected a file, a folder or a glob. Name one, or leave it out."
+        )
     path = Path(pattern).expanduser()
     if path.exists() or path.is_symlink():
         return [path]
@@ -166,7 +171,7 @@ def name(paths: Sequence[Path]) -> list[File]:
 
 
 def n_bytes(files: Iterable[File]) -> int:
-    """Total size of the files on the disk. Raises OSError for a file that cannot be read, ValueError for none."""
+    """Total size of the files on the disk. Raises OSError for one that cannot be read, as `about` does."""
     total = 0
     for file in files:
         total += about(file.path).st_size

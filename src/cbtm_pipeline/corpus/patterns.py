@@ -5,6 +5,7 @@ Python's glob passes over such a folder, and the text in it would be missing wit
 
 import fnmatch
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,14 +42,14 @@ def _match(folder: Path, parts: tuple[str, ...], above: tuple[tuple[int, int], .
             is_hidden = name.startswith(".") and not first.startswith(".")
             if not is_hidden and fnmatch.fnmatchcase(name, first) and (not rest or is_folder(folder / name)):
                 yield from _match(folder / name, rest, ())
-    elif is_folder(folder / first) if rest else os.path.lexists(folder / first):
+    elif is_folder(folder / first) if rest else _is_there(folder / first):
         yield from _match(folder / first, rest, ())
 
 
 def _match_any_folders(
     folder: Path, parts: tuple[str, ...], above: tuple[tuple[int, int], ...]
 ) -> Iterator[Path]:
-    """The paths that match `**` and what follows it. A link that leads back to a folder above is not followed."""
+    """The paths that match `**` and what follows it. A link back to a folder above is not followed."""
     about = folder.stat()
     here = (about.st_dev, about.st_ino)
     if here in above:
@@ -63,6 +64,15 @@ def _match_any_folders(
             yield folder / name
 
 
+def _is_there(path: Path) -> bool:
+    """Whether there is something at a path. Raises OSError if that cannot be said."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def listed(folder: Path) -> list[str]:
     """The names in a folder, sorted. Raises OSError if it cannot be read."""
     return sorted(os.listdir(folder))  # noqa: PTH208 (names are enough)
@@ -75,9 +85,8 @@ def is_folder(path: Path) -> bool:
     read. Such a link may stand for text.
     """
     try:
-        os.stat(path)
+        return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        if os.path.islink(path):
+        if path.is_symlink():
             raise
         return False
-    return os.path.isdir(path)

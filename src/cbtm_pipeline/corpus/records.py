@@ -93,8 +93,8 @@ def _cut(source: Source, split: _Split) -> Iterator[Batch]:
             n_read = position
         if os.fstat(file.fileno()).st_size < n_bytes:
             raise ValueError(
-                f"{source.path}: it became shorter while it was read. Expected it to stay as it is. Start again "
-                "when nobody writes it."
+                f"{source.path}: it became shorter while it was read. Expected it to stay as it is. Start "
+                "again when nobody writes it."
             )
         if stream.broken:
             yield Batch([stream.broken.encode()], 0, file.tell() - n_read, damaged=True)

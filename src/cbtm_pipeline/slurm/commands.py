@@ -127,7 +127,7 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, QueuedJob]:
 
 
 def _cached(path: Path) -> dict[str, Any]:
-    """The answer in a file of `shared_queue`; an old one without jobs if there is none, or not a whole one."""
+    """The answer in a file of `shared_queue`. Where there is no whole one: an old one, without jobs."""
     found = events.read_json(path) or {}
     jobs, asked = found.get("jobs"), found.get("asked")
     is_whole = isinstance(asked, float) and isinstance(jobs, list) and "failed" in found

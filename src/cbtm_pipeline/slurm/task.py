@@ -14,8 +14,8 @@ the next.
 Two checks stop a job that would go on for ever: GPUs other than those asked for, and MAX_TRIES starts without
 a new saved step.
 
-submitit carries this object to the node in a pickle. Who can write to its folder can put another one there, so
-the launcher refuses folders to which everybody may write (`base/trust`). Nothing else here reads a pickle.
+submitit carries this object to the node in a pickle. Who can write to its folder can put another one there.
+So the launcher refuses folders to which everybody may write (`base/trust`). Nothing else here reads a pickle.
 """
 
 import os
