@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import made_texts
 from cbtm_pipeline import config, shard
-from cbtm_pipeline.base import artifact, cli, hub
+from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.inference import package
 
@@ -109,6 +109,7 @@ DICTIONARY = zstandard.train_dictionary(1 << 10, [row + b"x" * (i % 7) for i, ro
 WITH_DICTIONARY = zstandard.ZstdCompressor(dict_data=DICTIONARY).compress(LINES)
 BOMB = zstandard.ZstdCompressor(level=1).compress(b'{"text": "a"}\n' + b"\n" * (1 << 21))
 DEEP = b'{"text": "deep", "more": ' + b"[" * 5000 + b"]" * 5000 + b"}"
+INDEX = "model.safetensors.index.json"
 HUGE_ID = b'{"id": "%s", "text": "huge"}' % (b"x" * 500_000)
 ESCAPES = "id\x1b]0;owned\x07\x9b2J\u202e"
 
@@ -286,7 +287,7 @@ def index(name: str) -> Callable[[Path], None]:
         weights = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         save_file(weights, folder.parent / "outside.safetensors", {"format": "pt"})
-        edit(folder, hub.INDEX, metadata={}, weight_map=dict.fromkeys(weights, name.format(folder.parent)))
+        edit(folder, INDEX, metadata={}, weight_map=dict.fromkeys(weights, name.format(folder.parent)))
 
     return change
 
@@ -303,7 +304,7 @@ MODELS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("an index that names a whole path", index("{}/outside.safetensors"), "outside its folder"),
     (
         "an index that is a list",
-        lambda f: ((f / "model.safetensors").unlink(), write(hub.INDEX, b"[1]")(f)),
+        lambda f: ((f / "model.safetensors").unlink(), write(INDEX, b"[1]")(f)),
         "",
     ),
     ("an adapter", lambda f: edit(f, "adapter_config.json", base_model_name_or_path="/etc"), "an adapter"),
