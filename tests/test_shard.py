@@ -567,6 +567,63 @@ def test_too_many_bad_rows_stop_the_run_and_the_quarantine_stays(
     assert len(make(tokenizer_json, tmp_path / "s", corpus, max_bad_share=0.1).quarantine) == 10
 
 
+def test_cut_file_stops_the_run_though_only_one_row_says_so(tmp_path: Path, tokenizer_json: Path) -> None:
+    whole = zstandard.compress(b"".join(json.dumps(row).encode() + b"\n" for row in made_texts.rows(2000)))
+    (tmp_path / "a.jsonl.zst").write_bytes(whole[: len(whole) * 3 // 4])
+    good = made_texts.write_jsonl(tmp_path / "b.jsonl", made_texts.rows(100, 7))
+    corpus = (tmp_path / "a.jsonl.zst", good)
+    refused(tmp_path, tokenizer_json, r"1 of 2 files \(50.00%\) are damaged", *corpus, max_bad_share=0.05)
+    assert len(make(tokenizer_json, tmp_path / "s", *corpus, max_bad_share=0.5).quarantine) == 1
+
+
+def test_one_bad_row_that_holds_most_of_the_text_stops_the_run(tmp_path: Path, tokenizer_json: Path) -> None:
+    good = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(100))
+    whole = json.dumps({"data": made_texts.rows(1000, 1)}).encode()
+    other = made_texts.write_jsonl(tmp_path / "b.jsonl", [whole])
+    match = r"1 of 101 rows cannot be used, and they hold 9\d\.\d\d% of the bytes: 1 x no text field"
+    refused(tmp_path, tokenizer_json, match, good, other, max_bad_share=0.05)
+
+
+def test_files_that_all_count_from_0_are_named_by_file_and_row(tmp_path: Path, tokenizer_json: Path) -> None:
+    for name in "ab":
+        made_texts.write_jsonl(
+            tmp_path / f"in/{name}.jsonl",
+            [{"id": i, "text": f"{name} {text}"} for i, text in enumerate(made_texts.texts(50))],
+        )
+    refused(tmp_path, tokenizer_json, r"set corpus\.id_field: null", tmp_path / "in", max_bad_share=0.05)
+    result = make(tokenizer_json, tmp_path / "s", tmp_path / "in", max_bad_share=0, id_field=None)
+    assert set(result.all) == {f"{name}.jsonl:{i + 1}" for name in "ab" for i in range(50)}
+
+
+def test_file_that_vanishes_after_the_start_of_the_run_is_named(tmp_path: Path, tokenizer_json: Path) -> None:
+    for name in "ab":
+        made_texts.write_jsonl(tmp_path / f"in/{name}.jsonl", made_texts.rows(60, ord(name)))
+    files = [tmp_path / "in/a.jsonl", tmp_path / "in/b.jsonl"]
+    corpus_content.write_planned(map(str, files), tmp_path / "planned.json")
+    cfg = made_texts.write_config(tmp_path / "c.json", corpus={"train": [str(tmp_path / "in")]})
+    args = ("--config", cfg, "--tokenizer", tokenizer_json, "--planned", tmp_path / "planned.json", "--out")
+    assert made_texts.run("shard", *args, tmp_path / "s/manifest.json").returncode == 0
+    files[1].unlink()
+    done = made_texts.run("shard", *args, tmp_path / "t/manifest.json")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"{files[1]}: gone since the run was started. Expected the corpus to stay as it is." in line
+    assert not (tmp_path / "t").exists()
+
+
+def test_id_of_500_kb_makes_no_line_of_500_kb(
+    tmp_path: Path, tokenizer_json: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*made_texts.rows(50), *[{"id": "x\x9b2J" * 100_000, "text": text} for text in ("a b", "c d")]]
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", rows)
+    result = make(tokenizer_json, tmp_path / "s", corpus)
+    assert len(result.all) == 51
+    assert "\x9b" in result.quarantine[0]["reason"]
+    assert "\x9b" not in (tmp_path / "s/quarantine.jsonl").read_text()
+    assert max(map(len, (tmp_path / "s/quarantine.jsonl").read_text().splitlines())) < 1000
+    assert max(map(len, caplog.messages)) < 1000
+
+
 def test_corpora_without_documents(tmp_path: Path, tokenizer_json: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()

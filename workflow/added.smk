@@ -14,7 +14,8 @@ include: "rules/environment.smk"
 
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import plan_added
-from cbtm_pipeline.base import artifact, lock
+from cbtm_pipeline.base import artifact, cli, lock
+from cbtm_pipeline.corpus import content
 from cbtm_pipeline.ops import terminal
 from cbtm_pipeline.slurm import request
 
@@ -22,7 +23,7 @@ try:
     CONFIG = schema.validate(config)
     ASKED = artifact.read_sealed(f"{CONFIG.outdir}/request.json", "request")
 except (ValueError, OSError) as error:
-    sys.exit(f"{error}")
+    sys.exit(cli.explain(error))
 
 OUT = CONFIG.outdir
 NAME = ASKED["expert"]
@@ -83,10 +84,11 @@ rule shard:
     params:
         launch=launch("shard"),
         config=f"{OUT}/config.json",
+        planned=f"{OUT}/{content.PLANNED}",
         tokenizer=ASKED["tokenizer"],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {params.tokenizer:q}"
-        " --workers {threads} --out {output:q} --log {log:q}"
+        " --workers {threads} --planned {params.planned:q} --out {output:q} --log {log:q}"
 
 
 rule embed:

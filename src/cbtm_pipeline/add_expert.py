@@ -20,6 +20,7 @@ import numpy as np
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact, cli, printable
 from cbtm_pipeline.corpus import content, encoding
+from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import changed_set, package
 from cbtm_pipeline.ops import which_run
 from cbtm_pipeline.provenance import expert_files
@@ -75,6 +76,7 @@ def keep(folder: Path, asked: dict[str, Any], cfg: config.Config) -> None:
             )
     artifact.write_sealed(path, asked)
     config.write(cfg, folder / "config.json")
+    content.write_planned(corpus_files.find(cfg.corpus.train, None), folder / content.PLANNED)
 
 
 def command(folder: Path, args: argparse.Namespace) -> list[str]:

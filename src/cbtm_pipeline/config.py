@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from cbtm_pipeline import presets
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, read_yaml
 from cbtm_pipeline.mixture.routers import ROUTERS
 
 LATER_KEYS = {  # keys that the config.json of an older version lacks, and the values that they had then
@@ -70,7 +70,7 @@ class Corpus(_Section):
     eval: Paths | None
     eval_fraction: Annotated[Float, Field(gt=0, lt=1)]
     text_field: str
-    id_field: str
+    id_field: str | None
     txt_documents: Literal["file", "block"]
     max_bad_share: Share
     shard_bytes: Annotated[int, Field(ge=1 << 12)]
@@ -181,7 +181,7 @@ class Config(_Section):
 def read(path: str | Path) -> Config:
     """Read and validate a complete config file, YAML or JSON."""
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        content = read_yaml.read(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: not YAML ({error}). Expected the keys of config.yaml. Mend the file."

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from cbtm_pipeline.base import cli
+from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.ops import cost, run_checks, slurm_checks
 from cbtm_pipeline.ops.facts import Facts
 from cbtm_pipeline.ops.finding import Line
@@ -24,6 +25,7 @@ CHECKS = (  # in this order: later checks use what earlier ones found
     slurm_checks.check_records,
     run_checks.check_model,
     run_checks.check_encoder,
+    run_checks.check_folder,
     run_checks.check_files,
     slurm_checks.check_stops,
     run_checks.check_disk,
@@ -56,7 +58,7 @@ def main() -> None:
     facts, n = Facts(args.configfile, args.profile), {"ok": 0, "warn": 0, "FAIL": 0}
     for level, text in run(facts):
         n[level] += 1
-        line = " ".join(text.split())
+        line = printable(" ".join(text.split()))
         print(f"{level:<5} {line}{'' if line.endswith(('.', '?')) else '.'}", flush=True)
     if facts.config:
         rules = [job.rule for job in facts.jobs]

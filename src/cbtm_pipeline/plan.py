@@ -35,7 +35,7 @@ class _CorpusPlan(Plan):
     eval: tuple[str, ...] | None = dataclasses.field(metadata={"path": True})
     eval_fraction: float | None  # None: `eval` names the held-out documents
     text_field: str
-    id_field: str
+    id_field: str | None  # None: file and row name a document
     txt_documents: Literal["file", "block"]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.duration import duration
+from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import cost, lenient, planned
 from cbtm_pipeline.provenance import expert_files, kept, stale
@@ -205,7 +206,7 @@ def main() -> None:
             raise ValueError(f"{target}: nothing of this run. {expected}. Correct it.")
     states = stale.look(cfg)
     found = lines(cfg, states, stale.start(cfg, states, Asked(args.targets, [], False, False)))
-    print("\n".join(found or [f"{cfg.outdir}: nothing to do"]))
+    print(printable("\n".join(found or [f"{cfg.outdir}: nothing to do"])))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,15 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.base.printable import shortened
+from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import content, encoding, repeated_ids, shard_block, shard_files
 from cbtm_pipeline.corpus import files as corpus_files
@@ -29,20 +32,38 @@ from cbtm_pipeline.corpus.shard_block import Block, Entry, Made, Setup, Split
 from cbtm_pipeline.corpus.shard_workers import InOrder, workers
 from cbtm_pipeline.plan import ShardPlan
 
+_MAX_ID = 100  # characters of an id that a message shows
 _OWN = re.compile(r"\.?(train|eval)-\d{5,}\.(parquet|arrow)(\..+\.tmp)?|manifest\.json|quarantine\.jsonl")
 
 
+class Read(NamedTuple):
+    """How much of the corpus was read."""
+
+    n_files: int
+    n_rows: int
+    n_bytes: int  # of the records
+
+
 def make(
-    plan: ShardPlan, tokenizer_json: Path, out: Path, n_workers: int, demo: Path | None, seen: Path
+    plan: ShardPlan,
+    tokenizer_json: Path,
+    out: Path,
+    n_workers: int,
+    demo: Path | None,
+    seen: Path,
+    planned: Path | None = None,
 ) -> None:
     """Write the shards of the corpus beside `out`, and `out` (manifest.json) last.
 
-    `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of the corpus's files.
-    Raises ValueError if more than `max_bad_share` of the rows cannot be used, or if no document is left to
-    train on or to hold out.
+    `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of the corpus's files,
+    `planned` which files the start of the run has found. Raises ValueError if more than `max_bad_share` of
+    the corpus cannot be used, if a planned file is gone, or if no document is left to train on or to hold
+    out.
     """
     card = encoding.read_card(tokenizer_json)
     train, held_out = _input_files(plan, demo)
+    content.check_planned(planned, [*train, *held_out])
+    _log_passed_over([*plan.train, *(plan.eval or [])])
     files = corpus_files.name([*held_out, *train])
     folder = out.parent
     _clear(folder)
@@ -58,12 +79,13 @@ def make(
         ):
             corpus = beside.submit(content.of_corpus, plan.train, plan.eval, demo, seen)
             quarantine = Quarantine(file, [corpus_files.printable(f.path) for f in files])
-            shards, encoder = _make_shards(setup, plan, files, len(held_out), in_order, quarantine)
+            shards, encoder, n_bytes = _make_shards(setup, plan, files, len(held_out), in_order, quarantine)
             shards = _without_duplicates(setup, shards, in_order, quarantine)
     finally:
         shutil.rmtree(folder / shard_block.SPILL, ignore_errors=True)
     n = _count(shards, "n_documents")
-    _check_quarantine(n.total(), quarantine, folder / "quarantine.jsonl", plan, len(files))
+    read = Read(len(files), n.total() + quarantine.n_rows, n_bytes)
+    _check_quarantine(read, quarantine, folder / "quarantine.jsonl", plan.max_bad_share)
     _check_split(n, plan)
     _log_splits(shards)
     about = {"separator_id": setup.separator_id, "vocab_size": setup.vocab_size}
@@ -95,8 +117,7 @@ def _input_files(plan: ShardPlan, demo: Path | None) -> tuple[list[Path], list[P
 
 def _clear(folder: Path) -> None:
     """Remove the files of an earlier run, so that no stale shard lies beside the new ones."""
-    shutil.rmtree(folder / shard_block.SPILL, ignore_errors=True)
-    (folder / shard_block.SPILL).mkdir(parents=True)
+    fresh(folder / shard_block.SPILL)
     for path in folder.iterdir():
         if _OWN.fullmatch(path.name):
             path.unlink()
@@ -109,9 +130,9 @@ def _make_shards(
     n_held_out: int,
     in_order: InOrder,
     quarantine: Quarantine,
-) -> tuple[list[Entry], str]:
-    """Make all blocks. Returns the shards, training shards first, and the name of the encoder in the
-    manifest.
+) -> tuple[list[Entry], str, int]:
+    """Make all blocks. Returns the shards, training shards first, the name of the encoder in the manifest,
+    and the bytes of all records.
 
     That name is `gigatoken` if it encoded every block, else `tokenizers`. The first `n_held_out` files are
     those of corpus.eval.
@@ -147,7 +168,7 @@ def _make_shards(
         cli.log.warning("tokenizers encoded %d blocks: %s", n, why)
     shards = [entry for block in made for entry in block.shards]
     shards.sort(key=lambda entry: entry["split"], reverse=True)
-    return shards, "tokenizers" if slow else "gigatoken"
+    return shards, "tokenizers" if slow else "gigatoken", sum(block.n_bytes for block in made)
 
 
 def _without_duplicates(
@@ -176,7 +197,7 @@ def _without_duplicates(
         kept[i] = dropped.entry
         for entry, earlier, name in zip(entries, firsts, dropped.ids, strict=True):
             other = f"{quarantine.sources[earlier['file']]}:{earlier['line']}"
-            reason = f"duplicate id: {name} is also the id of {other}"
+            reason = f"duplicate id: {shortened(name, _MAX_ID)} is also the id of {other}"
             quarantine.add([BadRow(int(entry["file"]), int(entry["line"]), reason)])
     return [entry for entry in kept if entry]
 
@@ -186,29 +207,56 @@ def _count(shards: list[Entry], key: str) -> Counter[str]:
     return Counter({split: sum(e[key] for e in shards if e["split"] == split) for split in ("train", "eval")})
 
 
-def _check_quarantine(
-    n_documents: int, quarantine: Quarantine, path: Path, plan: ShardPlan, n_files: int
-) -> None:
+def _check_quarantine(read: Read, quarantine: Quarantine, path: Path, max_bad_share: float) -> None:
     """Log a warning if rows are in the quarantine.
 
-    Raises ValueError if they are too many, or if there are no rows.
+    Raises ValueError if they are too many, if they hold too many of the bytes, if too many files are damaged,
+    or if there are no rows. A damaged file counts as a whole, because nobody knows how much of it is missing.
     """
-    n_rows = n_documents + quarantine.n_rows
-    if not n_rows:
+    if not read.n_rows:
         raise ValueError(
-            f"corpus.train: no rows in its {n_files} files. Expected documents. Correct corpus.train."
+            f"corpus.train: no rows in its {read.n_files} files. Expected documents. Correct corpus.train."
         )
-    share = quarantine.n_rows / n_rows
-    summary = quarantine.summary()
-    if share > plan.max_bad_share or not n_documents:
+    n_bad, n_damaged, summary = quarantine.n_rows, quarantine.n_damaged, quarantine.summary()
+    share, of_bytes = n_bad / read.n_rows, quarantine.n_bytes / max(1, read.n_bytes)
+    end = f"Expected at most {max_bad_share:.2%}. See {path}; "
+    if n_damaged / read.n_files > max_bad_share:
         raise ValueError(
-            f"corpus: {quarantine.n_rows} of {n_rows} rows ({share:.2%}) cannot be used: {summary}. "
-            f"Expected at most {plan.max_bad_share:.2%}. See {path}; mend the rows or change "
+            f"corpus: {n_damaged} of {read.n_files} files ({n_damaged / read.n_files:.2%}) are damaged, and "
+            f"nobody knows how much of them is missing: {summary}. {end}get these files again or change "
             "corpus.max_bad_share."
         )
-    if quarantine.n_rows:
+    if share > max_bad_share or n_bad == read.n_rows:
+        raise ValueError(
+            f"corpus: {n_bad} of {read.n_rows} rows ({share:.2%}) cannot be used: {summary}. {end}"
+            f"mend the rows or change corpus.max_bad_share.{_about_ids(quarantine)}"
+        )
+    if of_bytes > max_bad_share:
+        raise ValueError(
+            f"corpus: {n_bad} of {read.n_rows} rows cannot be used, and they hold {of_bytes:.2%} of the "
+            f"bytes: {summary}. {end}mend the rows or change corpus.max_bad_share."
+        )
+    if n_bad:
         cli.log.warning(
-            "%d of %d rows (%.2f %%) are in %s: %s", quarantine.n_rows, n_rows, 100 * share, path, summary
+            "%d of %d rows (%.2f %%) are in %s: %s", n_bad, read.n_rows, 100 * share, path, summary
+        )
+
+
+def _about_ids(quarantine: Quarantine) -> str:
+    """What to do where most of the rows in the quarantine repeat an id."""
+    if 2 * quarantine.kinds["duplicate id"] < quarantine.n_rows:
+        return ""
+    return " Where each file counts from 0, set corpus.id_field: null: then file and row name a document."
+
+
+def _log_passed_over(patterns: list[str]) -> None:
+    """Warn of files beside those of the corpus that are not read: they may be text, too."""
+    if found := corpus_files.passed_over(patterns):
+        kinds = Counter(path.suffix.lower() or path.name for path in found)
+        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+        cli.log.warning(
+            "%d files are not read, as their names say no format that is known: %s (%s)",
+            *(len(found), counts, corpus_files.printable(found[0])),
         )
 
 
@@ -259,11 +307,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--workers", type=int, default=1, help="processes that make shards")
     p.add_argument("--demo", type=Path, help="the file that builtin:demo stands for")
+    p.add_argument("--planned", type=Path, help="the list of files that the start of the run has found")
     args = p.parse_args(argv)
     cli.start_logging("shard", args.log)
     cfg = config.read(args.config)
     seen = Path(cfg.outdir, content.SEEN)
-    make(plans.shard(cfg), args.tokenizer, args.out, args.workers, args.demo, seen)
+    make(plans.shard(cfg), args.tokenizer, args.out, args.workers, args.demo, seen, args.planned)
 
 
 if __name__ == "__main__":

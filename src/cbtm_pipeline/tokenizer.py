@@ -20,6 +20,7 @@ from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, hub
 from cbtm_pipeline.base.errors import first_sentence
+from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import content, encoding
 from cbtm_pipeline.corpus import files as corpus_files
@@ -174,8 +175,7 @@ def make(plan: TokenizerPlan, out: Path, demo: Path | None, seen: Path) -> None:
     source = plan.source
     made_from = {} if source else {"corpus": content.of_training_text(plan.train, demo, seen)}
     made = out.parent / ".made"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
+    fresh(made)
     try:
         if source:
             key = "tokenizer.pretrained" if plan.pretrained else "model.pretrained"

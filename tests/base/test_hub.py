@@ -162,6 +162,13 @@ def test_why_a_model_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "does not answer" in str(hub.problem("me/tiny"))
 
 
+def test_a_strange_name_stays_a_name_in_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with made_hub.server() as (endpoint, requests):
+        made_hub.use(monkeypatch, tmp_path, endpoint)
+        assert hub.problem("me/x?full=1#y z") == "no public me/x?full=1#y z"
+        assert requests == ["/api/models/me/x%3Ffull%3D1%23y%20z"]
+
+
 # --- no foreign code ----------------------------------------------------------------------------------------
 
 LOAD = "import sys, transformers as t; t.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)"

@@ -1,5 +1,6 @@
 """Text of any origin on a terminal."""
 
+import logging
 import unicodedata
 
 import pytest
@@ -45,3 +46,13 @@ def test_an_error_about_a_strange_name_is_one_plain_line(
     with pytest.raises(SystemExit):
         cli.run(fail)
     assert capsys.readouterr().err == "a\\x1b]0;title\\x07b c: no such file.\n"
+
+
+def test_a_log_line_about_a_strange_id_is_one_short_plain_line() -> None:
+    record = logging.LogRecord(
+        "cbtm", logging.INFO, "", 0, "read %s", ("\x1b[2J\n12:00:00 E x" + "y" * 10**6,), None
+    )
+    line = cli.formatter("shard").format(record)
+    assert "\\x1b[2J\\x0a12:00:00 E x" in line
+    assert "\x1b" not in line and "\n" not in line and len(line) < 5000
+    assert cli.LINE.fullmatch(line)

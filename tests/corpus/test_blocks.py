@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import every_damage
@@ -17,6 +17,7 @@ from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import records as corpus_records
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus import stream
+from cbtm_pipeline.corpus.stream import Stream
 
 PLAIN = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 
@@ -210,8 +211,13 @@ def test_file_that_is_not_compressed_is_refused(tmp_path: Path, compression: str
     path.write_bytes(b'{"text": "plain"}\n')
     with pytest.raises(ValueError, match=f"not {compression} data"):
         parts(path)
-    path.write_bytes(b"")
-    assert records(path) == []
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_compressed_file_that_was_cut_to_nothing_is_damaged(tmp_path: Path, compression: str) -> None:
+    (tmp_path / f"a.jsonl{compression}").touch()
+    (part,) = parts(tmp_path / f"a.jsonl{compression}")
+    assert part.parse is corpus_rows.parse_damage
 
 
 def test_truncated_text_file_is_no_document(tmp_path: Path) -> None:
@@ -340,3 +346,41 @@ def test_blocks_hold_whole_records_of_several_files(tmp_path: Path) -> None:
     assert max(sizes) < 400 + 1100
     assert [part.file for block in blocks for part in block] == list(range(100))
     assert len(blocks) > 10
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\r\r\n"])
+@pytest.mark.usefixtures("chunk")
+def test_blocks_of_a_text_file_with_any_line_ends(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(end.join([b"one", b"more", b"", b"two", b"", b"", b"three", b""]))
+    (found,) = [
+        [
+            row.text
+            for part in parts(tmp_path / "a.txt", txt_documents="block")
+            for row in corpus_rows.read(part, "text", "id")
+        ]
+    ]
+    assert [text.replace(b"\n\n", b"\n").strip() for text in found] == [b"one\nmore", b"two", b"three"]
+
+
+@pytest.mark.usefixtures("chunk")
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from([b"a", b"b", b"\r", b"\n", b"\r\n", b"\r\r\n"]), max_size=20))
+def test_lines_do_not_depend_on_where_a_read_ends(pieces: list[bytes]) -> None:
+    content = b"".join(pieces)
+    whole = re.sub(rb"\r+(?!\r|\n)", lambda found: b"\n" * len(found[0]), content).split(b"\n")
+    for size in (1, 2, 3, 100):
+        chunks = (content[i : i + size] for i in range(0, len(content), size))
+        found = [
+            line for some in corpus_records.lines(chunks, Stream(Path("a"), None, None, 1)) for line in some
+        ]
+        assert found == (whole if whole[-1] else whole[:-1])
+
+
+def test_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one\n" * (1 << 20))
+    found = corpus_blocks.parts(corpus_files.name([path]), 1 << 16, "text", "id", "file")
+    next(found)
+    path.write_bytes(b"one\n")
+    with pytest.raises(ValueError, match="became shorter while it was read"):
+        list(found)

@@ -1,9 +1,14 @@
+import glob
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import patterns
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -81,6 +86,63 @@ def test_pattern_without_a_file_is_named(tmp_path: Path, pattern: str, message: 
     with pytest.raises(ValueError, match=message) as error:
         found(tmp_path / "b.txt", tmp_path / pattern)
     assert str(error.value).startswith(f"{tmp_path / pattern}: ")
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder in which this process has no more rights than any user."""
+    folder = Path(tempfile.mkdtemp())  # others may not look into pytest's
+    folder.chmod(0o777)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    yield folder
+    if os.getuid() == 0:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("pattern", ["*/*.jsonl", "**/*.jsonl", "**", "b*/x.jsonl", "[ab]", ""])
+def test_folder_that_cannot_be_read_is_an_error_for_every_kind_of_pattern(nobody: Path, pattern: str) -> None:
+    touch(nobody, "a/x.jsonl", "b/x.jsonl")
+    assert len(found(nobody / pattern)) == (1 if pattern == "b*/x.jsonl" else 2)
+    (nobody / "b").chmod(0)
+    with pytest.raises(PermissionError, match="b"):
+        found(nobody / pattern)
+    (nobody / "b").chmod(0o755)
+
+
+def test_globs_find_what_pythons_glob_finds(tmp_path: Path) -> None:
+    touch(tmp_path, "a/x.txt", "a/b/x.txt", "a/b/.h/x.txt", ".h/x.txt", "c.txt", "a/y.jsonl", "a/b/c/z.txt")
+    (tmp_path / "a/l").symlink_to(tmp_path / "a/b")
+    for pattern in (
+        "*",
+        "**",
+        "a/**",
+        "**/x.txt",
+        "*/*.txt",
+        "a/*/x.txt",
+        ".*/*",
+        "**/b/**/*.txt",
+        "[ac]*",
+        "a/?.*",
+    ):
+        ours = {str(path) for path in patterns.match(tmp_path / pattern)}
+        theirs = glob.glob(str(tmp_path / pattern), recursive=True)  # noqa: PTH207
+        assert ours == {str(Path(path)) for path in theirs}, pattern
+
+
+def test_link_that_leads_nowhere_is_an_error_where_it_may_be_a_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "a/x.jsonl")
+    (tmp_path / "part-2").symlink_to("/mnt/not/mounted")
+    for pattern in (tmp_path, tmp_path / "*/*.jsonl", tmp_path / "**/*.jsonl"):
+        with pytest.raises(FileNotFoundError, match="part-2"):
+            found(pattern)
+
+
+def test_files_that_are_passed_over_are_known(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "b.jsonl.xz", "c/d.csv", ".e.csv")
+    names = [path.name for path in corpus_files.passed_over([str(tmp_path), f"{tmp_path}/*.xz"])]
+    assert names == ["b.jsonl.xz", "d.csv"]
 
 
 def test_dangling_link_is_listed_and_refused_when_sizes_are_added_up(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ Shapes: B sequences, T tokens, K experts, V token ids.
 
 import functools
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,34 @@ def padded(*sequences: torch.Tensor) -> dict[str, torch.Tensor]:
             [torch.cat([gap, torch.ones_like(ids)], 1) for gap, ids in zip(gaps, sequences, strict=True)]
         ),
     }
+
+
+def test_code_that_comes_with_an_expert_is_not_run_and_nobody_is_asked(
+    different: Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "ensemble"
+    shutil.copytree(different.folder, folder)
+    path = folder / "experts/1/config.json"
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "own", "auto_map": auto_map}))
+    lines = [
+        f"open({str(tmp_path / 'RAN')!r}, 'w')",
+        "from transformers import PretrainedConfig, PreTrainedModel",
+        "class OwnConfig(PretrainedConfig): model_type = 'own'",
+        "class OwnModel(PreTrainedModel): config_class = OwnConfig",
+    ]
+    (path.parent / "own.py").write_text("\n".join(lines))
+    monkeypatch.setattr("builtins.input", lambda *question: "y")  # as `yes |` answers
+    net = CBTMForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        net.expert(1)
+    assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("name", ["../1", "/etc", "..", "a/b", "", 3])
+def test_an_expert_lies_below_the_folder_of_its_ensemble(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"experts: .*Expected names of folders below experts/"):
+        CBTMConfig(experts=["0", name])
 
 
 # An ensemble of identical experts is that expert.

@@ -163,3 +163,19 @@ def test_the_disk_holds_vectors_of_the_encoder(tmp_path: Path) -> None:
     assert tiny - linear == pytest.approx(megabytes * (SCRATCH["hidden_size"] - 7), abs=0.1)
     assert other - linear == pytest.approx(megabytes * (768 - 7), abs=0.1)
     assert "taken to have" not in known and "the encoder's vectors are taken to have 768 numbers" in assumed
+
+
+@pytest.mark.parametrize(
+    ("profile", "mode", "level"), [(None, 0o755, ""), ("slurm", 0o755, ""), (None, 0o777, "warn")]
+)
+def test_an_outdir_that_everybody_may_write_to(
+    tmp_path: Path, profile: str | None, mode: int, level: str
+) -> None:
+    outdir = tmp_path / "results"
+    outdir.mkdir()
+    outdir.chmod(mode)
+    config = make_config().model_copy(update={"outdir": str(outdir)})
+    assert levels(list(run_checks.check_folder(Facts([], profile, config)))) == ([level] if level else [])
+    outdir.chmod(0o777)
+    with pytest.raises(ValueError, match="everybody may write there"):
+        list(run_checks.check_folder(Facts([], "slurm", config)))

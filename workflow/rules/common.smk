@@ -11,20 +11,24 @@ include: "environment.smk"
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import plan, preview
 from cbtm_pipeline.provenance import kept, records, stale, task_files
-from cbtm_pipeline.base import lock
+from cbtm_pipeline.base import cli, lock, printable, read_yaml, trust
+from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import terminal
 from cbtm_pipeline.slurm import request
 
 try:
+    for path in ["config.yaml", *workflow.overwrite_configfiles]:
+        read_yaml.read(path)  # a key that stands twice is an error, which Snakemake does not see
     CONFIG = schema.validate(config)
     CORPUS_FILES = corpus_files.find(CONFIG.corpus.train, CONFIG.corpus.eval)
     STATES = stale.look(CONFIG)
 except (ValueError, OSError) as error:
-    sys.exit(f"{error}")
+    sys.exit(cli.explain(error))
 
 OUT = CONFIG.outdir.rstrip("/")
 RUN_CONFIG = f"{OUT}/config.json"
+PLANNED = f"{OUT}/{content.PLANNED}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
 EXPERTS = plan.trained(CONFIG)
 TASK_MODELS = stale.task_models(CONFIG)
@@ -49,7 +53,7 @@ def start():
     )
     found = stale.start(CONFIG, STATES, asked)
     for line in preview.lines(CONFIG, STATES, found):
-        print(line, file=sys.stderr, flush=True)
+        print(printable.printable(line), file=sys.stderr, flush=True)
     return found
 
 
@@ -96,11 +100,14 @@ def before_start():
         try:
             task_files.check_names(CONFIG.eval.tasks)
         except ValueError as error:
-            sys.exit(f"{error}")
+            sys.exit(cli.explain(error))
     lock.hold(OUT)
+    if open_to_all := trust.local_warning(Path(OUT)):
+        print(printable.printable(open_to_all), file=sys.stderr, flush=True)
     if TOUCH:
         return
     schema.write(CONFIG, RUN_CONFIG)
+    content.write_planned(CORPUS_FILES, Path(PLANNED))
     kept.keep(Path(OUT), start().run)
     if stale.Job("eval_ensemble") in start().run and is_whole():
         kept.put_away(Path(OUT), EXPERTS, stale.packs(CONFIG))

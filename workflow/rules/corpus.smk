@@ -49,6 +49,7 @@ rule shard:
         launch=launch("shard"),
         config=RUN_CONFIG,
         demo=DEMO_FLAG,
+        planned=PLANNED,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"
-        " --workers {threads} --out {output:q} --log {log:q}"
+        " --workers {threads} --planned {params.planned:q} --out {output:q} --log {log:q}"

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 
-from cbtm_pipeline.base.printable import printable
+from cbtm_pipeline.base.printable import printable, shortened
+from cbtm_pipeline.base.publish import open_file
 
 # Exit status of a training that a signal stopped. Its state is saved; started again, it goes on from there.
 EXIT_SAVED = 85
@@ -51,8 +52,9 @@ class _LogFile(logging.handlers.WatchedFileHandler):
     """A log file that is made again when it was deleted. Snakemake may delete the log of a running job."""
 
     def _open(self) -> TextIOWrapper:
-        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        return super()._open()
+        path = Path(self.baseFilename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.fdopen(open_file(path, os.O_WRONLY | os.O_APPEND), "a", encoding=self.encoding)
 
 
 class _Few(logging.Filter):
@@ -74,9 +76,17 @@ class _Few(logging.Filter):
         return is_shown
 
 
+class _OneLine(logging.Formatter):
+    """Makes one line of each message: ids, keys and names of files may hold anything."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(shortened(record.message), keep="")
+        return super().formatMessage(record)
+
+
 def formatter(label: str) -> logging.Formatter:
     """The format of log lines, which LINE matches."""
-    return logging.Formatter(f"%(asctime)s %(levelname).1s {label:<12} %(message)s", "%H:%M:%S")
+    return _OneLine(f"%(asctime)s %(levelname).1s {label:<12} %(message)s", "%H:%M:%S")
 
 
 def start_logging(label: str, log_file: Path | None) -> None:
@@ -103,7 +113,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("CBTM_DEBUG") == "1":
             raise
-        one_line = printable(" ".join(_message(error).split()))
+        one_line = " ".join(explain(error).split())
         if log.handlers:
             log.error(one_line)
         else:
@@ -111,6 +121,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def explain(error: BaseException) -> str:
+    """What an error says, printable: one line, or several for several faults of a config."""
+    return printable("\n".join(map(shortened, _message(error).splitlines())))
 
 
 def _message(error: BaseException) -> str:

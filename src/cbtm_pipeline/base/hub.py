@@ -3,7 +3,8 @@
 A name is either a local folder or a repository on the hub, at `revision` (a commit, tag or branch; None: its
 main branch). A model that is complete in the local cache is not asked for again. `local_folder` and the
 functions `lacks_...` decide that, for the pipeline and for `cbtm doctor` alike. Only safetensors weights are
-read. Code that comes with a model is never run.
+read. Code that comes with a model is never run, and no file outside its folder is read because a file of the
+model names it.
 """
 
 import http.client
@@ -17,11 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cbtm_pipeline.base import inside
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.base.errors import first_sentence
 
 TIMEOUT_S = 4.0  # of one request to the hub; a download has no limit
-WEIGHTS = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("config.json", "generation_config.json", "model.safetensors", INDEX)
 WEIGHTS += ("model-*-of-*.safetensors",)
 TOKENIZER = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER += ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja")
@@ -128,24 +131,65 @@ def _is_offline() -> bool:
 def load(auto_class: Any, folder: Path, **options: Any) -> Any:
     """`auto_class.from_pretrained(folder)` from local files only. Never runs code that comes with the model.
 
-    Raises what transformers raises, also for a model that needs its own code.
+    Raises what transformers raises, also for a model that needs its own code; and ValueError for a model
+    whose files lead out of the folder.
     """
+    check(folder)
     return auto_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+
+
+def check(folder: Path) -> None:
+    """Raise ValueError for a model that would make transformers read or run what is not in its folder.
+
+    An index of weights may name any file, an adapter names another model, and a name such as owner/kernel as
+    its attention is code on the hub.
+    """
+    if outside := [name for name in _weights_in(folder) if not inside.is_inside(name)]:
+        raise ValueError(f"{INDEX} names {outside[0]}, outside its folder. Expected weights in it")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("an adapter, whose weights belong to another model. Expected a whole model")
+    if kernel := _kernel(_json(folder / "config.json")):
+        raise ValueError(f"its attention is {kernel}, code on the hub. Expected one of transformers")
+
+
+def _kernel(value: Any) -> str | None:
+    """The name of code on the hub that a config gives for the attention, at any depth."""
+    if isinstance(value, list):
+        return next(filter(None, map(_kernel, value)), None)
+    if not isinstance(value, dict):
+        return None
+    for key, inner in value.items():
+        named = inner.values() if isinstance(inner, dict) else [inner]
+        if "attn_implementation" in key and (found := [n for n in named if "/" in str(n)]):
+            return str(found[0])
+    return _kernel(list(value.values()))
+
+
+def _weights_in(folder: Path) -> list[str]:
+    """The files of weights that an index names, sorted; none without an index, or if it is none."""
+    found = _json(folder / INDEX)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    return sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file; None if there is none, or if it is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def lacks_weights(folder: Path | None) -> list[str]:
     """The files that a model needs and its folder does not have; empty if it is complete."""
     if folder is None:
         return ["the model"]
-    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
-    try:
-        if index.exists():
-            names = {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        names = set()
+    names = _weights_in(folder) if (folder / INDEX).exists() else ["model.safetensors"]
     if not names:
-        return [f"a whole {index.name}"]
-    return [name for name in ["config.json", *sorted(names)] if not (folder / name).exists()]
+        return [f"a whole {INDEX}"]
+    if not all(map(inside.is_inside, names)):
+        return [f"a {INDEX} that names only files below it"]
+    return [name for name in ["config.json", *names] if not (folder / name).exists()]
 
 
 def lacks_tokenizer(folder: Path | None) -> list[str]:
@@ -170,7 +214,7 @@ def problem(name: str, revision: str | None = None) -> str | None:
     if _is_offline():
         return "HF_HUB_OFFLINE is set"
     at = f"/revision/{urllib.parse.quote(revision, safe='')}" if revision else ""
-    url = f"{constants.ENDPOINT}/api/models/{name}{at}"
+    url = f"{constants.ENDPOINT}/api/models/{urllib.parse.quote(name)}{at}"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S):
             return None

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.base.publish import open_file
 
 BEAT_S = 10.0  # a holder renews its record this often
 # A holder on another host is dead when its record has not changed for PATIENCE_S while its lock is free, or
@@ -217,7 +218,7 @@ def check() -> None:
 
 def _replace(path: Path) -> _Lease:
     """Put a new lock file, which is ours, in the place of a dead holder's."""
-    tmp = path.with_name(f".lock.{socket.gethostname()}-{os.getpid()}.tmp")
+    tmp = path.with_name(f".lock.{socket.gethostname()}-{os.getpid()}.{os.urandom(8).hex()}.tmp")
     fd, _ = _lock(tmp)
     lease = _Lease(path, fd)
     lease.write()
@@ -227,7 +228,7 @@ def _replace(path: Path) -> _Lease:
 
 def _lock(path: Path) -> tuple[int, Flock]:
     """Open the file and try to lock it. Returns the open descriptor and what flock says."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = open_file(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -239,8 +240,18 @@ def _lock(path: Path) -> tuple[int, Flock]:
 
 
 def _read(path: Path) -> str:
-    """The record in a lock file. Opened anew each time, so that a network file system asks its server."""
-    return path.read_text("utf-8", errors="replace").strip() if path.exists() else ""
+    """The record in a lock file. Opened anew each time, so that a network file system asks its server.
+
+    No more than _SIZE bytes are read, whatever others have written there.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return ""
+    try:
+        return os.read(fd, _SIZE).decode("utf-8", "replace").strip()
+    finally:
+        os.close(fd)
 
 
 def _parse(record: str) -> dict:

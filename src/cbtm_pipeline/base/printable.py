@@ -6,19 +6,28 @@ import sys
 
 # Control characters, separators of lines and paragraphs, what changes the direction of text, and surrogates,
 # which are halves of characters that no encoding can write.
-_UNSAFE = re.compile(
+UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
     """The text with each unsafe character as its escape: `\\x1b`. Those in `keep` stay."""
-    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+    return UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def shortened(text: str, limit: int = 4000) -> str:
+    """The text; if it has more than `limit` characters, its start and its end."""
+    if len(text) <= limit:
+        return text
+    n_end = limit // 4
+    left_out = f" ... ({len(text) - limit} characters left out) ... "
+    return text[: limit - n_end] + left_out + text[-n_end:]
 
 
 def show(text: str, end: str = "") -> None:

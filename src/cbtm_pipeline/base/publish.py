@@ -1,7 +1,16 @@
-"""Publish a file: it is whole or absent. Standard library only, as each Slurm job's launcher uses it."""
+"""Publish a file: it is whole or absent. Standard library only, as each Slurm job's launcher uses it.
 
+Others may write to the folders of a run. So no name that they can foresee is opened in a way that follows
+links: temporary names are random, folders for temporary files are made anew, and the few files that keep
+their names (locks, logs, histories) are opened by `open_file`.
+"""
+
+import errno
 import os
+import re
+import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +27,10 @@ def publish(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.{_HOST}-*.tmp"):
-        if not _alive(int(leftover.name.rsplit("-", 1)[1].removesuffix(".tmp"))):
-            leftover.unlink(missing_ok=True)
-    tmp = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+    _remove_leftovers(path)
+    # nobody can put a link where a random name will be; the file itself is not made here, as some writers
+    # make it as a hard link
+    tmp = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.{os.urandom(8).hex()}.tmp")
     try:
         yield tmp
         _fsync(tmp)
@@ -34,6 +43,46 @@ def publish(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `path` whose process, on this host, is dead."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_HOST)}-(\d{{1,9}})(\.[0-9a-f]+)?\.tmp")
+    for other in os.listdir(path.parent):  # noqa: PTH208 (names are enough)
+        if (found := name.fullmatch(other)) and not _alive(int(found[1])):
+            path.with_name(other).unlink(missing_ok=True)
+
+
+def fresh(folder: Path) -> Path:
+    """Make an empty folder. What was there goes; of a link, only the link. Returns the folder."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Open a file that keeps its name, as `os.open` does; it is made where it is missing.
+
+    Raises ValueError for a link, which somebody may have put there to lead us to another file, and for what
+    is no file.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise _strange(path) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _strange(path)
+    return fd
+
+
+def _strange(path: Path) -> ValueError:
+    return ValueError(f"{path}: a link or no file. Expected a file of this run. Remove it, and start again.")
 
 
 def _alive(pid: int) -> bool:

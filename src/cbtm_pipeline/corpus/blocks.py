@@ -34,7 +34,7 @@ def parts(
     files: Iterable[File],
     block_bytes: int,
     text_field: str,
-    id_field: str,
+    id_field: str | None,
     txt_documents: Literal["file", "block"],
 ) -> Iterator[Part]:
     """Yield the records of all files, in order, in parts that are small compared with a block.

@@ -16,11 +16,12 @@ from typing import Any
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import files as corpus_files
 
+PLANNED = ".corpus-files.json"  # in the folder of the outputs: the files that a start has found
 SEEN = ".corpus.json"  # in the folder of the outputs: the identities of corpus files, remembered
 _THREADS = 4  # one thread hashes about 1 GB/s
 _SETTLED_NS = 3_000_000_000  # file systems count time in steps of up to two seconds
 _CTIME = 2  # index of the time of change, which nobody can set, in what is remembered of a file
-_KIND = "seen"
+_KIND, _PLANNED_KIND = "seen", "corpus_files"
 
 
 def of_corpus(train: Iterable[str], held_out: Iterable[str] | None, demo: Path | None, seen: Path) -> str:
@@ -43,13 +44,41 @@ def of_training_text(train: Iterable[str], demo: Path | None, seen: Path) -> str
     return artifact.fingerprint(sorted(_identities(corpus_files.input_files(train, demo), seen)))
 
 
+def write_planned(files: Iterable[str], path: Path) -> None:
+    """Remember the files of a corpus that a start has found, for `check_planned`."""
+    names = [_name(Path(file)) for file in files if file != corpus_files.DEMO]
+    artifact.write_sealed(path, artifact.make_meta(_PLANNED_KIND, {}, files=names))
+
+
+def check_planned(path: Path | None, found: Iterable[Path]) -> None:
+    """Raise ValueError if a file that the start of the run has found, as `path` says, is not there any more.
+
+    Files that have come since are no fault: the record of a rule says what was read.
+    """
+    if path is None:
+        return
+    names = {_name(file) for file in found}
+    gone = [name for name in artifact.read_sealed(path, _PLANNED_KIND)["files"] if name not in names]
+    if gone:
+        more = f", and {len(gone) - 1} more files are gone" if len(gone) > 1 else ""
+        raise ValueError(
+            f"{gone[0]}: gone since the run was started{more}. Expected the corpus to stay as it is. Bring "
+            "it back and start again, or start again to run without it."
+        )
+
+
+def _name(path: Path) -> str:
+    """The absolute path of a file as text, also where its bytes are no UTF-8."""
+    return os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
+
+
 def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
     """The hash of each file. `seen` is the file that remembers them; it need not exist.
 
     A file that has changed a moment ago is not remembered: it may change again without another time.
     """
     known = _read(seen)
-    names = [os.fsencode(path.absolute()).decode("utf-8", "backslashreplace") for path in paths]
+    names = [_name(path) for path in paths]
     stats = [_stat(path) for path in paths]
     settled = time.time_ns() - _SETTLED_NS
     new = {
@@ -71,8 +100,8 @@ def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
 
 
 def _stat(path: Path) -> list[int]:
-    """Size, times and inode of a file. Raises OSError for a file that is not there."""
-    about = path.stat()
+    """Size, times and inode of a file. Raises OSError if it is not there, ValueError if it is no file."""
+    about = corpus_files.about(path)
     return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
 

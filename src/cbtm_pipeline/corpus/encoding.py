@@ -12,7 +12,7 @@ import orjson
 import tokenizers
 from gigatoken.gigatoken_rs import load_hf_json
 
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, inside
 from cbtm_pipeline.base.errors import make_again
 
 PIECE_BYTES = 1 << 20  # longer documents are encoded in pieces
@@ -61,8 +61,9 @@ class TokenEncoder:
     """
 
     def __init__(self, tokenizer_json: Path):
-        text = tokenizer_json.read_text("utf-8")
+        content = tokenizer_json.read_bytes()
         try:
+            text = content.decode("utf-8")
             self.slow = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower type
             raise ValueError(
@@ -130,6 +131,7 @@ def read_card(tokenizer_json: Path) -> dict[str, Any]:
     Raises ValueError if a file of the tokenizer is another one than the card says.
     """
     card = artifact.read_sealed(tokenizer_json.with_name("card.json"), "tokenizer")
+    inside.check(tokenizer_json.with_name("card.json"), card["files"], make_again(tokenizer_json))
     for name, expected in card["files"].items():
         artifact.check_file(tokenizer_json.with_name(name), expected, make_again(tokenizer_json))
     return card

@@ -4,13 +4,14 @@ Imports nothing heavy, because the workflow uses it too.
 """
 
 import errno
-import glob
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cbtm_pipeline.corpus import patterns as globs
 from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS
 
 DEMO = "builtin:demo"  # stands for the built-in corpus in corpus.train
@@ -62,7 +63,7 @@ def input_files(patterns: Iterable[str], demo: str | Path | None = None) -> list
 
     A pattern is a file, a folder (all corpus files below it, except hidden ones), a glob, or `builtin:demo`.
     The file `demo` replaces `builtin:demo` and need not exist yet. Raises ValueError for a pattern without a
-    matching file, OSError for an unreadable folder.
+    matching file, OSError for an unreadable folder, and for a link in a folder that leads nowhere.
     """
     files: dict[Path, Path] = {}
     for pattern in patterns:
@@ -85,35 +86,49 @@ def _expected() -> str:
 
 
 def _matching(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.exists() or path.is_symlink():
-        if not path.is_dir() and format_of(path) is None:
-            raise ValueError(
-                f"{pattern}: unknown format. {_expected()} Convert the file, or correct corpus.train or "
-                "corpus.eval."
-            )
-        roots = [path]
-    elif any(c in pattern for c in "*?["):
-        # Path.glob would list hidden files
-        roots = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-    else:
+    roots = _roots(pattern)
+    if roots == [path := Path(pattern).expanduser()] and not path.is_dir() and format_of(path) is None:
         raise ValueError(
-            f"{pattern}: no such file. Expected a file, a folder or a glob. "
-            "Correct corpus.train or corpus.eval."
+            f"{pattern}: unknown format. {_expected()} Convert the file, or correct corpus.train or "
+            "corpus.eval."
         )
-    files = [file for root in roots for file in _below(root)]
+    files = [file for root in roots for file in _below(root) if format_of(file)]
     if not files:
         raise ValueError(f"{pattern}: no matching file. {_expected()} Correct corpus.train or corpus.eval.")
     return files
 
 
-def _below(root: Path) -> list[Path]:
-    """`root` itself if it is a corpus file, else the corpus files below it, sorted.
+def _roots(pattern: str) -> list[Path]:
+    """The files and folders that a pattern names. Raises ValueError for a path that is not there."""
+    if not pattern.strip():  # else it would be the current folder
+        raise ValueError(
+            "corpus: an empty path. Expected a file, a folder or a glob. Name one, or leave it out."
+        )
+    path = Path(pattern).expanduser()
+    if path.exists() or path.is_symlink():
+        return [path]
+    if globs.is_glob(pattern):
+        return globs.match(path)
+    raise ValueError(
+        f"{pattern}: no such file. Expected a file, a folder or a glob. Correct corpus.train or corpus.eval."
+    )
 
-    A dangling link is listed, so that reading it fails and nothing is left out silently.
+
+def passed_over(patterns: Iterable[str]) -> list[Path]:
+    """The files that the patterns match and that are not read, because their names say no format."""
+    roots = [root for pattern in patterns if pattern != DEMO for root in _roots(pattern)]
+    found = (file for root in roots for file in _below(root) if format_of(file) is None)
+    return list({file.absolute(): file for file in found}.values())
+
+
+def _below(root: Path) -> list[Path]:
+    """`root` itself if it is no folder, else all files below it that are not hidden, sorted.
+
+    A dangling link to a corpus file is listed, so that reading it fails and nothing is left out silently.
+    Raises OSError for another one, which may have led to a folder.
     """
     if not root.is_dir():
-        return [root] if format_of(root) else []
+        return [root]
     files: list[str] = []
     seen: set[Path] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
@@ -122,7 +137,11 @@ def _below(root: Path) -> list[Path]:
             continue
         seen.add(real)
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        files += [f"{folder}/{name}" for name in names if not name.startswith(".") and format_of(name)]
+        seen_names = [name for name in names if not name.startswith(".")]
+        for name in seen_names:
+            if format_of(name) is None:
+                globs.is_folder(Path(folder, name))
+        files += [f"{folder}/{name}" for name in seen_names]
     return [Path(file) for file in sorted(files)]
 
 
@@ -152,13 +171,24 @@ def name(paths: Sequence[Path]) -> list[File]:
 
 
 def n_bytes(files: Iterable[File]) -> int:
-    """Total size of the files on the disk. Raises OSError for a file that cannot be read."""
+    """Total size of the files on the disk. Raises OSError for one that cannot be read, as `about` does."""
     total = 0
     for file in files:
-        total += file.path.stat().st_size
+        total += about(file.path).st_size
         if not os.access(file.path, os.R_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file.path))
     return total
+
+
+def about(path: Path) -> os.stat_result:
+    """What the system knows of a file.
+
+    Raises OSError if it is not there, ValueError for a pipe or a device, which would be read for ever.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path}: not a file. Expected a file of text. Take it out of the corpus.")
+    return found
 
 
 def printable(name: str | Path) -> str:

@@ -29,7 +29,7 @@ def _cut_parquet(source: Source) -> Iterator[Batch]:
     return parquet.cut(source)
 
 
-def _parse_parquet(found: Any, text_field: str, id_field: str) -> Iterator[tuple[Any, Any]]:
+def _parse_parquet(found: Any, text_field: str, id_field: str | None) -> Iterator[tuple[Any, Any]]:
     from cbtm_pipeline.corpus import parquet
 
     return parquet.parse(found, text_field, id_field)

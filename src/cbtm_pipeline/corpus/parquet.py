@@ -44,7 +44,7 @@ def cut(source: Source) -> Iterator[Batch]:
         ) from error  # pyarrow reports damaged pages as an OSError without number
 
 
-def parse(records: pa.RecordBatch, text_field: str, id_field: str) -> Iterator[tuple[Any, Any]]:
+def parse(records: pa.RecordBatch, text_field: str, id_field: str | None) -> Iterator[tuple[Any, Any]]:
     """The (text, id) of each row. The fields do not matter here, as `cut` has chosen the columns."""
     texts = _values(records.column("text"))
     ids = _values(records.column("id")) if "id" in records.schema.names else [None] * len(texts)
@@ -55,13 +55,14 @@ _Take = Callable[[pa.RecordBatch], pa.Array]
 
 
 def _columns(
-    path: Path, schema: pa.Schema, text_field: str, id_field: str
+    path: Path, schema: pa.Schema, text_field: str, id_field: str | None
 ) -> tuple[dict[str, _Take], list[str]]:
     """How to take `text` and `id` out of a batch, and the fields to read.
 
     Raises ValueError without text column.
     """
-    take_text, take_id = _column(schema, text_field), _column(schema, id_field)
+    take_text = _column(schema, text_field)
+    take_id = None if id_field is None else _column(schema, id_field)
     if take_text is None:
         raise ValueError(
             f"{path}: no column {text_field}. Expected one of its columns, {', '.join(schema.names)}. "
@@ -69,7 +70,7 @@ def _columns(
         )
     if take_id is None:
         return {"text": take_text}, [text_field]
-    return {"text": take_text, "id": take_id}, [text_field, id_field]
+    return {"text": take_text, "id": take_id}, [text_field, str(id_field)]
 
 
 def _column(schema: pa.Schema, field: str) -> _Take | None:

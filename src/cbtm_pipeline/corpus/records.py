@@ -5,6 +5,7 @@ Parquet file, a text file, or one of its blocks between blank lines.
 """
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from cbtm_pipeline.corpus.stream import Compression, Stream
 # A string, a sign that structures JSON, or the start of a string that does not end here.
 # The possessive quantifiers make the search need no stack.
 _JSON = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]|"', re.DOTALL)
+_CRS = re.compile(rb"\r+\n?")
 _QUOTE = ord('"')
 
 # Parses records: (records, text_field, id_field) -> for each record its text and id, None for a row that does
 # not count, or a Defect. A text or id may have any type: `rows.read` checks them.
-Parse = Callable[[Any, str, str], Iterable["tuple[Any, Any] | Defect | None"]]
+Parse = Callable[[Any, str, str | None], Iterable["tuple[Any, Any] | Defect | None"]]
+_MAX_TAIL = 1 << 12  # bytes of \r that are kept to see what follows
 _Split = Callable[[Iterator[bytes], Stream], Iterator[list[bytes]]]
 
 
@@ -34,7 +37,7 @@ class Source(NamedTuple):
     compression: Compression | None
     chunk_bytes: int  # the cut functions read about so many bytes at a time
     text_field: str
-    id_field: str
+    id_field: str | None
     txt_documents: Literal["file", "block"]
 
 
@@ -83,19 +86,27 @@ def cut_text(source: Source) -> Iterator[Batch]:
 def _cut(source: Source, split: _Split) -> Iterator[Batch]:
     with source.path.open("rb") as file:
         stream = Stream(source.path, file, source.compression, source.chunk_bytes)
-        n_read = 0
+        n_read, n_bytes = 0, os.fstat(file.fileno()).st_size
         for records in split(stream.chunks(), stream):
             position = file.tell()
             yield Batch(records, sum(map(len, records)), position - n_read)
             n_read = position
+        if os.fstat(file.fileno()).st_size < n_bytes:
+            raise ValueError(
+                f"{source.path}: it became shorter while it was read. Expected it to stay as it is. Start "
+                "again when nobody writes it."
+            )
         if stream.broken:
             yield Batch([stream.broken.encode()], 0, file.tell() - n_read, damaged=True)
 
 
 def lines(chunks: Iterator[bytes], stream: Stream) -> Iterator[list[bytes]]:
-    """Lines without their newline, empty lines included. A last line that damage cut is left out."""
+    """Lines without their newline, empty lines included. A last line that damage cut is left out.
+
+    A line ends with \\n, or with \\r as on old Macs. \\r\\n is one end, and its \\r stays with the line.
+    """
     tail: list[bytes] = []
-    for chunk in chunks:
+    for chunk in _with_whole_ends(chunks):
         *found, rest = chunk.split(b"\n")
         if found:
             found[0] = b"".join([*tail, found[0]])
@@ -105,6 +116,23 @@ def lines(chunks: Iterator[bytes], stream: Stream) -> Iterator[list[bytes]]:
     last = b"".join(tail)
     if last and not stream.broken:
         yield [last]
+
+
+def _with_whole_ends(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes, but no chunk ends within a line end; each \\r that ends a line alone is a \\n."""
+    tail = b""
+    for part in itertools.chain(chunks, [b""]):
+        chunk = tail + part
+        end = len(chunk.rstrip(b"\r")) if part and len(tail) < _MAX_TAIL else len(chunk)
+        chunk, tail = chunk[:end], chunk[end:]
+        if chunk.count(b"\r") > chunk.count(b"\r\n"):
+            chunk = _CRS.sub(_line_ends, chunk)
+        yield chunk
+
+
+def _line_ends(found: re.Match[bytes]) -> bytes:
+    """A run of \\r as it is before a \\n, which it belongs to; else as many \\n."""
+    return found[0] if found[0].endswith(b"\n") else b"\n" * len(found[0])
 
 
 def lines_or_elements(chunks: Iterator[bytes], stream: Stream) -> Iterator[list[bytes]]:

@@ -32,20 +32,32 @@ class Document(NamedTuple):
 class BadRow(NamedTuple):
     """A row that cannot be used, for the quarantine.
 
-    `reason`: the kind of defect, and after a colon its details.
+    `reason`: the kind of defect, and after a colon its details. `n_bytes`: those of the record that could not
+    be read.
     """
 
     file: int
     line: int
     reason: str
+    n_bytes: int = 0
 
 
-def read(part: Part, text_field: str, id_field: str) -> Iterator[Document | BadRow]:
+def n_bytes(part: Part) -> list[int]:
+    """The bytes of each record of a part; for columns the mean. None for what says that a file is damaged."""
+    if part.parse is parse_damage:
+        return [0] * len(part.records)
+    if isinstance(part.records, list):
+        return list(map(len, part.records))
+    return [part.n_bytes // max(1, len(part.records))] * len(part.records)
+
+
+def read(part: Part, text_field: str, id_field: str | None) -> Iterator[Document | BadRow]:
     """Parse and check the records of a part, in order.
 
     Empty lines do not count as rows, but have a number.
     """
-    for line, found in enumerate(part.parse(part.records, text_field, id_field), part.first):
+    parsed = zip(part.parse(part.records, text_field, id_field), n_bytes(part), strict=True)
+    for line, (found, size) in enumerate(parsed, part.first):
         if found is None:
             continue
         try:
@@ -54,11 +66,11 @@ def read(part: Part, text_field: str, id_field: str) -> Iterator[Document | BadR
             text, found_id = found
             yield Document(part.file, line, _id(found_id) or f"{part.name}:{line}", _text(text))
         except Defect as defect:
-            yield BadRow(part.file, line, str(defect))
+            yield BadRow(part.file, line, str(defect), size)
 
 
 def parse_json(
-    records: Iterable[bytes], text_field: str, id_field: str
+    records: Iterable[bytes], text_field: str, id_field: str | None
 ) -> Iterator[tuple[Any, Any] | Defect | None]:
     """The (text, id) of JSON objects, each a record; None for an empty record.
 
@@ -74,13 +86,18 @@ def parse_json(
             yield defect
 
 
-def parse_text(records: Iterable[bytes], text_field: str, id_field: str) -> Iterator[tuple[bytes, None]]:
+def parse_text(
+    records: Iterable[bytes], text_field: str, id_field: str | None
+) -> Iterator[tuple[bytes, None]]:
     """Each record is a text without id; its line ends become \\n."""
     for record in records:
         yield record.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), None
 
 
-def parse_damage(records: Iterable[bytes], text_field: str, id_field: str) -> Iterator[Defect]:
+DAMAGED = "damaged file"  # the kind of defect
+
+
+def parse_damage(records: Iterable[bytes], text_field: str, id_field: str | None) -> Iterator[Defect]:
     """Each record says why the rest of its file could not be read."""
     for record in records:
         yield Defect(record.decode())
@@ -102,12 +119,14 @@ def uniform(hash_: bytes) -> float:
 _MISSING = object()
 
 
-def _text_and_id(record: bytes, text_field: str, id_field: str) -> tuple[Any, Any]:
+def _text_and_id(record: bytes, text_field: str, id_field: str | None) -> tuple[Any, Any]:
     row = _json_object(record)
-    text, found_id = _field(row, text_field), _field(row, id_field)
+    text, found_id = _field(row, text_field), _MISSING if id_field is None else _field(row, id_field)
     if text is _MISSING:
         raise Defect(f"no text field: {text_field} is not among {', '.join(sorted(row))[:200]}")
-    if isinstance(found_id, float):  # take the digits as they are written, not rounded
+    if id_field is not None and isinstance(
+        found_id, float
+    ):  # take the digits as they are written, not rounded
         found_id = _field(json.loads(record, parse_float=str), id_field)
     return text, None if found_id is _MISSING else found_id
 

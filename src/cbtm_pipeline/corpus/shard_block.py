@@ -41,7 +41,7 @@ class Setup(NamedTuple):
     separator_id: int
     vocab_size: int
     text_field: str
-    id_field: str
+    id_field: str | None
     eval_fraction: float
 
 
@@ -63,6 +63,7 @@ class Made(NamedTuple):
     bad: list[BadRow]
     held_out: np.ndarray  # hashes of the texts, for the blocks of corpus.eval
     n_read: int  # bytes of the corpus files
+    n_bytes: int  # of all records
     n_sampled: int  # slices of texts on which gigatoken was compared with the reference
     why_slow: str  # why the reference encoded the block; "" if gigatoken did
 
@@ -74,6 +75,7 @@ def make(setup: Setup, block: Block) -> Made:
     A shard without documents is not written.
     """
     n_read = sum(part.n_read for part in block.parts)
+    n_bytes = sum(sum(corpus_rows.n_bytes(part)) for part in block.parts)
     documents, bad = _parse(setup, block.parts)
     hashes = [corpus_rows.text_hash(document.text) for document in documents]
     in_held_out = _among(hashes, setup.folder / SPILL / HELD_OUT if block.split == "train" else None)
@@ -107,7 +109,7 @@ def make(setup: Setup, block: Block) -> Made:
         if taken
     ]
     held_out = np.array(hashes if block.split == "eval" else [], "S16")
-    return Made(shards, sorted(bad), held_out, n_read, len(sample), why_slow)
+    return Made(shards, sorted(bad), held_out, n_read, n_bytes, len(sample), why_slow)
 
 
 def _parse(setup: Setup, parts: list[Part]) -> tuple[list[Document], list[BadRow]]:

@@ -70,7 +70,10 @@ class Stream:
 
     def _decompressed(self, compression: Compression) -> Iterator[bytes]:
         start = self.file.peek(4)[:4]
-        if start and not compression.magic.match(start):
+        if not start:
+            self.broken = "damaged file: it is empty, and compressed data never is"
+            return
+        if not compression.magic.match(start):
             raise ValueError(
                 f"{self.path}: not {self.path.suffix.lower()} data. Expected what the name says. "
                 "Correct the name or the file."
@@ -97,6 +100,11 @@ class Stream:
                 try:
                     yield decompressor.decompress(data)
                 except compression.error as error:
+                    if "ictionary" in str(error):
+                        raise ValueError(
+                            f"{self.path}: compressed with a dictionary. Expected data that is complete in "
+                            "itself. Compress it again without one."
+                        ) from error
                     self.broken = f"damaged file: {error}"
                     return
                 data = b""

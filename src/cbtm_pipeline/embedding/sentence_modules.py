@@ -9,7 +9,7 @@ Shapes: B windows, D dimensions.
 
 import json
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from cbtm_pipeline.base import device
+from cbtm_pipeline.base.inside import is_inside
 from cbtm_pipeline.embedding import encoder
 
 NEEDED = {"Pooling": ["config.json"], "Dense": ["config.json", "model.safetensors"], "Normalize": []}
@@ -58,7 +59,7 @@ def read(folder: Path) -> list[tuple[str, str]]:
             "Normalize at most. Choose another encoder for embed.encoder."
         )
     for _, subfolder in modules:
-        if PurePosixPath(subfolder).is_absolute() or ".." in PurePosixPath(subfolder).parts:
+        if not is_inside(subfolder):
             raise ValueError(
                 f"{path}: path {subfolder}. Expected a subfolder. Choose another encoder for embed.encoder."
             )

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.base.publish import publish
+from cbtm_pipeline.base.publish import fresh, publish
 from cbtm_pipeline.inference import model_card, package
 
 ROUTER, README = "router.safetensors", "README.md"
@@ -125,7 +125,7 @@ def write(found: Set, change: Change, out: Path, card: Record | None = None) -> 
     """
     package.check_new(out, found.folder)
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
+    fresh(staging)
     try:
         record = _write(found, change, staging, card)
         out.parent.mkdir(parents=True, exist_ok=True)

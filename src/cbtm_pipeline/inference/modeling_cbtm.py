@@ -100,6 +100,9 @@ class CBTMConfig(PretrainedConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(_wrong(name, getattr(self, name), " or ".join(known)))
+        for name in self.experts:
+            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+                raise ValueError(_wrong("experts", name, "names of folders below experts/"))
         for name, least in (("n_active", 1), ("max_loaded", 1), ("fix_after", 0)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
@@ -551,7 +554,10 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         while limit is not None and len(self.experts) >= limit:
             needed = {self.names[i] for i in active}
             del self.experts[min(self.experts, key=lambda other: other in needed)]  # min takes the first
-        expert = AutoModelForCausalLM.from_pretrained(self.folder / "experts" / name, **self.expert_kwargs)
+        # an expert is one of transformers' own models: no code of its folder is run, nor is anybody asked
+        options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        folder = self.folder / "experts" / name
+        expert = AutoModelForCausalLM.from_pretrained(folder, **options, **self.expert_kwargs)
         self.experts[name] = expert.to(self._devices()[j]).eval()  # pyright: ignore[reportArgumentType]
         self.latest = name
         return expert

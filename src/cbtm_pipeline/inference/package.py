@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, inside
+from cbtm_pipeline.base.errors import make_again
 
 CODE = "modeling_cbtm.py"
 CONFIG = "config.json"
@@ -92,7 +93,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a tokenizer: those that its card names, if it has one."""
     card = folder / "card.json"
     if card.exists():
-        return [folder / name for name in sorted(artifact.read_sealed(card, "tokenizer")["files"])]
+        names = sorted(artifact.read_sealed(card, "tokenizer")["files"])
+        inside.check(card, names, make_again(card))
+        return [folder / name for name in names]
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
@@ -137,7 +140,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder}: no ensemble. Expected {FILES}, which a run writes into <outdir>/ensemble. "
             "Finish a run, or name the folder of an ensemble."
         )
-    return artifact.read_sealed(folder / FILES, "ensemble")
+    record = artifact.read_sealed(folder / FILES, "ensemble")
+    inside.check(folder / FILES, record["files"], "Export or make it again.")
+    return record
 
 
 def verify(folder: Path) -> dict[str, Any]:

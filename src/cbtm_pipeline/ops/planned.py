@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from cbtm_pipeline.base import read_yaml
 from cbtm_pipeline.slurm import commands, request
 
 # Every rule in one small graph: whether a rule is submitted does not depend on the number of experts.
@@ -66,7 +67,7 @@ def read_config(paths: Sequence[str]) -> Any:
     content: Any = {}
     for path in paths:
         try:
-            read = yaml.safe_load(Path(path).read_text("utf-8"))
+            read = read_yaml.read(path)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             found = f"{path}: not YAML ({' '.join(str(error).split())})"
             raise ValueError(f"{found}. Expected keys of config.yaml. Correct the file.") from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cbtm_pipeline.base import hub
+from cbtm_pipeline.base import hub, trust
 from cbtm_pipeline.config import Config, validate
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import cost, facts, file_systems, planned
@@ -68,6 +68,18 @@ def check_model(f: Facts) -> Iterator[Line]:
     if not (model and hub.lacks_weights(folder)):
         f.model = cost.size(f.config, folder)
         yield "ok", f"model: {cost.units(f.model.n_parameters)} parameters"
+
+
+def check_folder(f: Facts) -> Iterator[Line]:
+    """Whether others may write to the outdir, from which Slurm's jobs run code."""
+    if f.config is None:
+        return
+    outdir = Path(f.config.outdir)
+    if f.profile is not None:
+        trust.refuse_open(outdir)
+    line = trust.warning(outdir) if f.profile is not None else trust.local_warning(outdir)
+    if line is not None:
+        yield "warn", line
 
 
 def check_encoder(f: Facts) -> Iterator[Line]:

@@ -15,6 +15,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.duration import duration
+from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.ops import lenient
 
 HANDLER = "DefaultStreamHandler"  # Snakemake's name of its handler of the terminal
@@ -48,11 +49,25 @@ def be_brief(
     """
     environment.pop(cli.BRIEF, None)
     terminal = next((handler for handler in logger.handlers if handler.name == HANDLER), None)
+    for handler in logger.handlers:
+        handler.setFormatter(Printable(handler.formatter))
     if settings.dryrun or settings.verbose or not isinstance(terminal, logging.StreamHandler):
         return
     logger.removeHandler(terminal)
     logger.addHandler(Brief(terminal))
     environment[cli.BRIEF] = "1"
+
+
+class Printable(logging.Formatter):
+    """Another formatter's text, printable: names of files and errors of jobs may hold anything."""
+
+    def __init__(self, inner: logging.Formatter | None):
+        super().__init__()
+        self.inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> Any:
+        text = self.inner.format(record)
+        return printable(text) if isinstance(text, str) else text  # Snakemake's gives None for no text
 
 
 class Brief(logging.Handler):
@@ -135,7 +150,7 @@ class Brief(logging.Handler):
         self._write(cli.formatter(f"{label:<{WIDTH}}").format(line))
 
     def _write(self, *lines: str) -> None:
-        self.terminal.stream.write("".join(f"{line}\n" for line in lines))
+        self.terminal.stream.write("".join(f"{printable(line)}\n" for line in lines))
         self.terminal.flush()
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from cbtm_pipeline.base import read_yaml
+
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add `--outdir` and `--configfile`."""
@@ -33,7 +35,7 @@ def configured(configfiles: Sequence[Path]) -> Path:
     outdir = "results"
     for path in [*([Path("config.yaml")] if Path("config.yaml").exists() else []), *configfiles]:
         try:
-            content = yaml.safe_load(path.read_text("utf-8"))
+            content = read_yaml.read(path)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             todo = "Correct the file or name the outdir"
             raise ValueError(

@@ -6,7 +6,7 @@ card.json identifies the model and holds the hash of the weights. files.json hol
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, inside
 from cbtm_pipeline.base.errors import make_again
 
 WEIGHTS = "model.safetensors"
@@ -27,7 +27,9 @@ def names(folder: Path) -> list[str]:
     path = folder / FILES
     if not path.exists():
         return [FILES]
-    return [FILES, *filter(is_read, artifact.read_sealed(path, "expert_files")["files"])]
+    found = artifact.read_sealed(path, "expert_files")["files"]
+    inside.check(path, found, make_again(path))
+    return [FILES, *filter(is_read, found)]
 
 
 def read_card(weights: Path) -> dict[str, Any]:
@@ -53,5 +55,6 @@ def _hashes(weights: Path, card: dict[str, Any]) -> dict[str, str]:
     """The hashes of all files but the weights, by their path in the folder."""
     path = weights.with_name(FILES)
     record = artifact.read_sealed(path, "expert_files")
+    inside.check(path, record["files"], make_again(weights))
     artifact.check_made_from(path, record, "expert", card["identity"])
     return record["files"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.provenance import expert_files, records
 from cbtm_pipeline.provenance.expert_files import WEIGHTS
 from cbtm_pipeline.provenance.stale import DAMAGED, Job
@@ -129,8 +130,7 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
     kept = outdir / FOLDER / "experts" / _name(folder)
     shutil.rmtree(kept, ignore_errors=True)
     partial = kept.with_name(f".{kept.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    fresh(partial)
     files = [path for path in folder.rglob("*") if path.is_file() and expert_files.STAGING not in path.parts]
     try:
         for path in files:
@@ -154,11 +154,14 @@ def _move(path: Path, other: Path) -> None:
             raise
     partial = other.with_name(f".{other.name}")
     if path.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(path, partial, ignore=shutil.ignore_patterns(expert_files.STAGING))
+        fresh(partial)
+        shutil.copytree(
+            path, partial, ignore=shutil.ignore_patterns(expert_files.STAGING), dirs_exist_ok=True
+        )
+        partial.rename(other)
     else:
-        shutil.copyfile(path, partial)
-    partial.rename(other)
+        with artifact.publish(other) as tmp:
+            shutil.copyfile(path, tmp)
 
 
 def _give_back_expert(kept: Path, folder: Path) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, read_yaml
 from cbtm_pipeline.base.errors import first_sentence
+from cbtm_pipeline.corpus import patterns as globs
 from cbtm_pipeline.plan_tasks import is_file
 
 PACKAGE = "lm_eval"
@@ -95,7 +96,7 @@ def read(path: Path) -> TaskFile:
 def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
     """The content of a task file over that of the files which it includes, and the files."""
     try:
-        content = yaml.load(path.read_text("utf-8"), _loader(path.parent))
+        content = read_yaml.read(path, _loader(path.parent))
     except FileNotFoundError:
         raise ValueError(
             f"eval.tasks: {path}: no such file. Expected a task file. Correct the path."
@@ -118,10 +119,10 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], list
     return {**merged, **content}, files
 
 
-def _loader(folder: Path) -> type[yaml.SafeLoader]:
+def _loader(folder: Path) -> type[read_yaml.Loader]:
     """A loader of YAML that knows `!function`."""
 
-    class Loader(yaml.SafeLoader):
+    class Loader(read_yaml.Loader):
         pass
 
     def function(loader: yaml.SafeLoader, node: Any) -> Function:
@@ -149,8 +150,7 @@ def _data_files(value: Any, path: Path, found: list[Path]) -> Any:
     if "://" in str(value):
         return value
     exact = (path.parent / str(value)).resolve()
-    pattern = str(exact.relative_to(exact.anchor))
-    files = [str(exact)] if exact.is_file() else sorted(map(str, Path(exact.anchor).glob(pattern)))
+    files = [str(exact)] if exact.is_file() else list(map(str, globs.match(exact)))
     if not files:
         raise ValueError(
             f"{path}: {value}: no such file. Expected a data file, relative to the task file. "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbtm_pipeline.base import cli
+from cbtm_pipeline.base.publish import open_file
 from cbtm_pipeline.slurm import events
 
 TIMEOUT_S = 60  # of one command; a busy controller answers late
@@ -125,9 +126,9 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, QueuedJob]:
     Unreachable as `queue` does.
     """
     path = folder / "queue.json"
-    with (folder / ".queue.lock").open("a") as file:
+    with os.fdopen(open_file(folder / ".queue.lock", os.O_WRONLY), "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        cached: dict[str, Any] = events.read_json(path) or {"asked": 0.0, "jobs": [], "failed": None}
+        cached = _cached(path)
         if max(newer_than, time.time() - QUEUE_AGE_S) >= cached["asked"] or cached["asked"] > time.time():
             asked = time.time()
             try:
@@ -138,6 +139,16 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, QueuedJob]:
     if cached["failed"]:
         raise Unreachable(cached["failed"])
     return {values[0]: QueuedJob(*values) for values in cached["jobs"]}
+
+
+def _cached(path: Path) -> dict[str, Any]:
+    """The answer in a file of `shared_queue`. Where there is no whole one: an old one, without jobs."""
+    found = events.read_json(path) or {}
+    jobs, asked = found.get("jobs"), found.get("asked")
+    is_whole = isinstance(asked, float) and isinstance(jobs, list) and "failed" in found
+    if is_whole and all(isinstance(job, list) and len(job) == len(_FIELDS) for job in jobs):
+        return found
+    return {"asked": 0.0, "jobs": [], "failed": None}
 
 
 def ended_as(job_id: str) -> str | None:

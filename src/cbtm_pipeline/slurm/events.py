@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline.base.publish import publish
+from cbtm_pipeline.base.publish import open_file, publish
 
 FILE = "events.jsonl"
 MAX_TRIES = 3  # starts (or submissions) in a row without a new saved step
@@ -18,7 +18,7 @@ Event = dict[str, Any]
 def add(folder: Path, event: str, **values: Any) -> None:
     """Append one event. Each is a single write, so the rows of processes on several nodes do not mix."""
     line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, sort_keys=True) + "\n"
-    fd = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = open_file(folder / FILE, os.O_WRONLY | os.O_APPEND)
     try:
         os.write(fd, line.encode())
         os.fsync(fd)
@@ -36,7 +36,7 @@ def read(folder: Path) -> list[Event]:
     for line in lines:
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in rows if isinstance(row, dict) and "event" in row]
 
@@ -71,8 +71,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a file of write_json; None if there is no such file."""
+    """The content of a file of write_json; None if there is no such file, or if it is none of these."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None

@@ -24,8 +24,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from cbtm_pipeline.base import cli
+from cbtm_pipeline.base import cli, trust
 from cbtm_pipeline.base.cli import log
+from cbtm_pipeline.base.publish import open_file
 from cbtm_pipeline.slurm import request
 from cbtm_pipeline.slurm.launcher import Launcher, Order
 from cbtm_pipeline.slurm.watch import Detached
@@ -81,12 +82,14 @@ def main() -> None:
     parent = os.getppid()
     args = parse()
     folder = args.folder / args.name
+    trust.refuse_open(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cli.start_logging(args.name, folder / "launch.log")
+    trust.warn_once(folder, args.folder / ".warned")
     order = make_order(args, folder)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, detach)
-    lock_fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock_fd = open_file(folder / ".lock", os.O_RDWR)
     launcher = Launcher(folder, order, lock_fd, parent)
     try:
         launcher.lock()

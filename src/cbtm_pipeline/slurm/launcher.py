@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cbtm_pipeline.base.cli import NEWS, log
+from cbtm_pipeline.base.publish import open_file
 from cbtm_pipeline.slurm import commands, events
 from cbtm_pipeline.slurm.watch import Watch
 
@@ -38,6 +39,8 @@ HELPLESS = {  # ends that another job would only repeat
     "DEADLINE": "was ended by its deadline. Expected none. Remove --deadline from slurm_extra",
     "CANCELLED": "was cancelled by somebody. Expected to run to its end. Start again to go on from its state",
 }
+
+JOB = {"token": str, "fingerprint": str, "submitted": float}  # what job.json holds beside the job's id
 
 Order = dict[str, Any]
 Record = dict[str, Any]
@@ -82,7 +85,7 @@ class Launcher:
 
     def cancel(self) -> None:
         """Cancel the submitted job, and remember that this launcher did it."""
-        record = events.read_json(self.folder / "job.json")
+        record = self._record()
         if record is None:
             return
         try:
@@ -97,12 +100,20 @@ class Launcher:
             found = f"job {job_id}: not cancelled ({error})"
             log.error("%s. Expected an answer. Cancel it: scancel %s", found, job_id)
 
+    def _record(self) -> Record | None:
+        """The content of job.json; None if it is no record of a job, whoever has written it."""
+        record = events.read_json(self.folder / "job.json")
+        if record is None or not JOB.items() <= {name: type(value) for name, value in record.items()}.items():
+            return None
+        job_id = record.get("job_id", "")
+        return record if job_id is None or re.fullmatch(r"\d+([_+]\d+)?", str(job_id)) else None
+
     def _previous(self) -> Record | None:
         """The job that an earlier launcher submitted, if it is still to be waited for.
 
         Cancels one of other work.
         """
-        record = events.read_json(self.folder / "job.json")
+        record = self._record()
         if record is None:
             return None
         if record["job_id"] is None:  # that launcher was killed while it submitted: has Slurm taken the job?
@@ -162,7 +173,7 @@ class Launcher:
         """
         command = [sys.executable, "-m", "cbtm_pipeline.slurm.submit"]
         turn = self.folder.parent / f".submit-{int(order['token'], 16) % AT_ONCE}.lock"
-        with turn.open("a") as file:
+        with os.fdopen(open_file(turn, os.O_WRONLY), "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             return subprocess.run(
                 command,
@@ -179,7 +190,7 @@ class Launcher:
         looked = ended = 0.0  # when we last asked Slurm, and when we first saw that the job had ended
         while True:
             result = events.read_json(self.folder / "result.json")
-            if result and result["token"] == record["token"]:
+            if result and result.get("token") == record["token"] and {"status", "error"} <= result.keys():
                 return result, "COMPLETED"
             now = time.monotonic()
             if now - looked >= commands.QUEUE_AGE_S or ended:

@@ -14,8 +14,8 @@ the next.
 Two checks stop a job that would go on for ever: GPUs other than those asked for, and MAX_TRIES starts without
 a new saved step.
 
-submitit carries this object to the node in a pickle, which the same user writes and reads. Nothing else here
-reads one.
+submitit carries this object to the node in a pickle. Who can write to its folder can put another one there.
+So the launcher refuses folders to which everybody may write (`base/trust`). Nothing else here reads a pickle.
 """
 
 import os
@@ -33,6 +33,7 @@ from typing import Any
 import submitit
 
 from cbtm_pipeline.base.cli import EXIT_SAVED
+from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.slurm import commands, events
 
 REQUEUE_TRIES = 12
@@ -200,8 +201,7 @@ def keep(outputs: list[str], folder: Path) -> None:
 
     Snakemake, killed and started again, deletes the first name before the launcher looks for the result.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    fresh(folder)
     for index, output in enumerate(outputs):
         try:
             os.link(output, folder / str(index))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.provenance import expert_files
 from cbtm_pipeline.provenance.expert_files import WEIGHTS
@@ -66,9 +67,8 @@ def publish(
     ValueError if the tokenizer has changed.
     """
     folder = out.parent
-    staging = folder / expert_files.STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "tensorboard").mkdir(parents=True)
+    staging = fresh(folder / expert_files.STAGING)
+    (staging / "tensorboard").mkdir()
 
     try:
         model.save_pretrained(staging, max_shard_size="1000TB")

@@ -13,6 +13,7 @@ import torch
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.base.duration import duration
+from cbtm_pipeline.base.publish import open_file
 from cbtm_pipeline.plan import TrainingPlan
 
 Row = dict[str, Any]
@@ -62,7 +63,7 @@ class Metrics:
             )
         with artifact.publish(path) as tmp:
             tmp.write_text("".join(_line(row) for row in rows), "utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = os.fdopen(open_file(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
 
     def add(self, row: Row) -> None:
         """Append a row."""
