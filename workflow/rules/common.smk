@@ -19,7 +19,9 @@ from cbtm_pipeline.slurm import request
 
 try:
     for path in ["config.yaml", *workflow.overwrite_configfiles]:
-        read_yaml.read(path)  # a key that stands twice is an error, which Snakemake does not see
+        read_yaml.read(
+            path
+        )  # a key that stands twice is an error, which Snakemake does not see
     CONFIG = schema.validate(config)
     CORPUS_FILES = corpus_files.find(CONFIG.corpus.train, CONFIG.corpus.eval)
     STATES = stale.look(CONFIG)
