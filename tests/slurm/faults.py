@@ -257,8 +257,8 @@ def all_faults(box: Box, folder: Path) -> Iterator[Outcome]:
 def controller_faults(box: Box, original: Path, folder: Path) -> list[tuple[Run, str, float]]:
     """A running training and one that is to be submitted meet a controller that is away for 15 seconds.
 
-    The running one is the slow dense expert: it must not end before the nodes have registered again. After such
-    an end, Slurm 22.05 starts the next job on a node whose GPUs it does not know yet, and that job's srun fails.
+    The running one is the slow dense expert: it must not end before the nodes have registered again. After
+    such an end, Slurm 22.05 starts the next job on a node whose GPUs it does not know yet: srun fails there.
     """
     under_way = Run.of_copy(box, original, folder / "under-way", "dense")
     to_come = Run.of_copy(box, original, folder / "to-come", "0")
