@@ -109,7 +109,7 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return [row for row in map(json.loads, lines) if row["event"] == kind]
 
-    def reach(self, step: int, timeout: float = 120) -> None:
+    def reach(self, step: int, timeout: float = 300) -> None:
         """Wait until the training has done `step` steps."""
         wait(
             lambda: self.step() >= step or self.process.poll() is not None,
