@@ -13,6 +13,7 @@ Metrics = dict[str, Any]
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
 SETTINGS = ("temperature", "epsilon", "beta", "hysteresis", "fix_after")
+HOW = {"k x batch": "a k times larger batch", "k x steps": "k times more steps"}
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 LEVELS = (
     ("dense", "grey"),
@@ -22,47 +23,52 @@ LEVELS = (
 
 
 def lead(metrics: Metrics) -> Html:
-    """The headline result, with its control systems beside it."""
-    sentences = tag("ul", *(tag("li", sentence) for sentence in metrics["verdict"][1:]))
+    """The headline result, with its control systems beside it.
+
+    The sentences are made here again: those of an older metrics.json may begin with another dense model.
+    """
+    sentences = tag("ul", *(tag("li", sentence) for sentence in verdict.sentences(metrics)[1:]))
     aside = tag("aside", tag("h3", "With its controls"), _controls(metrics), class_="controls")
     return tag("div", tag("div", _claim(metrics), sentences), aside, class_="lead")
 
 
 def _claim(metrics: Metrics) -> Html:
-    """Whether the best mixture of experts or the dense model wins, and by how much."""
-    best = verdict.headline(metrics)
-    low, high = best["ci95"]
-    outcome = (
-        "The ensemble wins." if high < 1 else "Dense wins." if low > 1 else "There is no clear difference."
-    )
-    dense = next(row for row in metrics["systems"] if row["system"] == "dense")
-    how = {"batch": "a k times larger batch", "steps": "k times more steps"}[metrics["dense"]]
-    compute = f"{dense['train_flops'] / best['train_flops']:.2f} times its" if best["train_flops"] else "no"
+    """Whether the best mixture of experts or the strongest dense model wins, and by how much."""
+    best, name = verdict.headline(metrics), verdict.strongest_dense(metrics)
+    ratio = best["ratios"][name]
+    low, high = ratio["ci95"]
+    how = HOW[verdict.dense_kind(metrics, name)]
+    compute = verdict.compute_of(metrics, name).replace(" x", " times")
     return tag(
         "p",
         f"The mixture of k = {metrics['k']} experts ({verdict.label(best)}) has a perplexity of ",
         tag("strong", decimals(best["perplexity"])),
         f" on {count(metrics['n_documents'])} held-out documents: ",
-        tag("strong", f"{best['ratio_to_dense']:.3f} times"),
-        f" that of the dense model with {how} and {compute} training FLOPs, ",
-        f"95 % interval {low:.3f} to {high:.3f}. {outcome}",
+        tag("strong", f"{ratio['ratio']:.3f} times"),
+        f" that of {name}, the strongest dense model of equal compute ({how}, {compute} the training FLOPs), ",
+        f"95 % interval {low:.3f} to {high:.3f}. {verdict.outcome(metrics)}",
         class_="claim",
     )
 
 
 def _controls(metrics: Metrics) -> Html:
     """A short table: the main rows, and of the ensembles the best of each router and those of top_k 1."""
-    best = verdict.headline(metrics)
+    best, strongest = verdict.headline(metrics), verdict.strongest_dense(metrics)
     rows = [
         row
         for row in verdict.main_rows(metrics)
         if row["system"] != "ensemble" or row["headline"] or (row["top_k"] == 1 and not verdict.stays(row))
     ]
     cells = [
-        (verdict.label(row), decimals(row["perplexity"]), decimals(row["ratio_to_dense"], 3)) for row in rows
+        (
+            verdict.label(row),
+            decimals(row["perplexity"]),
+            decimals(row["ratios"][strongest]["ratio"], 3),
+        )
+        for row in rows
     ]
     marked = [i for i, row in enumerate(rows) if row is best]
-    return table(["", "perplexity", "to dense"], cells, marked=marked)
+    return table(["system", "perplexity", f"to {strongest}"], cells, marked=marked)
 
 
 def systems(metrics: Metrics) -> Html:
@@ -75,13 +81,15 @@ def systems(metrics: Metrics) -> Html:
         "FLOPs: all training that the system needed, the seed's included."
     )
     main, every = verdict.main_rows(metrics), metrics["systems"]
+    strongest = verdict.strongest_dense(metrics)
     estimates = [
-        charts.Estimate(verdict.label(row), row["ratio_to_dense"], row["ci95"], _colour(row))
+        charts.Estimate(verdict.label(row), ratio["ratio"], ratio["ci95"], _colour(row))
         for row in main
-        if row["system"] != "dense"
+        if row["system"] != strongest and (ratio := row["ratios"][strongest])
     ]
     details = tag("details", tag("summary", f"All {len(every)} systems"), _systems_table(every))
-    plot = charts.forest("Perplexity relative to dense, with 95 % intervals", estimates)
+    title = f"Perplexity relative to {strongest}, with 95 % intervals"
+    plot = charts.forest(title, estimates, strongest)
     return section("Systems", note, _systems_table(main), details, tag("div", plot, class_="charts"))
 
 
