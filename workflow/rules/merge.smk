@@ -28,6 +28,7 @@ rule eval_ensemble:
     output:
         metrics=f"{OUT}/eval/metrics.json",
         table=f"{OUT}/eval/table.txt",
+        documents=f"{OUT}/{records.DOCUMENTS}",
     log:
         f"{OUT}/logs/eval_ensemble.log",
     conda:
@@ -66,9 +67,10 @@ rule report:
             for rule, expert in records.SHOWN.items()
         ],
         tasks=["--tasks", f"{OUT}/eval/tasks.json"] if TASK_MODELS else [],
+        demo=["--demo"] if DEMO_FLAG else [],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
-        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} {params.tasks:q} --out {output:q} --log {log:q}"
+        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} {params.tasks:q} {params.demo:q} --out {output:q} --log {log:q}"
 
 
 # The result as one model. `all` asks for it where the model can be what was evaluated (stale.packs).

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cbtm_pipeline.html import charts
+from cbtm_pipeline.html.names import names
 from cbtm_pipeline.html.page import Html, Number, count, decimals, flops, section, table, tag
 from cbtm_pipeline.mixture import task_table, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS
@@ -28,8 +29,10 @@ def lead(metrics: Metrics) -> Html:
     The sentences are made here again: those of an older metrics.json may begin with another dense model.
     """
     sentences = tag("ul", *(tag("li", sentence) for sentence in verdict.sentences(metrics)[1:]))
-    aside = tag("aside", tag("h3", "With its controls"), _controls(metrics), class_="controls")
-    return tag("div", tag("div", _claim(metrics), sentences), aside, class_="lead")
+    warned = [tag("li", text) for text in metrics.get("warnings", [])]
+    warnings = [tag("ul", *warned, class_="warnings")] if warned else []
+    aside = tag("div", tag("p", "With its controls", class_="title"), _controls(metrics), class_="controls")
+    return tag("div", tag("div", _claim(metrics), sentences, *warnings), aside, class_="lead")
 
 
 def _claim(metrics: Metrics) -> Html:
@@ -45,7 +48,8 @@ def _claim(metrics: Metrics) -> Html:
         tag("strong", decimals(best["perplexity"])),
         f" on {count(metrics['n_documents'])} held-out documents: ",
         tag("strong", f"{ratio['ratio']:.3f} times"),
-        f" that of {name}, the strongest dense model of equal compute ({how}, {compute} the training FLOPs), ",
+        f" that of {name}, the strongest dense model of equal compute ",
+        f"({how}, {compute} the training FLOPs), ",
         f"95 % interval {low:.3f} to {high:.3f}. {verdict.outcome(metrics)}",
         class_="claim",
     )
@@ -68,7 +72,7 @@ def _controls(metrics: Metrics) -> Html:
         for row in rows
     ]
     marked = [i for i, row in enumerate(rows) if row is best]
-    return table(["system", "perplexity", f"to {strongest}"], cells, marked=marked)
+    return table(["system", "perplexity", f"to {strongest}"], cells, marked=marked, label="The main systems")
 
 
 def systems(metrics: Metrics) -> Html:
@@ -87,10 +91,13 @@ def systems(metrics: Metrics) -> Html:
         for row in main
         if row["system"] != strongest and (ratio := row["ratios"][strongest])
     ]
-    details = tag("details", tag("summary", f"All {len(every)} systems"), _systems_table(every))
+    details = tag(
+        "details", tag("summary", f"All {len(every)} systems"), _systems_table(every, "All systems")
+    )
     title = f"Perplexity relative to {strongest}, with 95 % intervals"
     plot = charts.forest(title, estimates, strongest)
-    return section("Systems", note, _systems_table(main), details, tag("div", plot, class_="charts"))
+    whole = _systems_table(main, "Systems"), tag("div", plot, class_="charts"), names()
+    return section("Systems", note, *whole, details)
 
 
 def _colour(row: Row) -> str:
@@ -98,7 +105,7 @@ def _colour(row: Row) -> str:
     return ROUTERS[row["router"]].colour if row["router"] in ROUTERS else "grey"
 
 
-def _systems_table(rows: Sequence[Row]) -> Html:
+def _systems_table(rows: Sequence[Row], label: str) -> Html:
     others = [name for name in rows[0]["ratios"] if name != "dense"]
     header = [
         *("system", "perplexity", "ratio to dense"),
@@ -119,7 +126,8 @@ def _systems_table(rows: Sequence[Row]) -> Html:
         ]
         for row in rows
     ]
-    return table(header, cells, marked=[i for i, row in enumerate(rows) if row["headline"]])
+    marked = [i for i, row in enumerate(rows) if row["headline"]]
+    return table(header, cells, marked=marked, label=label)
 
 
 def routers(metrics: Metrics) -> Html:
@@ -167,7 +175,7 @@ def tasks(content: dict[str, Any]) -> Html:
         task, *others = task_table.cells(row, models)
         rows.append([task, others[0], *map(Number, others[1:])])
     note = "Value ± standard error, by lm-evaluation-harness. ensemble-top1 runs one expert at a token."
-    return section("Tasks", note, table(task_table.header(models), rows))
+    return section("Tasks", note, table(task_table.header(models), rows, label="Tasks"))
 
 
 def heat_map(metrics: Metrics) -> Html:
@@ -194,9 +202,26 @@ def heat_map(metrics: Metrics) -> Html:
         for name, line in zip(matrix["experts"], matrix["perplexity"], strict=True)
     ]
     rows.append(["dense", *(tag("td", decimals(dense)) for dense in matrix["dense"])])
-    header = ["", *(Number(f"cluster {j}") for j in range(metrics["k"]))]
+    header = ["model", *(Number(f"cluster {j}") for j in range(metrics["k"]))]
     note = "Perplexity on the reported documents of each cluster. Blue: below dense there; orange: above."
-    return section("Experts and clusters", note, table(header, rows, class_="heat"))
+    whole = table(header, rows, class_="heat", label="Perplexity of each expert on each cluster")
+    return section("Experts and clusters", note, whole, *_use(metrics))
+
+
+def _use(metrics: Metrics) -> list[Html]:
+    """How much the headline mixture uses each expert, if metrics.json says it."""
+    if "use" not in metrics:
+        return []
+    use, best = metrics["use"], verdict.headline(metrics)
+    rows = [
+        (f"expert {name}", Number(f"{100 * mean:.1f} %"), Number(f"{100 * largest:.1f} %"))
+        for name, mean, largest in zip(
+            metrics["matrix"]["experts"], use["mean_weight"], use["largest"], strict=True
+        )
+    ]
+    header = ["model", "mean weight", "tokens where its weight is largest"]
+    about = f"How much {verdict.label(best)} uses each expert, over all tokens of the reported documents."
+    return [tag("p", about, class_="note"), table(header, rows, label="Use of each expert")]
 
 
 def compute(metrics: Metrics) -> Html:
@@ -213,4 +238,4 @@ def compute(metrics: Metrics) -> Html:
         "Training of seed, experts and controls apart. "
         "Embedding and clustering need no accelerator and are not counted."
     )
-    return section("Compute", note, table(["", "FLOPs"], [*training, *inference]))
+    return section("Compute", note, table(["what", "FLOPs"], [*training, *inference], label="Compute"))

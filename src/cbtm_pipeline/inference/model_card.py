@@ -48,8 +48,8 @@ This model is `{label}`. `perplexity` is per token, `bits/byte` does not depend 
 ## Limits and licences
 
 The experts were trained on their texts alone, and can repeat the errors and biases of these texts. They
-were not trained to follow instructions. {licence}The licences of these texts apply to what you do with this model.
-So does that of the model that the experts began as, if they did not begin from scratch.
+were not trained to follow instructions. {licence}The licences of these texts apply to what you do with
+this model. So does that of the model that the experts began as, if they did not begin from scratch.
 """
 USE = """\
 import torch

@@ -1,7 +1,10 @@
 """The result in words: names of systems, the table for the terminal, and sentences that say who wins."""
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from cbtm_pipeline.mixture.routers import ROUTERS
 
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
@@ -92,6 +95,30 @@ def sentences(metrics: dict[str, Any]) -> list[str]:
     return [*found, *([_merged(metrics["merge"])] if "merge" in metrics else [])]
 
 
+def at_the_ends(row: Row, tried: Mapping[str, Sequence[float]]) -> list[str]:
+    """A sentence for each chosen setting that is the smallest or largest that was tried.
+
+    Others may be better. `tried` are the lists of section route. `row` is the headline.
+    """
+    idle = ROUTERS[row["router"]].idle_alone if row["top_k"] == 1 else ()
+    texts = []
+    for key in ("temperature", "epsilon", "beta"):
+        values, chosen = sorted(set(tried.get(key, ()))), row.get(key)
+        if chosen is None or len(values) < 2 or key in idle or chosen not in (values[0], values[-1]):
+            continue
+        which, more = ("smallest", "smaller") if chosen == values[0] else ("largest", "larger")
+        texts.append(
+            f"{key} {chosen:g} is the {which} value that was tried: {more} ones may be better. "
+            f"Add some to route.{key}."
+        )
+    if row["top_k"] < row["k"] and row["top_k"] == max(tried.get("top_k", [0])):
+        texts.append(
+            f"top_k {row['top_k']} is the largest that was tried, of {row['k']} experts. "
+            "Add larger ones to route.top_k."
+        )
+    return texts
+
+
 def _against_dense(metrics: dict[str, Any]) -> list[str]:
     """For each dense model, the strongest first: its training FLOPs, and whether it or the ensemble wins."""
     best, strongest = headline(metrics), strongest_dense(metrics)
@@ -160,6 +187,7 @@ def table(metrics: dict[str, Any]) -> str:
         "FLOPs: all training that the system needed, the seed's included. Ratios below are of perplexities.",
         "",
         *metrics["verdict"],
+        *metrics.get("warnings", []),
     ]
     lines.append("")
     for note in notes:

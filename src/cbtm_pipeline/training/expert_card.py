@@ -62,16 +62,16 @@ print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=20)[0]
 {begin}{not_yet}{end}
 ## Files and limits
 
-`card.json` has the complete plan of the training and the identities of its inputs. `metrics.jsonl` has one row
-for each step; `tensorboard/` has the same numbers.
+`card.json` has the complete plan of the training and the identities of its inputs. `metrics.jsonl` has one
+row for each step; `tensorboard/` has the same numbers.
 
 The model was trained on its text alone, and can repeat the errors and biases of that text. It was not trained
 to follow instructions. The licences of its text{and_base} apply to what you do with it.
 """
 FINE_TUNE = """\
 The separator also ends a text and pads a batch. A collator that hides padding by its token, such as
-`DataCollatorForLanguageModeling`, hides the separator, too: the model then unlearns where a text ends. Give
-the labels yourself, the separator at the end included, and let `DataCollatorForSeq2Seq` pad them with -100."""
+`DataCollatorForLanguageModeling`, hides the separator, too: the model then unlearns where a text ends.
+Give the labels yourself, the separator at the end included, and let `DataCollatorForSeq2Seq` pad them."""
 OWN_PADDING = """\
 A collator that hides padding by its token, such as `DataCollatorForLanguageModeling`, must not hide the token
 that ends a text. Here they differ, so it does not."""

@@ -45,8 +45,8 @@ def publish(
 
     All files are written to a staging folder, then moved one by one. A run that is killed meanwhile leaves no
     weights, or weights that do not fit the card. Readers refuse such a folder, and the next start publishes
-    it again. `card` gets the entries `weights` and `identity`; `origin` is for the model card. Raises OSError if
-    the disk is full, and ValueError if the tokenizer has changed.
+    it again. `card` gets the entries `weights` and `identity`; `origin` is for the model card. Raises OSError
+    if the disk is full, and ValueError if the tokenizer has changed.
     """
     folder = out.parent
     staging = folder / expert_files.STAGING
