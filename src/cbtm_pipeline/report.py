@@ -26,7 +26,10 @@ from cbtm_pipeline.provenance import expert_files, made_from, records
 from cbtm_pipeline.training import expert_card
 
 SHOWN_CHARACTERS = 240  # of a document that stands for its cluster
-ALL, OWN = "all reported documents", "those of its cluster"  # kinds of held-out text in model cards
+ALL, OWN = (
+    "all reported documents",
+    "reported documents of its cluster",
+)  # kinds of held-out text in model cards
 
 
 class Report(NamedTuple):
@@ -197,7 +200,8 @@ def write_evaluations(report: Report, logs: Sequence[Path]) -> None:
             perplexity |= {} if own is None else {OWN: own}
             dense[OWN], terms = metrics["matrix"]["dense"][j], report.top_terms[j]
         found = expert_card.Evaluation(perplexity, dense, "dense", terms)
-        expert_card.add_evaluation(path.parent, name, found)
+        title, _ = expert_card.names(artifact.read_sealed(path.with_name("card.json"), "expert"))
+        expert_card.add_evaluation(path.parent, title, found)
 
 
 def run_section(report: Report) -> Html:
@@ -252,7 +256,8 @@ def render(report: Report) -> str:
     """The page. It depends on the report alone, not on time or place."""
     metrics = report.metrics
     title = f"Cluster-Branch-Train-Merge, k = {metrics['k']}"
-    logs = {name: report.logs[name] for name in metrics["weights"]}
+    first = ["seed", *metrics["matrix"]["experts"]]
+    logs = {name: report.logs[name] for name in [*first, *sorted(set(report.logs) - set(first))]}
     whole = page(
         title,
         join([tag("h1", title), sections.lead(metrics)]),

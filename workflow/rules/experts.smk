@@ -3,7 +3,18 @@ rule train_expert:
     input:
         unpack(expert_inputs),
     output:
-        f"{OUT}/experts/{{expert}}/model.safetensors",
+        weights=f"{OUT}/experts/{{expert}}/model.safetensors",
+        card=report(
+            f"{OUT}/experts/{{expert}}/card.json",
+            caption="../report/expert.rst",
+            category="Models",
+            labels={"model": "{expert}"},
+        ),
+        beside=[
+            f"{OUT}/experts/{{expert}}/{name}"
+            for name in expert_files.BESIDE
+            if name != "card.json"
+        ],
     log:
         f"{OUT}/logs/train_expert/{{expert}}.log",
     conda:
@@ -17,7 +28,7 @@ rule train_expert:
         ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.train_expert --config {params.config:q} --expert {wildcards.expert} --data {input.data:q}"
-        " --tokenizer {input.tokenizer:q} {params.seed_model:q} --out {output:q} --work {params.work:q}"
+        " --tokenizer {input.tokenizer:q} {params.seed_model:q} --out {output.weights:q} --work {params.work:q}"
         " --threads {threads} --log {log:q}"
 
 

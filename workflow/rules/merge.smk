@@ -27,7 +27,11 @@ rule eval_ensemble:
         clusters=made(*(MANIFESTS[data] for data in CLUSTERINGS)),
     output:
         metrics=f"{OUT}/eval/metrics.json",
-        table=f"{OUT}/eval/table.txt",
+        table=report(
+            f"{OUT}/eval/table.txt",
+            caption="../report/table.rst",
+            category="Result",
+        ),
         documents=f"{OUT}/{records.DOCUMENTS}",
     log:
         f"{OUT}/logs/eval_ensemble.log",
@@ -53,7 +57,11 @@ rule report:
         experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
         tasks=made("eval/tasks.json") if TASK_MODELS else [],
     output:
-        f"{OUT}/report.html",
+        report(
+            f"{OUT}/report.html",
+            caption="../report/report.rst",
+            category="Result",
+        ),
     log:
         f"{OUT}/logs/report.log",
     conda:
@@ -88,7 +96,12 @@ rule ensemble:
             )
         ),
     output:
-        f"{OUT}/ensemble/files.json",
+        report(
+            f"{OUT}/ensemble/files.json",
+            caption="../report/ensemble.rst",
+            category="Models",
+            labels={"model": "ensemble"},
+        ),
     log:
         f"{OUT}/logs/ensemble.log",
     conda:

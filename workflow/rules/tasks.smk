@@ -23,8 +23,12 @@ rule tasks_table:
     input:
         made(*(f"eval/tasks/{name}.json" for name in TASK_MODELS)),
     output:
-        f"{OUT}/eval/tasks.json",
-        f"{OUT}/eval/tasks.txt",
+        results=f"{OUT}/eval/tasks.json",
+        table=report(
+            f"{OUT}/eval/tasks.txt",
+            caption="../report/tasks.rst",
+            category="Result",
+        ),
     log:
         f"{OUT}/logs/tasks_table.log",
     conda:
@@ -32,4 +36,4 @@ rule tasks_table:
     params:
         launch=launch("tasks_table"),
     shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.tasks_table --results {input:q} --out {output[0]:q} --log {log:q} > /dev/null"
+        "exec {params.launch:q} python -m cbtm_pipeline.tasks_table --results {input:q} --out {output.results:q} --log {log:q} > /dev/null"

@@ -75,7 +75,7 @@ def lines(
     y_high = max(ys) if y_top is None else min(max(ys), y_top)
     pad = 0.06 * (y_high - min(ys)) or 0.05 * abs(y_high) or 1.0
     low, high = min(ys) - pad, y_high + pad
-    right = WIDTH - RIGHT - (7 * max(len(s.end) for s in series) if any(s.end for s in series) else 0)
+    right = WIDTH - RIGHT - (8 * max(len(s.end) for s in series) if any(s.end for s in series) else 0)
     x = _scale(xs[0], xs[-1], LEFT + 8, right - 8, log_x)
     y = _scale(low, high, HEIGHT - BOTTOM, TOP)
 
@@ -155,8 +155,8 @@ class Estimate(NamedTuple):
     colour: str
 
 
-def forest(title: str, rows: Sequence[Estimate], reference: str = "dense") -> Html:
-    """Ratios to the system `reference`, with their intervals, on a logarithmic axis with a line at 1."""
+def forest(title: str, rows: Sequence[Estimate]) -> Html:
+    """Ratios with their intervals on a logarithmic axis, with a line at 1."""
     bottom = TOP + ROW_HEIGHT * len(rows)
     low = 0.98 * min(1.0, *(row.ci95[0] for row in rows))
     high = 1.02 * max(1.0, *(row.ci95[1] for row in rows))
@@ -166,7 +166,7 @@ def forest(title: str, rows: Sequence[Estimate], reference: str = "dense") -> Ht
         class_ = "one" if math.isclose(tick, 1) else "grid"
         parts.append(tag("path", d=f"M{x(tick):.1f} {TOP - 6}V{bottom}", class_=class_))
         parts.append(tag("text", brief(tick), x=f"{x(tick):.1f}", y=bottom + 16, text_anchor="middle"))
-    parts.append(tag("text", f"← better than {reference}", x=f"{x(1) - 8:.1f}", y=13, text_anchor="end"))
+    parts.append(tag("text", "← better", x=f"{x(1) - 8:.1f}", y=13, text_anchor="end"))
     parts.append(tag("text", "worse →", x=f"{x(1) + 8:.1f}", y=13))
     for i, row in enumerate(rows):
         parts += _estimate(row, TOP + ROW_HEIGHT * (i + 0.5), x)

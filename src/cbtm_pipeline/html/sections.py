@@ -95,7 +95,7 @@ def systems(metrics: Metrics) -> Html:
         "details", tag("summary", f"All {len(every)} systems"), _systems_table(every, "All systems")
     )
     title = f"Perplexity relative to {strongest}, with 95 % intervals"
-    plot = charts.forest(title, estimates, strongest)
+    plot = charts.forest(title, estimates)
     whole = _systems_table(main, "Systems"), tag("div", plot, class_="charts"), names()
     return section("Systems", note, *whole, details)
 

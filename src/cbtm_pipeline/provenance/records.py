@@ -24,15 +24,23 @@ class Place(NamedTuple):
 
 DOCUMENTS = "eval/documents.parquet"
 PLACES = {  # by rule, in the order of the data
-    "tokenizer": Place("tokenizer", "tokenizer/card.json", ("tokenizer/tokenizer.json",)),
-    "shard": Place("shards", "shards/manifest.json", ("shards/manifest.json",)),
+    "tokenizer": Place(
+        "tokenizer",
+        "tokenizer/card.json",
+        ("tokenizer/tokenizer.json", "tokenizer/card.json", "tokenizer/tokenizer_config.json"),
+    ),
+    "shard": Place("shards", "shards/manifest.json", ("shards/manifest.json", "shards/quarantine.jsonl")),
     "embed": Place("vectors", "embed/manifest.json", ("embed/manifest.json", "embed/embedder.npz")),
     "fit_kmeans": Place(
         "clusterer", "cluster/clusterer.npz", ("cluster/clusterer.npz", "cluster/top_terms.json")
     ),
     "assign": Place("assignments", "assignments/manifest.json", ("assignments/manifest.json",)),
     "assign_random": Place("assignments", "random/manifest.json", ("random/manifest.json",)),
-    "train_expert": Place("expert", "experts/{}/card.json", ("experts/{}/model.safetensors",)),
+    "train_expert": Place(
+        "expert",
+        "experts/{}/card.json",
+        tuple(f"experts/{{}}/{name}" for name in (expert_files.WEIGHTS, *expert_files.BESIDE)),
+    ),
     "score_expert": Place("scores", "scores/{}.npz", ("scores/{}.npz",)),
     "route": Place("distances", "route/distances.npz", ("route/distances.npz",)),
     "eval_ensemble": Place(

@@ -90,7 +90,7 @@ class About(NamedTuple):
 
 def render(card: Mapping[str, Any], about: About) -> str:
     """The text. `card` is that of the expert."""
-    title, what = _names(card)
+    title, what = names(card)
     loss, validation = card["final_loss"], card["validation_loss"]
     licence = card_header.named(about.tags, card_header.LICENCE)
     language = card_header.named(about.tags, card_header.LANGUAGE)
@@ -116,7 +116,7 @@ def render(card: Mapping[str, Any], about: About) -> str:
     )
 
 
-def _names(card: Mapping[str, Any]) -> tuple[str, str]:
+def names(card: Mapping[str, Any]) -> tuple[str, str]:
     """The title, and what the model is."""
     name, plan = card["expert"], card["made_with"]
     if name == "seed":
@@ -147,7 +147,7 @@ class Evaluation(NamedTuple):
     terms: Sequence[str]  # that set its cluster apart; none if it has no cluster
 
 
-def add_evaluation(folder: Path, name: str, found: Evaluation) -> bool:
+def add_evaluation(folder: Path, title: str, found: Evaluation) -> bool:
     """Write the evaluation into the card of an expert's folder. Returns False if it has no marks for it.
 
     The file changes only if the text does.
@@ -156,7 +156,7 @@ def add_evaluation(folder: Path, name: str, found: Evaluation) -> bool:
     if not path.is_file():
         return False
     text = path.read_text("utf-8")
-    header = card_header.block(card_header.evaluation(name, found.perplexity))
+    header = card_header.block(card_header.evaluation(title, found.perplexity))
     new = _between(text, f"{card_header.BEGIN}\n", f"{card_header.END}\n", header)
     new = _between(new, BEGIN, END, f"{BEGIN}{_evaluation(found)}{END}")
     if new != text:

@@ -211,11 +211,13 @@ class TrainingProgress:
 
 
 def where_it_runs(n_devices: int) -> Row:
-    """The machine (`2 x NVIDIA H100`, or the processor and its threads), and the versions of the software."""
+    """The machine (`2 x NVIDIA H100`, or the processor with threads), and the versions of the software."""
     if torch.cuda.is_available():
         machine = f"{n_devices} x {torch.cuda.get_device_name()}"
     else:
-        machine = f"{n_devices} x {torch.get_num_threads()} threads of {_processor()}"
+        threads = torch.get_num_threads()
+        machine = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+        machine += f" in each of {n_devices} processes" if n_devices > 1 else ""
     return {"machine": machine, "version": f"cbtm-pipeline {__version__}, torch {torch.__version__}"}
 
 
