@@ -10,13 +10,7 @@ include: "environment.smk"
 
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import plan, preview
-from cbtm_pipeline.provenance import (
-    expert_files,
-    kept,
-    records,
-    stale,
-    task_files,
-)
+from cbtm_pipeline.provenance import kept, records, stale, task_files
 from cbtm_pipeline.base import lock
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import terminal

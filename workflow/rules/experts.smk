@@ -1,3 +1,4 @@
+# README.md and tensorboard/ are for people: no outputs, as nothing may be trained again if one of them is deleted.
 # The resumable state in work/ is not an output, because Snakemake deletes outputs before a job starts and after it fails.
 rule train_expert:
     input:
@@ -10,11 +11,12 @@ rule train_expert:
             category="Models",
             labels={"model": "{expert}"},
         ),
-        beside=[
-            f"{OUT}/experts/{{expert}}/{name}"
-            for name in expert_files.BESIDE
-            if name != "card.json"
-        ],
+        config=f"{OUT}/experts/{{expert}}/config.json",
+        files=f"{OUT}/experts/{{expert}}/files.json",
+        generation=f"{OUT}/experts/{{expert}}/generation_config.json",
+        metrics=f"{OUT}/experts/{{expert}}/metrics.jsonl",
+        tokenizer=f"{OUT}/experts/{{expert}}/tokenizer.json",
+        tokenizer_config=f"{OUT}/experts/{{expert}}/tokenizer_config.json",
     log:
         f"{OUT}/logs/train_expert/{{expert}}.log",
     conda:

@@ -32,7 +32,7 @@ rule eval_ensemble:
             caption="../report/table.rst",
             category="Result",
         ),
-        documents=f"{OUT}/{records.DOCUMENTS}",
+        documents=f"{OUT}/eval/documents.parquet",
     log:
         f"{OUT}/logs/eval_ensemble.log",
     conda:
