@@ -184,3 +184,16 @@ def test_published_over_an_older_folder_and_killed_on_the_way(outdir, weights, m
     assert published[-1] == "files.json"
     made.train(cfg, where, "seed")
     made.check_published(where, 5)
+
+
+def test_a_model_that_is_trained_again_keeps_the_evaluation_of_its_weights(weights):
+    text = weights.with_name("README.md").read_text()
+    before = weights.parent
+    assert expert_card.add_evaluation(
+        before, "Seed", expert_card.Evaluation({"all": 12.5}, {"all": None}, "dense", ())
+    )
+    evaluated = weights.with_name("README.md").read_text()
+    hashed = expert_files.read_card(weights)["weights"]
+    assert "| all | 12.50 |  |" in evaluated and "12.50" not in text
+    assert expert_card.with_evaluation_of(text, evaluated, hashed) == evaluated
+    assert expert_card.with_evaluation_of(text, evaluated, "0" * 32) == text

@@ -165,6 +165,19 @@ def add_evaluation(folder: Path, title: str, found: Evaluation) -> bool:
     return new != text or BEGIN in text
 
 
+def with_evaluation_of(text: str, before: str, weights: str) -> str:
+    """The card with the evaluation of an earlier one, if that is of the same weights.
+
+    So a model that is trained again, and comes out the same, keeps what the rule `report` has written.
+    """
+    if weights not in before:
+        return text
+    for begin, end in ((f"{card_header.BEGIN}\n", f"{card_header.END}\n"), (BEGIN, END)):
+        if found := re.search(f"{re.escape(begin)}.*?{re.escape(end)}", before, re.S):
+            text = _between(text, begin, end, found[0])
+    return text
+
+
 def _between(text: str, begin: str, end: str, block: str) -> str:
     """The text with this block in the place of the first one that has these marks."""
     pattern = f"{re.escape(begin)}.*?{re.escape(end)}"

@@ -97,7 +97,11 @@ def _write_for_others(
     about = expert_card.About(
         type(model).__name__, separator_id, n_positions, *origin, pads_with_separator=pad_token_id in ends
     )
-    (folder / expert_card.README).write_text(expert_card.render(card, about), "utf-8")
+    text, published = expert_card.render(card, about), folder.with_name(expert_card.README)
+    if published.is_file():
+        before = published.read_text("utf-8", errors="replace")
+        text = expert_card.with_evaluation_of(text, before, card["weights"])
+    (folder / expert_card.README).write_text(text, "utf-8")
 
 
 def _write_generation_config(path: Path, config: Any, pad_token_id: int) -> None:
