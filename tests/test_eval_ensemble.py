@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cbtm_pipeline import config, plan
@@ -69,8 +70,9 @@ def test_every_system_has_its_rows(run: Files):
         },
     }
     assert metrics["made_with"] == plan.eval_ensemble(config.read(run.config)).content()
-    assert metrics["files"] == ["table.txt"]
+    assert metrics["files"] == ["table.txt", "documents.parquet"]
     assert metrics["table"] == artifact.identity(run.out.with_name("table.txt"))
+    assert metrics["documents"] == artifact.identity(run.out.with_name("documents.parquet"))
 
 
 def test_numbers_are_those_of_the_reported_documents(run: Files):
@@ -219,3 +221,30 @@ def test_an_empty_cluster_has_no_perplexity(run: Files):
     matrix = evaluate(run)["matrix"]
     assert [line[1] for line in [*matrix["perplexity"], matrix["dense"]]] == [None] * 4
     assert matrix["n_tokens"][1] == 0
+
+
+def test_the_documents_give_the_perplexities_of_the_systems(run: Files):
+    metrics = evaluate(run)
+    path = run.out.with_name("documents.parquet")
+    with pq.ParquetFile(path) as file:
+        found = file.read().to_pydict()
+    distances = artifact.read_npz(run.distances, "distances")[0]
+    assert found["doc_id"] == distances["doc_id"].tolist()
+    assert found["cluster"] == distances["cluster"].tolist()
+    reported = [used == "report" for used in found["used_for"]]
+    assert sum(reported) == metrics["n_documents"]
+    assert len(reported) - sum(reported) == metrics["calibration"]["n_documents"]
+
+    def perplexity(column: str) -> float:
+        pairs = zip(found[column], found["n_tokens"], reported, strict=True)
+        nll, n = map(sum, zip(*((nll, n) for nll, n, is_reported in pairs if is_reported), strict=True))
+        return math.exp(nll / n)
+
+    for name in ("seed", "dense", "dense-steps"):
+        (row,) = rows(metrics, system=name)
+        assert perplexity(f"nll_{name}") == pytest.approx(row["perplexity"])
+    best = min(rows(metrics, headline=True), key=lambda row: row["calibration_nll"])
+    assert perplexity("nll_ensemble") == pytest.approx(best["perplexity"])
+    before = path.read_bytes()
+    evaluate(run)
+    assert path.read_bytes() == before

@@ -10,8 +10,11 @@ import made_corpus
 from cbtm_pipeline import config as config_module
 from cbtm_pipeline import fit_kmeans
 from cbtm_pipeline import plan as plans
+from cbtm_pipeline import tokenizer as tokenizer_rule
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.clustering import kmeans
+from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.embedding import tfidf
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,19 @@ def test_top_terms_prefer_readable_strings() -> None:
     counts[2:, 8:] = 5
     terms = fit_kmeans.top_terms(sparse.csr_array(counts), np.ones(10), np.array([0, 0, 1, 1]), 2, strings)
     assert terms == [["river", "=="], ["bank", "fish"]]
+
+
+def test_whole_words_stand_for_clusters_though_tokens_are_parts_of_words() -> None:
+    texts = ["haskell maskell", "amazon bamazon"] * 30
+    bpe = tokenizer_rule.train([b"ha sk ell am az on " * 50], 270)
+    begins = [np.array(bpe.encode(text).ids, np.uint32) for text in texts]
+    counts = tfidf.count(
+        token_files.Documents(np.concatenate(begins), np.cumsum([0, *map(len, begins)])), 270
+    )
+    sample = fit_kmeans.Sample(np.empty(0), np.empty(0), counts, np.arange(60), begins)
+    found = fit_kmeans.describe(sample, np.ones(270), np.arange(60) % 2, 2, bpe)
+    assert found[0][:2] == ["haskell", "maskell"] and found[1][:2] == ["amazon", "bamazon"]
+    assert not {"askell", "mazon", "ell", "az"} & {term for terms in found for term in terms}
 
 
 def test_sample_over_all_shards_is_deterministic(made: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import tempfile
@@ -122,11 +123,21 @@ def trained(project: Path) -> set[str]:
     return {path.stem for path in logs if " step 1/" in path.read_text()}
 
 
+def timeless(page: bytes) -> bytes:
+    """The report without what it says of when, and how long, models were trained; and without its seal."""
+    times = (
+        rb'<meta name="cbtm"[^>]*>|Trained from [^<]* together took [^<]*?\. |<td class="n">[^<]*[smhd]</td>'
+    )
+    return re.sub(times, b"", page)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files of a results folder whose bytes do not depend on time or place."""
+    """All files of a results folder whose bytes do not depend on time or place; the report without times."""
     times = {"metrics.jsonl", "files.json", ".corpus.json", "config.json", ".lock"}
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): timeless(path.read_bytes())
+        if path.name == "report.html"
+        else path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and not {"logs", "tensorboard", "kept", "work", "slurm"} & set(path.relative_to(folder).parts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ import damaged
 from cbtm_pipeline import config, plan, report
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.config import Config
-from cbtm_pipeline.html import page
+from cbtm_pipeline.html import page, training
 from cbtm_pipeline.mixture import verdict
 from cbtm_pipeline.provenance import records
 from made_run import QUICK, evaluate, make, make_config, make_report_inputs, render
@@ -86,8 +87,8 @@ def test_the_claim_has_its_controls_beside_it_and_says_who_wins(made: Made):
     text = " ".join(Page(render(made.arguments)).text.split("Systems")[0].split())
     best = verdict.headline(made.metrics)
     assert (
-        f"{best['ratio_to_dense']:.3f} times that of the dense model with a k times larger batch "
-        "and 1.00 times its training FLOPs"
+        f"{best['ratios']['dense-steps']['ratio']:.3f} times that of dense-steps, the strongest dense model "
+        "of equal compute (k times more steps, 1.00 times the training FLOPs)"
     ) in text
     assert text.count("The ensemble wins.") == 1
     for name in ("seed", "dense", "dense-steps", "random, uniform", "uniform", "paper top-1", "oracle"):
@@ -96,9 +97,86 @@ def test_the_claim_has_its_controls_beside_it_and_says_who_wins(made: Made):
         assert sentence in text
 
     for row in (metrics := made.metrics)["systems"]:
-        row["ci95"] = [1.1, 1.2]
+        row["ratios"]["dense-steps"]["ci95"] = [1.1, 1.2]
     artifact.write_sealed(made.folder / "eval/metrics.json", metrics)
-    assert "Dense wins." in Page(render(made.arguments)).text
+    assert "Dense-steps wins." in Page(render(made.arguments)).text
+
+
+def test_the_page_warns_of_a_setting_at_the_end_of_its_list(made: Made):
+    warnings = made.metrics["warnings"]
+    assert warnings, "the lists of this run have two values"
+    text = " ".join(Page(render(made.arguments)).text.split())
+    assert all(warning in text for warning in warnings)
+
+
+def test_every_name_is_explained_and_the_use_of_each_expert_is_shown(made: Made):
+    parsed = Page(render(made.arguments))
+    for name in ("seed", "oracle", "paper", "filter", "T", "ε", "β", "passes per token"):
+        assert re.search(rf"<dt>([^<]*, )?{name}(,[^<]*)?</dt>", render(made.arguments)), name
+    use = made.metrics["use"]
+    assert sum(use["mean_weight"]) == pytest.approx(1) and sum(use["largest"]) == pytest.approx(1)
+    for mean, largest in zip(use["mean_weight"], use["largest"], strict=True):
+        cells = [f"{100 * mean:.1f} %", f"{100 * largest:.1f} %"]
+        assert any(parsed.cells[i : i + 2] == cells for i in range(len(parsed.cells)))
+
+
+def test_every_expert_has_its_curve_and_the_page_says_where_it_was_trained(made: Made):
+    logs = made.arguments[made.arguments.index("--training") + 1 : made.arguments.index("--out")]
+    assert "say neither when nor where" in Page(render(made.arguments)).text
+    for i, path in enumerate(map(Path, logs)):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for j, row in enumerate(rows):
+            row |= {"time": 1e9 + 100 * i + j, "tokens_per_s": 1000.0}
+            row |= {"valid_loss": 5.0} if j % 10 == 0 else {}
+        rows[0] |= {"machine": f"box {i % 2}", "version": "cbtm-pipeline 9"}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        record = path.with_name("files.json")
+        content = artifact.read_sealed(record, "expert_files")
+        change_json(record, files={**content["files"], path.name: artifact.identity(path)})
+    text = render(made.arguments)
+    parsed = Page(text)
+    assert "Validation loss" in text and "Machines: box 0; box 1. Software: cbtm-pipeline 9." in parsed.text
+    assert "Trained from 2001-09-09 01:46 to 2001-09-09 0" in parsed.text
+    for name in "012":
+        assert text.count(f"<title>expert {name}</title>") == 2, "a line of each chart"
+    assert render(made.arguments) == text
+
+
+def test_the_evaluation_goes_into_the_model_card_and_edits_stay(made: Made):
+    card = made.folder / "experts/1/README.md"
+    header = "---\nlicense: mit\n# evaluation\n# end of evaluation\n---\nMine.\n"
+    card.write_text(f"{header}<!-- evaluation -->\nnot yet\n<!-- end of evaluation -->\nAlso mine.\n")
+    (made.folder / "experts/2/README.md").write_text("All mine.\n")
+    render(made.arguments)
+    text = card.read_text()
+    rows = {row["system"]: row for row in made.metrics["systems"]}
+    perplexity = rows["expert-1"]["perplexity"]
+    assert f"| all reported documents | {perplexity:.2f} | {rows['dense']['perplexity']:.2f} |" in text
+    own = made.metrics["matrix"]["perplexity"][1][1]
+    assert f"| reported documents of its cluster | {own:.2f} |" in text
+    assert "&lt;script&gt;" in text and "Mine.\n" in text and text.endswith("Also mine.\n")
+    about = yaml.safe_load(text.split("---\n")[1])
+    (found,) = about["model-index"]
+    assert found["name"] == "Expert 1" and about["license"] == "mit"
+    assert found["results"][0]["metrics"] == [{"type": "perplexity", "value": round(perplexity, 4)}]
+    before = card.stat().st_mtime_ns
+    render(made.arguments)
+    assert card.read_text() == text and card.stat().st_mtime_ns == before
+    assert (made.folder / "experts/2/README.md").read_text() == "All mine.\n"
+    assert not (made.folder / "experts/0/README.md").exists()
+
+
+def test_the_built_in_corpus_has_its_licences_on_the_page(made: Made):
+    assert "CC BY-SA 4.0" not in render(made.arguments)
+    parsed = Page(render([*made.arguments, "--demo"]))
+    assert "CC BY-SA 4.0" in parsed.cells and "Wikibooks Cookbook" in parsed.cells
+
+
+def test_tables_scroll_by_keyboard_and_have_names(made: Made):
+    regions = [a for tag, a in Page(render([*made.arguments, "--demo"])).tags if a.get("class") == "scroll"]
+    assert all(a["tabindex"] == "0" and a["role"] == "region" for a in regions)
+    names = [a["aria-label"] for a in regions]
+    assert len(set(names)) == len(names) > 8 and "Table" not in names
 
 
 def test_tasks_have_a_table_with_a_column_for_each_model(made: Made):
@@ -409,14 +487,14 @@ def test_a_line_that_is_no_row_of_a_log_is_named(tmp_path: Path):
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"n_tokens": 1, "loss": 2}\n{"n_tok')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not a row of a training log\."):
-        report.read_losses(log)
+        report.read_log(log)
 
 
 @given(st.integers(0, 500), st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
 def test_downsampling_keeps_range_and_mean(n_points: int, n: int):
     points = [(float(i), math.sin(i)) for i in range(n_points)]
-    kept = report.downsample(points, n)
+    kept = training.downsample(points, n)
     assert len(kept) == min(n, n_points)
     assert kept == sorted(kept)
     if n_points % n == 0 and n_points:

@@ -1,9 +1,6 @@
 """The page of `cbtm serve` in a real browser: Debian's Chromium."""
 
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +9,12 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 import made_server
+from browser import chromium
 from made_project import TOPICS
 from made_server import Server
 
 pytestmark = pytest.mark.slow
 KEY = "open-sesame"
-
-
-def chromium() -> str:
-    """The program; installed with apt-get where that is possible."""
-    if shutil.which("chromium") is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-            apt = ["apt-get", "-q", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=10", *command]
-            subprocess.run(apt, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True)
-    return shutil.which("chromium") or pytest.skip("chromium is not installed and apt-get did not install it")
 
 
 @pytest.fixture(scope="module")

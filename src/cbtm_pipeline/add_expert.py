@@ -19,7 +19,7 @@ import numpy as np
 
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact, cli, printable
-from cbtm_pipeline.corpus import content, encoding
+from cbtm_pipeline.corpus import content, encoding, shard_files
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import changed_set, package
 from cbtm_pipeline.ops import which_run
@@ -104,6 +104,13 @@ def run(words: list[str]) -> int:
             signal.signal(number, handler)
 
 
+def some_texts(shards: Path) -> list[str]:
+    """The training texts of the first shard."""
+    manifest = artifact.read_sealed(shards, "shards")
+    first = shard_files.entries(shards, manifest, "train")[0]
+    return shard_files.attributes(shards.parent, first, ["text"])["text"].to_pylist()
+
+
 def pack(found: changed_set.Set, folder: Path, name: str, tags: dict[str, str], out: Path) -> str:
     """Write the new ensemble. Returns the name of the parent."""
     from cbtm_pipeline.inference import branch  # it imports torch
@@ -116,7 +123,8 @@ def pack(found: changed_set.Set, folder: Path, name: str, tags: dict[str, str], 
         )
     weights = folder / "experts" / name / changed_set.WEIGHTS
     card = expert_files.read_card(weights)
-    terms = changed_set.top_terms(found.folder / "tokenizer.json", found, counts_V, centre_D)
+    texts = some_texts(folder / "shards/manifest.json")
+    terms = changed_set.top_terms(found.folder / "tokenizer.json", found, counts_V, centre_D, texts)
     more = found._replace(
         names=[*found.names, name],
         centres_KD=np.concatenate([found.centres_KD, centre_D[None]]),

@@ -89,6 +89,13 @@ def read_experts(weights: list[Path], names: list[str], tokenizer: str, evaluate
     return {name: found[name] for name in names}
 
 
+def base_model(weights: Path) -> str | None:
+    """The model on the hub that the experts' seed is; None if it is none, or if its card is not there."""
+    path = weights.parents[1] / "seed/card.json"
+    card = artifact.read_sealed(path, "expert") if path.exists() else {}
+    return card["made_with"].get("pretrained") if "pretrained_commit" in card else None
+
+
 def make(files: Files, out: Path, plan: EnsemblePlan) -> Record:
     """Write the folder of `out`. Returns the row of the mixture."""
     metrics = artifact.read_sealed(files.metrics, "metrics")
@@ -117,7 +124,9 @@ def make(files: Files, out: Path, plan: EnsemblePlan) -> Record:
         separator_id=tokenizer["separator_id"],
         vocab_size=tokenizer["vocab_size"],
         settings={**settings(row), "tags": tags},
-        readme=model_card.render(row, table.read_text("utf-8"), cards, terms["top_terms"], tags),
+        readme=model_card.render(
+            row, table.read_text("utf-8"), cards, terms["top_terms"], tags, base_model(files.experts[0])
+        ),
         top_terms=files.top_terms,
     )
     identities = made_from.ensemble(metrics, fitted, terms, tokenizer, cards)

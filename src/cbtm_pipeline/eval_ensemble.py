@@ -4,8 +4,8 @@
         --scores results/scores/*.npz --experts results/experts/*/card.json \\
         --clusters results/assignments/manifest.json --out results/eval/metrics.json
 
-It writes metrics.json, and table.txt beside it. One part of the held-out documents serves to choose the
-routers' settings. The numbers are of the other part.
+It writes metrics.json, and table.txt and documents.parquet beside it. One part of the held-out documents
+serves to choose the routers' settings. The numbers are of the other part.
 """
 
 import math
@@ -20,7 +20,7 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, scored, sweep, switches, systems, verdict
+from cbtm_pipeline.mixture import bootstrap, documents, scored, sweep, switches, systems, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
@@ -80,7 +80,8 @@ def evaluate(
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
-    metrics["texts"] = _texts(metrics, reported, np.flatnonzero(~is_calibration_D))
+    metrics |= _shown(metrics, reported, np.flatnonzero(~is_calibration_D))
+    metrics["warnings"] = verdict.at_the_ends(verdict.headline(metrics), plan.content())
     if models:
         from cbtm_pipeline.inference import merging  # only here: it needs torch
 
@@ -109,14 +110,37 @@ def read_models(
     return Models(documents, folders)
 
 
-def _texts(metrics: dict[str, Any], reported: Scored, row_D: np.ndarray) -> list[dict[str, Any]]:
-    """Documents that show how the best mixture switches between experts. `row`: among all held-out ones."""
+def _shown(metrics: dict[str, Any], reported: Scored, row_D: np.ndarray) -> dict[str, Any]:
+    """How the best mixture uses its experts, documents that show its switches, and some of each cluster.
+
+    `row` of a document is its number among all held-out ones.
+    """
     best, names = verdict.headline(metrics), metrics["matrix"]["experts"]
     held_out = HeldOut(reported.experts(names), reported.d2_NK, reported.offsets)
-    setting = Setting(**{name: best[name] for name in Setting._fields})
-    logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting)
-    found = switches.examples(logw_NK, reported.offsets, reported.doc_id_D)
-    return [{**one, "row": int(row_D[one["row"]])} for one in found]
+    logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting_of(best))
+    about = reported.offsets, reported.cluster_D, reported.doc_id_D
+    texts = switches.examples(logw_NK, reported.offsets, reported.doc_id_D)
+    clusters = switches.typical(reported.d2_NK, *about)
+    for one in [*texts, *(one for found in clusters for one in found)]:
+        one["row"] = int(row_D[one["row"]])
+    return {"texts": texts, "typical": clusters, "use": switches.use(logw_NK)}
+
+
+def setting_of(row: Row) -> Setting:
+    """The setting of an ensemble's row."""
+    return Setting(**{name: row[name] for name in Setting._fields})
+
+
+def by_document(cfg: config.Config, held_out: Scored, metrics: dict[str, Any]) -> documents.Columns:
+    """What is known of each held-out document: its cluster, what it was used for, and its nll."""
+    best, names = verdict.headline(metrics), metrics["matrix"]["experts"]
+    whole = HeldOut(held_out.experts(names), held_out.d2_NK, held_out.offsets)
+    plan = plans.eval_ensemble(cfg)
+    chosen_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
+    nll = {name: expert_nll(held_out, name) for name in held_out.logprob}
+    return documents.Columns(
+        held_out, chosen_D, {"ensemble": sweep.document_nll(whole, setting_of(best)), **nll}
+    )
 
 
 def _complete_rows(
@@ -267,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
     p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
-    p.add_argument("--out", required=True, type=Path, help="metrics.json; table.txt is written beside it")
+    p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
@@ -287,10 +311,15 @@ def main(argv: list[str] | None = None) -> None:
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")
     identities = made_from.eval_ensemble(found.distances, found.scores)
-    meta = artifact.make_meta("metrics", identities, plans.eval_ensemble(cfg).content(), files=[TABLE])
-    artifact.write_sealed(
-        args.out, {**meta, "table": artifact.identity(args.out.with_name(TABLE)), **metrics}
-    )
+    by_document_path = args.out.with_name(documents.NAME)
+    documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities)
+    beside = {"table": artifact.identity(args.out.with_name(TABLE))}
+    beside["documents"] = artifact.identity(by_document_path)
+    files = [TABLE, documents.NAME]
+    meta = artifact.make_meta("metrics", identities, plans.eval_ensemble(cfg).content(), files=files)
+    artifact.write_sealed(args.out, {**meta, **beside, **metrics})
+    for warning in metrics["warnings"]:
+        cli.log.warning("%s", warning)
     cli.log.info("%s", metrics["verdict"][0])
     print(table, end="")
 

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
+from tokenizers import Tokenizer
 
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
-from cbtm_pipeline.clustering import kmeans
+from cbtm_pipeline.clustering import kmeans, words
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
@@ -27,6 +28,7 @@ from cbtm_pipeline.plan import ClusterPlan
 from cbtm_pipeline.provenance import made_from
 
 N_TERMS = 12
+BEGIN_TOKENS = 512  # of a document, in which its words are counted
 TOP_TERMS = "top_terms.json"  # beside the clusterer
 TERM_DOCUMENTS = 20_000  # documents of the sample in which the terms are counted
 
@@ -64,13 +66,15 @@ def _word(string: str) -> str:
 class Sample(NamedTuple):
     """Documents from all shards: vectors and numbers of tokens.
 
-    `counts` holds the term counts of the documents whose row numbers are `counted`.
+    `counts` holds the term counts of the documents whose row numbers are `counted`, `begins` their first
+    BEGIN_TOKENS token ids.
     """
 
     x_ND: np.ndarray
     n_tokens_N: np.ndarray
     counts: sparse.csr_array
     counted: np.ndarray
+    begins: list[np.ndarray]
 
 
 def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
@@ -80,16 +84,34 @@ def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
     train = shard_files.entries(shards, shards_manifest, "train")
     step = -(-min(n, sum(entry["n_documents"] for entry in train)) // TERM_DOCUMENTS)
     drawn = zip(shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True)
-    x, n_tokens, counts, counted, start = [], [], [], [], 0
+    x, n_tokens, counts, counted, begins, start = [], [], [], [], [], 0
     for (entry, rows), vectors_entry in drawn:
         documents = shard_files.documents(shards.parent, entry)
         x.append(vector_files.read(vectors.parent, vectors_entry)[rows])
         n_tokens.append(documents.n_tokens[rows])
-        counts.append(tfidf.count(documents.take(rows[::step]), shards_manifest["vocab_size"]))
+        some = documents.take(rows[::step])
+        counts.append(tfidf.count(some, shards_manifest["vocab_size"]))
+        ends = np.minimum(some.offsets[1:], some.offsets[:-1] + 1 + BEGIN_TOKENS)  # the separator is first
+        begins += [some.values[a + 1 : b].copy() for a, b in zip(some.offsets[:-1], ends, strict=True)]
         counted.append(np.arange(start, start + len(rows), step))
         start += len(rows)
     counts_NV = sparse.csr_array(sparse.vstack(counts, "csr"))
-    return Sample(np.concatenate(x), np.concatenate(n_tokens), counts_NV, np.concatenate(counted))
+    return Sample(np.concatenate(x), np.concatenate(n_tokens), counts_NV, np.concatenate(counted), begins)
+
+
+def describe(
+    sample: Sample, idf_V: np.ndarray, labels_N: np.ndarray, k: int, tokenizer: Tokenizer
+) -> list[list[str]]:
+    """What sets each cluster apart: N_TERMS words, and terms where its texts have fewer."""
+    strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
+    terms = top_terms(sample.counts, idf_V, labels_N, k, strings)
+    texts = tokenizer.decode_batch([ids.tolist() for ids in sample.begins])
+    whole = [
+        text if len(ids) < BEGIN_TOKENS else text.rpartition(" ")[0]
+        for text, ids in zip(texts, sample.begins, strict=True)
+    ]
+    found = words.distinctive(whole, labels_N, k, N_TERMS)
+    return [words.filled(*both, N_TERMS) for both in zip(found, terms, strict=True)]
 
 
 def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
@@ -163,9 +185,8 @@ def main() -> None:
     sample = read_sample(args.vectors, args.shards, plan.fit_documents, plan.rng_seed)
     idf_V = vector_files.term_weights(embedder, args.shards, sample.counts)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
-    strings = [tokenizer.decode([token]) for token in range(len(idf_V))]
     clustering = fit(sample, plan)
-    terms = top_terms(sample.counts, idf_V, clustering.labels_N[sample.counted], plan.k, strings)
+    terms = describe(sample, idf_V, clustering.labels_N[sample.counted], plan.k, tokenizer)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
     identities = made_from.fit_kmeans(artifact.read_sealed(args.vectors, "vectors"))

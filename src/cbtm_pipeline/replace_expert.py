@@ -84,13 +84,16 @@ def _size(weights: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def read_documents(paths: Sequence[str], found: changed_set.Set, args: argparse.Namespace) -> "branch.Sums":
-    """The sums over the documents of some files. Raises ValueError if there is none."""
+def read_documents(
+    paths: Sequence[str], found: changed_set.Set, args: argparse.Namespace
+) -> tuple["branch.Sums", list[str]]:
+    """The sums over the documents of some files, and the first texts. Raises ValueError if there is none."""
     from cbtm_pipeline.inference import branch  # imports torch
 
     encoder = encoding.TokenEncoder(found.folder / "tokenizer.json")
     separator, sums = found.config["bos_token_id"], branch.nothing(found.embedding_VD)
     waiting: list[np.ndarray] = []
+    texts: list[str] = []
 
     def embed() -> None:
         nonlocal sums
@@ -106,6 +109,8 @@ def read_documents(paths: Sequence[str], found: changed_set.Set, args: argparse.
         for row in rows.read(part, args.text_field, "id"):
             if isinstance(row, rows.Document):
                 ids = encoder.encode(row.text, fast=not encoder.why_slow)
+                if len(texts) < N_DOCUMENTS:
+                    texts.append(row.text.decode())
                 waiting.append(np.concatenate([[separator], ids]))
                 if len(waiting) == N_DOCUMENTS:
                     embed()
@@ -113,7 +118,7 @@ def read_documents(paths: Sequence[str], found: changed_set.Set, args: argparse.
         embed()
     if not sums.mass:
         raise ValueError(f"{paths[0]}: no document. Expected text. Check --text-field.")
-    return sums
+    return sums, texts
 
 
 def main() -> None:
@@ -140,10 +145,10 @@ def main() -> None:
     row, card = found.row(args.name), check(args.new, found)
     centres_KD, terms = found.centres_KD.copy(), list(found.terms)
     if args.corpus:
-        sums = read_documents(args.corpus, found, args)
+        sums, texts = read_documents(args.corpus, found, args)
         centres_KD[row] = sums.centre()
         path = found.folder / "tokenizer.json"
-        terms[row] = changed_set.top_terms(path, found, sums.counts_V, centres_KD[row])
+        terms[row] = changed_set.top_terms(path, found, sums.counts_V, centres_KD[row], texts)
     other = found._replace(
         centres_KD=centres_KD, terms=terms, tags={**found.tags, **({args.name: tags} if tags else {})}
     )

@@ -1,5 +1,7 @@
 """Write the result for people: one page that needs no network and no JavaScript.
 
+The evaluation of each expert goes into its model card, too.
+
 Its settings are those that the artifacts were made with, not those of a config.
 
     python -m cbtm_pipeline.report --metrics results/eval/metrics.json \\
@@ -17,15 +19,17 @@ from typing import Any, NamedTuple
 from cbtm_pipeline import plan
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
-from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.html import charts, sections, texts
+from cbtm_pipeline.corpus import demo_sources, heldout
+from cbtm_pipeline.html import clusters, sections, texts, training
 from cbtm_pipeline.html.page import Html, Number, count, join, page, section, table, tag
 from cbtm_pipeline.provenance import expert_files, made_from, records
+from cbtm_pipeline.training import expert_card
 
-MAX_POINTS = 80  # of a loss curve
-KEPT_SHARE = 0.97  # of the losses; the highest are cut off, so that the first steps do not flatten the curves
-
-Curve = Sequence[tuple[float, float]]  # (tokens seen, loss)
+SHOWN_CHARACTERS = 240  # of a document that stands for its cluster
+ALL, OWN = (
+    "all reported documents",
+    "reported documents of its cluster",
+)  # kinds of held-out text in model cards
 
 
 class Report(NamedTuple):
@@ -35,11 +39,13 @@ class Report(NamedTuple):
     top_terms: list[list[str]]  # of each cluster
     assignments: dict[str, Any]  # manifest
     shards: dict[str, Any]  # manifest
-    losses: dict[str, Curve]  # by expert, from its training log
+    logs: dict[str, training.Log]  # by expert
     plans: dict[str, dict[str, Any]]  # by rule, and of each training by expert: what each was made with
     made_from: dict[str, str]
     examples: Sequence[texts.Text] = ()  # documents coloured by expert
     tasks: dict[str, Any] | None = None  # eval/tasks.json
+    typical: Sequence[Sequence[clusters.Example]] = ()  # documents of each cluster
+    demo: bool = False  # whether the corpus is the built-in one
 
 
 class Files(NamedTuple):
@@ -53,6 +59,7 @@ class Files(NamedTuple):
     records: Sequence[Path]
     tokenizer: Path | None = None
     tasks: Path | None = None
+    demo: bool = False
 
 
 def read(files: Files) -> Report:
@@ -64,48 +71,63 @@ def read(files: Files) -> Report:
         artifact.read_sealed(files.metrics, "metrics"),
         artifact.read_sealed(files.top_terms, "top_terms"),
     )
-    clusters = artifact.read_sealed(files.assignments, "assignments")
+    assignments = artifact.read_sealed(files.assignments, "assignments")
     shards = artifact.read_sealed(files.shards, "shards")
     for name, split in (("shards", "train"), ("held_out", "eval")):
-        artifact.check_made_from(files.assignments, clusters, name, shards[f"identity_{split}"])
-    artifact.check_made_from(files.top_terms, terms, "clusterer", clusters["made_from"].get("clusterer", ""))
+        artifact.check_made_from(files.assignments, assignments, name, shards[f"identity_{split}"])
+    artifact.check_made_from(
+        files.top_terms, terms, "clusterer", assignments["made_from"].get("clusterer", "")
+    )
     others: dict[str, dict[str, Any]] = {}
     for path in files.records:
         rule = records.rule_of(path)
         others[rule] = artifact.read_record(path, records.PLACES[rule].kind)
-    losses = {}
+    logs = {}
     for path in files.training:
-        name, card, curve = _read_training(path, files.metrics, metrics)
+        name, card, log = _read_training(path, files.metrics, metrics)
         data, group = plan.data_of(name)
         if data != "random":
-            tokens = made_from.tokens(group, clusters if data == "clusters" else shards)
+            tokens = made_from.tokens(group, assignments if data == "clusters" else shards)
             artifact.check_made_from(path.with_name("card.json"), card, "tokens", tokens)
-        losses[name] = curve
+        logs[name] = log
         others[f"train_expert {name}"] = card
-    if missing := [name for name in metrics["weights"] if name not in losses]:
+    if missing := [name for name in metrics["weights"] if name not in logs]:
         raise ValueError(
             f"--training: no log of {', '.join(missing)}. Expected the metrics.jsonl of every expert. "
             "Add it to the command line."
         )
     tasks = artifact.read_sealed(files.tasks, "tasks") if files.tasks else None
-    identities = made_from.report(metrics, terms, clusters, shards, others, tasks)
-    shown = {**others, "shard": shards, "assign": clusters, "eval_ensemble": metrics}
+    identities = made_from.report(metrics, terms, assignments, shards, others, tasks)
+    shown = {**others, "shard": shards, "assign": assignments, "eval_ensemble": metrics}
     order = list(records.PLACES)
     jobs = sorted(shown, key=lambda job: (order.index(job.partition(" ")[0]), job))
     plans = {job: shown[job]["made_with"] for job in jobs}
-    shown_texts = read_texts(files, metrics, shards) if files.tokenizer else []
-    found_terms = terms["top_terms"]
-    return Report(metrics, found_terms, clusters, shards, losses, plans, identities, shown_texts, tasks)
+    examples, typical = read_texts(files, metrics, shards) if files.tokenizer else ([], [])
+    return Report(
+        *(metrics, terms["top_terms"], assignments, shards, logs, plans, identities),
+        *(examples, tasks, typical, files.demo),
+    )
 
 
-def read_texts(files: Files, metrics: dict[str, Any], shards: dict[str, Any]) -> list[texts.Text]:
-    """The documents of the entry `texts` of metrics.json, by token. Each held-out shard is verified."""
+def read_texts(
+    files: Files, metrics: dict[str, Any], shards: dict[str, Any]
+) -> tuple[list[texts.Text], list[list[clusters.Example]]]:
+    """The documents of the entry `texts` of metrics.json, by token, and the begins of those of `typical`.
+
+    Each held-out shard is verified.
+    """
     from tokenizers import Tokenizer
 
     wanted = {one["row"]: one for one in metrics.get("texts", [])}
+    typical = metrics.get("typical", [])
+    begins = {one["row"]: "" for found in typical for one in found}
     tokenizer, found = Tokenizer.from_file(str(files.tokenizer)), {}
-    held_out = heldout.documents(files.shards.parent, shards, None) if wanted else ()
+    held_out = heldout.documents(files.shards.parent, shards, None) if wanted or begins else ()
     for row, (_, document) in enumerate(held_out):
+        if row in begins:
+            text = tokenizer.decode(document[1 : 1 + SHOWN_CHARACTERS].tolist())
+            words = " ".join(text.split())
+            begins[row] = f"{words[:SHOWN_CHARACTERS]}…" if len(words) > SHOWN_CHARACTERS else words
         if one := wanted.get(row):
             ids, pieces, done = document[1 : 1 + len(one["expert"])].tolist(), [], ""
             for i in range(len(ids)):
@@ -114,11 +136,14 @@ def read_texts(files: Files, metrics: dict[str, Any], shards: dict[str, Any]) ->
                 pieces.append(whole)  # a token within a character adds nothing
                 done = text if whole else done
             found[row] = texts.Text(one["doc_id"], one["n_switches"], pieces, one["expert"])
-    return [found[row] for row in wanted if row in found]
+    shown = [[(one["doc_id"], begins[one["row"]]) for one in of_cluster] for of_cluster in typical]
+    return [found[row] for row in wanted if row in found], shown
 
 
-def _read_training(path: Path, metrics: Path, result: dict[str, Any]) -> tuple[str, dict[str, Any], Curve]:
-    """The name, the card and the losses of an expert. Raises ValueError if it is not the one in `metrics`."""
+def _read_training(
+    path: Path, metrics: Path, result: dict[str, Any]
+) -> tuple[str, dict[str, Any], training.Log]:
+    """The name, the card and the log of an expert. Raises ValueError if it is not the one in `metrics`."""
     card_path = path.with_name("card.json")
     card = artifact.read_sealed(card_path, "expert")
     name = card["expert"]
@@ -128,85 +153,55 @@ def _read_training(path: Path, metrics: Path, result: dict[str, Any]) -> tuple[s
             f"{make_again(metrics)}"
         )
     expert_files.check_file(path, card)
-    return name, card, read_losses(path)
+    return name, card, read_log(path)
 
 
-def read_losses(path: Path) -> Curve:
-    """(tokens seen, loss) of every step of a training log. Raises ValueError for a line that is not a row."""
-    points = []
+def read_log(path: Path) -> training.Log:
+    """What the page shows of a training log. Raises ValueError for a line that is not a row."""
+    rows = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            points.append((float(row["n_tokens"]), float(row["loss"])))
+            rows.append({**row, "n_tokens": float(row["n_tokens"]), "loss": float(row["loss"])})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: line {number} is not a row of a training log. Expected n_tokens and loss. "
                 "Train this expert again."
             ) from error
-    return points
-
-
-def downsample(points: Curve, n: int = MAX_POINTS) -> Curve:
-    """At most n points: cut the curve into n parts of about equal length, and take the mean of each."""
-    if len(points) <= n:
-        return list(points)
-    edges = [round(i * len(points) / n) for i in range(n + 1)]
-    parts = [points[a:b] for a, b in itertools.pairwise(edges)]
-    return [(sum(a for a, _ in part) / len(part), sum(b for _, b in part) / len(part)) for part in parts]
-
-
-def clusters_section(report: Report) -> Html:
-    """Size and top terms of each cluster."""
-    n_documents, n_tokens = report.assignments["n_documents"], report.assignments["n_tokens"]
-    reported = report.metrics["matrix"]["n_documents"]
-    total, largest = sum(n_tokens), max(n_tokens)
-    rows = [
-        [
-            str(j),
-            count(n_documents[j]),
-            count(n_tokens[j]),
-            tag(
-                "td",
-                charts.bar(n_tokens[j] / largest, f"{n_tokens[j] / total:.1%} of the tokens"),
-                class_="sizes",
-            ),
-            Number(f"{100 * n_tokens[j] / total:.1f} %"),
-            count(reported[j]),
-            tag("td", ", ".join(term.strip() for term in terms), class_="terms"),
-        ]
-        for j, terms in enumerate(report.top_terms)
+    times = [row["time"] for row in rows if "time" in row]
+    seen = [0.0, *(row["n_tokens"] for row in rows)]
+    seconds = [
+        (b - a) / row["tokens_per_s"]
+        for (a, b), row in zip(itertools.pairwise(seen), rows, strict=True)
+        if row.get("tokens_per_s")
     ]
-    header = ["cluster", "documents", "tokens", "", "share", "reported documents", "terms that set it apart"]
-    note = (
-        f"Training documents, balanced by {report.assignments['balance']}. "
-        f"Largest cluster over the mean: {largest * len(n_tokens) / total:.3f} in tokens."
+    return training.Log(
+        [(row["n_tokens"], row["loss"]) for row in rows],
+        [(row["n_tokens"], row["valid_loss"]) for row in rows if "valid_loss" in row],
+        sum(seconds) if seconds else None,
+        (times[0], times[-1]) if times else None,
+        *(tuple(dict.fromkeys(row[key] for row in rows if key in row)) for key in ("machine", "version")),
     )
-    return section("Clusters", note, table(header, rows))
 
 
-def training_section(report: Report) -> Html:
-    """Training loss over tokens seen: the seed, then the experts and dense models that branch from it."""
-    seed = report.losses["seed"]
-    start = seed[-1][0] if seed else 0.0
-
-    def branch(name: str, label: str, colour: str, style: str = "") -> charts.Series:
-        points = [(start + n_tokens, loss) for n_tokens, loss in downsample(report.losses[name])]
-        return charts.Series(label, colour, points, style)
-
-    series = [charts.Series("seed", "grey", downsample(seed))] if seed else []
-    for i, name in enumerate(report.metrics["matrix"]["experts"]):
-        series.append(branch(name, "" if i else "experts", "c0", "thin"))
-    dense = sorted(name for name in report.losses if name.startswith("dense"))
-    for name, colour in zip(dense, ("c1", "c3", "c2"), strict=False):
-        series.append(branch(name, name, colour))
-    values = sorted(loss for s in series for _, loss in s.points)
-    y_top = values[int(KEPT_SHARE * (len(values) - 1))]
-    chart = charts.lines("Training loss", "tokens seen", "nats per token", series, y_top=y_top)
-    note = (
-        "Means over runs of steps. "
-        "Each expert's loss is on its own cluster, so that lines compare in shape, not in height."
-    )
-    return section("Training", note, tag("div", chart, class_="charts"))
+def write_evaluations(report: Report, logs: Sequence[Path]) -> None:
+    """Write into the model card of each expert, beside its log, how it was evaluated."""
+    metrics, experts = report.metrics, report.metrics["matrix"]["experts"]
+    on_all = {row["system"]: row["perplexity"] for row in metrics["systems"]}
+    for path in logs:
+        name = path.parent.name
+        system = f"expert-{name}" if name in experts else name
+        if system not in on_all:
+            continue  # one on random clusters
+        perplexity, dense, terms = {ALL: on_all[system]}, {ALL: on_all["dense"]}, []
+        if name in experts:
+            j = experts.index(name)
+            own = metrics["matrix"]["perplexity"][j][j]
+            perplexity |= {} if own is None else {OWN: own}
+            dense[OWN], terms = metrics["matrix"]["dense"][j], report.top_terms[j]
+        found = expert_card.Evaluation(perplexity, dense, "dense", terms)
+        title, _ = expert_card.names(artifact.read_sealed(path.with_name("card.json"), "expert"))
+        expert_card.add_evaluation(path.parent, title, found)
 
 
 def run_section(report: Report) -> Html:
@@ -226,7 +221,18 @@ def run_section(report: Report) -> Html:
         f"Vocabulary: {count(manifest['vocab_size'])} tokens, encoded by {manifest['encoder']}."
     )
     plans = tag("details", tag("summary", "What each step was made with"), _plans_table(report.plans))
-    return section("The run", note, table(["", "documents", "tokens", "bytes"], rows), plans)
+    sizes_table = table(["text", "documents", "tokens", "bytes"], rows, label="Texts of the run")
+    return section("The run", note, sizes_table, *([_licences()] if report.demo else []), plans)
+
+
+def _licences() -> Html:
+    """Where the texts of the built-in corpus come from, and under which terms they may be used."""
+    rows = [
+        (name, source.work, source.licence, f"{source.package} {source.version}", source.url.split("//")[-1])
+        for name, source in demo_sources.SOURCES.items()
+    ]
+    header = ["domain", "work", "licence", "package", "source"]
+    return tag("div", tag("h3", "Licences of the built-in corpus"), table(header, rows, label="Licences"))
 
 
 def _plans_table(plans: dict[str, dict[str, Any]]) -> Html:
@@ -243,23 +249,27 @@ def _plans_table(plans: dict[str, dict[str, Any]]) -> Html:
         own = {k: v for k, v in content.items() if name not in trainings or k not in shared}
         rows += [(name, key, json.dumps(value, ensure_ascii=False)) for key, value in own.items()]
     rows.sort(key=lambda row: row[0] in trainings)
-    return table(["step", "key", "value"], rows)
+    return table(["step", "key", "value"], rows, label="Plans")
 
 
 def render(report: Report) -> str:
     """The page. It depends on the report alone, not on time or place."""
     metrics = report.metrics
     title = f"Cluster-Branch-Train-Merge, k = {metrics['k']}"
+    first = ["seed", *metrics["matrix"]["experts"]]
+    logs = {name: report.logs[name] for name in [*first, *sorted(set(report.logs) - set(first))]}
     whole = page(
         title,
         join([tag("h1", title), sections.lead(metrics)]),
         sections.systems(metrics),
         sections.routers(metrics),
         *([sections.tasks(report.tasks)] if report.tasks else []),
-        clusters_section(report),
+        clusters.clusters(
+            report.assignments, metrics["matrix"]["n_documents"], report.top_terms, report.typical
+        ),
         *([texts.texts_section(report.examples, metrics["matrix"]["experts"])] if report.examples else []),
         sections.heat_map(metrics),
-        training_section(report),
+        training.training(logs, metrics["matrix"]["experts"]),
         sections.compute(metrics),
         run_section(report),
     )
@@ -285,17 +295,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--tokenizer", type=Path, help="tokenizer.json, to show texts coloured by expert")
     p.add_argument("--tasks", type=Path, help="eval/tasks.json, if the models were given tasks")
+    p.add_argument("--demo", action="store_true", help="the corpus is the built-in one: show its licences")
     p.add_argument("--out", required=True, type=Path, help="report.html")
     args = p.parse_args(argv)
     cli.start_logging("report", args.log)
 
     files = Files(
         *(args.metrics, args.top_terms, args.assignments, args.shards),
-        *(args.training, args.records, args.tokenizer, args.tasks),
+        *(args.training, args.records, args.tokenizer, args.tasks, args.demo),
     )
     report = read(files)
     with artifact.publish(args.out) as tmp:
         tmp.write_text(render(report), "utf-8")
+    write_evaluations(report, args.training)
     cli.log.info("wrote %s", args.out)
 
 

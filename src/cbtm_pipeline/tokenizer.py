@@ -119,7 +119,9 @@ def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path) -> Saved:
     tokenizer = train(texts, plan.vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SEPARATOR)
+    # No separator is added by itself, as lm-evaluation-harness would add a second one: readers put it there.
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
+    about |= {"add_bos_token": False, "padding_side": "left"}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     if tokenizer.get_vocab_size() < plan.vocab_size:
         cli.log.warning(

@@ -20,7 +20,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +48,7 @@ from cbtm_pipeline.training import step as train_step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NO_TAGS: Mapping[str, str] = {}
 MAX_REPEATS = 4  # text read more often than this teaches little (Muennighoff et al. 2023)
 
 
@@ -98,11 +99,13 @@ def train_and_publish(
     stop: Callable[[], Any],
     waited: bool = False,
     group: distributed.Group = distributed.ALONE,
+    tags: Mapping[str, str] = NO_TAGS,
 ) -> bool:
     """Train by the plan, and publish the expert's folder, its weights last. False: stopped on the way, state
     is saved.
 
     `waited`: another process held the folder before, and may have published this very training already.
+    `tags` are for the model card.
     """
     data = training_data.read(files.data, plan)
     tokenizer = encoding.read_card(files.tokenizer)
@@ -129,13 +132,23 @@ def train_and_publish(
     about = describe(net, plan, n_steps, metrics)
     card = artifact.make_meta("expert", identities, plan.content(), **about, **more)
     lock.check()
-    card = expert_folder.publish(files.out, net, files.tokenizer, metrics, card)
+    origin = expert_folder.Origin(base_of(plan, start), tags)
+    card = expert_folder.publish(files.out, net, files.tokenizer, metrics, card, origin)
     checkpoint.discard(state)
     log.info("published %s (%s)", files.out, card["weights"])
     losses = {"loss": card["final_loss"], "validation": card["validation_loss"]}
     known = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
     log.info("%d steps, %d tokens%s", n_steps, card["n_train_tokens"], known)
     return True
+
+
+def base_of(plan: TrainingPlan, start: Start) -> str | None:
+    """The model on the hub that the seed is, "" if it is one in a folder; None if it was trained here."""
+    if start.card is None:
+        name, commit = getattr(plan, "pretrained", None), start.commit
+    else:
+        name, commit = start.card["made_with"].get("pretrained"), start.card.get("pretrained_commit")
+    return None if name is None else name if commit else ""
 
 
 def describe(net: "PreTrainedModel", plan: TrainingPlan, n_steps: int, metrics: Path) -> dict[str, Any]:
@@ -251,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         waited = group.first_does("lock", lambda: lock.hold(args.work, wait=True))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, frame: received.append(number))
-        finished = train_and_publish(plan, cfg.run, files, lambda: received, waited, group)
+        finished = train_and_publish(plan, cfg.run, files, lambda: received, waited, group, cfg.tags)
     if not finished:
         sys.exit(cli.EXIT_SAVED)
 

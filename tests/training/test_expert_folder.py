@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import damaged
 import made_training as made
 from cbtm_pipeline import plan
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.provenance import expert_files
-from cbtm_pipeline.training import expert_folder
+from cbtm_pipeline.training import expert_card, expert_folder
 
 FILES = [  # of an expert, by their path in its folder
     *("README.md", "card.json", "config.json", "files.json", "generation_config.json", "metrics.jsonl"),
@@ -49,6 +50,37 @@ def test_the_folder_has_these_files_and_the_record_all_of_them(weights):
     card = expert_files.read_card(weights)
     assert record["made_from"] == {"expert": card["identity"]}
     assert card["weights"] == artifact.identity(weights)
+
+
+def test_other_programs_are_told_of_padding_and_of_the_longest_text(weights):
+    config = json.loads(weights.with_name("tokenizer_config.json").read_text())
+    assert (config["model_max_length"], config["padding_side"]) == (made.SEQ_LEN, "left")
+    generation = json.loads(weights.with_name("generation_config.json").read_text())
+    assert [generation[f"{role}_token_id"] for role in ("pad", "bos", "eos")] == [0, 0, 0]
+    assert json.loads(weights.with_name("config.json").read_text())["pad_token_id"] is None, "is its identity"
+
+
+def header(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_model_card_says_what_the_hub_asks_for(weights):
+    card = expert_files.read_card(weights)
+    text = weights.with_name("README.md").read_text()
+    assert header(text)["license"] == "unknown" and "base_model" not in header(text)
+    assert f"| final training loss | {card['final_loss']:.4f} nats per token |" in text
+    assert "| began as | random weights |" in text and "ids = [0, *tokenizer(" in text
+    about = expert_card.About("X", 7, None, "me/base", {"licence": "CC-BY-4.0", "language": "is"})
+    named = expert_card.render({**card, "validation_loss": 1.5}, about)
+    expected = {"license": "cc-by-4.0", "language": "is", "base_model": "me/base"}
+    assert expected.items() <= header(named).items()
+    assert "| validation loss | 1.5000 nats" in named and "| began as | me/base |" in named
+    odd = expert_card.render(card, about._replace(base="", tags={"license": "a: b\n# |c|"}))
+    assert header(odd)["license_name"] == "a: b\n# |c|" and "base_model" not in header(odd)
+    assert (
+        "| licence of its text | a: b\\\\x0a# \\|c\\| |" in odd
+        and "| began as | a model in a folder |" in odd
+    )
 
 
 def test_the_identity_is_that_of_weights_and_configuration(weights):
@@ -152,3 +184,16 @@ def test_published_over_an_older_folder_and_killed_on_the_way(outdir, weights, m
     assert published[-1] == "files.json"
     made.train(cfg, where, "seed")
     made.check_published(where, 5)
+
+
+def test_a_model_that_is_trained_again_keeps_the_evaluation_of_its_weights(weights):
+    text = weights.with_name("README.md").read_text()
+    before = weights.parent
+    assert expert_card.add_evaluation(
+        before, "Seed", expert_card.Evaluation({"all": 12.5}, {"all": None}, "dense", ())
+    )
+    evaluated = weights.with_name("README.md").read_text()
+    hashed = expert_files.read_card(weights)["weights"]
+    assert "| all | 12.50 |  |" in evaluated and "12.50" not in text
+    assert expert_card.with_evaluation_of(text, evaluated, hashed) == evaluated
+    assert expert_card.with_evaluation_of(text, evaluated, "0" * 32) == text

@@ -15,3 +15,10 @@ def test_mfu(monkeypatch):
     assert "  MFU " in lines[0]
     monkeypatch.setattr(training_log, "_peak_flops", lambda: None)
     assert training_log.TrainingProgress(10, 0, 1000, 6_000_000, 1e9, 2).mfu(1e5) is None
+
+
+def test_the_first_row_of_a_start_says_where_it_runs():
+    progress = training_log.TrainingProgress(10, 0, 1000, 6, 1e9, 1)
+    rows = [progress.complete({"step": i, "loss": 1.0, "lr": 0.1, "data_wait_s": 0.0}) for i in (1, 2)]
+    assert "thread" in rows[0]["machine"] and rows[0]["version"].startswith("cbtm-pipeline ")
+    assert "machine" not in rows[1] and "version" not in rows[1]

@@ -26,7 +26,11 @@ rule fit_kmeans:
         tokenizer=made("tokenizer/tokenizer.json"),
     output:
         clusterer=f"{OUT}/cluster/clusterer.npz",
-        top_terms=f"{OUT}/cluster/top_terms.json",
+        top_terms=report(
+            f"{OUT}/cluster/top_terms.json",
+            caption="../report/top_terms.rst",
+            category="Corpus",
+        ),
     log:
         f"{OUT}/logs/fit_kmeans.log",
     priority: 1

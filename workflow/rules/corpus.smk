@@ -20,7 +20,9 @@ rule tokenizer:
     input:
         corpus,
     output:
-        f"{OUT}/tokenizer/tokenizer.json",
+        tokenizer=f"{OUT}/tokenizer/tokenizer.json",
+        card=f"{OUT}/tokenizer/card.json",
+        config=f"{OUT}/tokenizer/tokenizer_config.json",
     log:
         f"{OUT}/logs/tokenizer.log",
     conda:
@@ -31,7 +33,7 @@ rule tokenizer:
         config=RUN_CONFIG,
         demo=DEMO_FLAG,
     shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output:q} --log {log:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output.tokenizer:q} --log {log:q}"
 
 
 rule shard:
@@ -39,7 +41,12 @@ rule shard:
         corpus,
         tokenizer=made("tokenizer/tokenizer.json"),
     output:
-        f"{OUT}/shards/manifest.json",
+        manifest=f"{OUT}/shards/manifest.json",
+        quarantine=report(
+            f"{OUT}/shards/quarantine.jsonl",
+            caption="../report/quarantine.rst",
+            category="Corpus",
+        ),
     log:
         f"{OUT}/logs/shard.log",
     conda:
@@ -52,4 +59,4 @@ rule shard:
         planned=PLANNED,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"
-        " --workers {threads} --planned {params.planned:q} --out {output:q} --log {log:q}"
+        " --workers {threads} --planned {params.planned:q} --out {output.manifest:q} --log {log:q}"

@@ -27,7 +27,12 @@ rule eval_ensemble:
         clusters=made(*(MANIFESTS[data] for data in CLUSTERINGS)),
     output:
         metrics=f"{OUT}/eval/metrics.json",
-        table=f"{OUT}/eval/table.txt",
+        table=report(
+            f"{OUT}/eval/table.txt",
+            caption="../report/table.rst",
+            category="Result",
+        ),
+        documents=f"{OUT}/eval/documents.parquet",
     log:
         f"{OUT}/logs/eval_ensemble.log",
     conda:
@@ -52,7 +57,11 @@ rule report:
         experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
         tasks=made("eval/tasks.json") if TASK_MODELS else [],
     output:
-        f"{OUT}/report.html",
+        report(
+            f"{OUT}/report.html",
+            caption="../report/report.rst",
+            category="Result",
+        ),
     log:
         f"{OUT}/logs/report.log",
     conda:
@@ -66,9 +75,10 @@ rule report:
             for rule, expert in records.SHOWN.items()
         ],
         tasks=["--tasks", f"{OUT}/eval/tasks.json"] if TASK_MODELS else [],
+        demo=["--demo"] if DEMO_FLAG else [],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
-        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} {params.tasks:q} --out {output:q} --log {log:q}"
+        " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} {params.tasks:q} {params.demo:q} --out {output:q} --log {log:q}"
 
 
 # The result as one model. `all` asks for it where the model can be what was evaluated (stale.packs).
@@ -86,7 +96,12 @@ rule ensemble:
             )
         ),
     output:
-        f"{OUT}/ensemble/files.json",
+        report(
+            f"{OUT}/ensemble/files.json",
+            caption="../report/ensemble.rst",
+            category="Models",
+            labels={"model": "ensemble"},
+        ),
     log:
         f"{OUT}/logs/ensemble.log",
     conda:

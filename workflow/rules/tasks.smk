@@ -24,7 +24,11 @@ rule tasks_table:
         made(*(f"eval/tasks/{name}.json" for name in TASK_MODELS)),
     output:
         results=f"{OUT}/eval/tasks.json",
-        table=f"{OUT}/eval/tasks.txt",
+        table=report(
+            f"{OUT}/eval/tasks.txt",
+            caption="../report/tasks.rst",
+            category="Result",
+        ),
     log:
         f"{OUT}/logs/tasks_table.log",
     conda:

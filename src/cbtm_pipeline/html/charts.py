@@ -8,6 +8,7 @@ from cbtm_pipeline.html.page import Html, tag
 
 WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 28, 42  # margins around the plot
+END_HEIGHT = 12  # of a name at the end of a line
 FOREST_LEFT, ROW_HEIGHT = 132, 23
 
 Points = Sequence[tuple[float, float]]
@@ -18,8 +19,8 @@ class Series(NamedTuple):
     """A line of a chart.
 
     A label of "" keeps the line out of the legend. `colour` is a class of the style sheet: `c0` ... `c5` or
-    `grey`. The style is "", "thin", or "dashed". A dashed line is horizontal, at the height of its first
-    point.
+    `grey`. The style is "", "thin", "strong" or "dashed". A dashed line is horizontal, at the height of its
+    first point.
     """
 
     label: str
@@ -27,6 +28,7 @@ class Series(NamedTuple):
     points: Points
     style: str = ""
     dots: bool = False
+    end: str = ""  # written where the line ends
 
 
 def nice_ticks(low: float, high: float, n: int = 6) -> list[float]:
@@ -73,7 +75,8 @@ def lines(
     y_high = max(ys) if y_top is None else min(max(ys), y_top)
     pad = 0.06 * (y_high - min(ys)) or 0.05 * abs(y_high) or 1.0
     low, high = min(ys) - pad, y_high + pad
-    x = _scale(xs[0], xs[-1], LEFT + 8, WIDTH - RIGHT - 8, log_x)
+    right = WIDTH - RIGHT - (8 * max(len(s.end) for s in series) if any(s.end for s in series) else 0)
+    x = _scale(xs[0], xs[-1], LEFT + 8, right - 8, log_x)
     y = _scale(low, high, HEIGHT - BOTTOM, TOP)
 
     x_ticks = xs if len(xs) <= 8 else nice_ticks(xs[0], xs[-1])
@@ -91,10 +94,24 @@ def lines(
             parts.append(tag("path", d=level, class_=f"line dashed {s.colour}"))
             continue
         path = _path([(a, b) for a, b in s.points if b <= high], x, y)
-        parts.append(tag("path", d=path, class_=f"line {s.style} {s.colour}"))
+        named = tag("title", s.label) if s.label else ""
+        parts.append(tag("path", named, d=path, class_=f"line {s.style} {s.colour}"))
         for a, b in s.points if s.dots else ():
             parts.append(_dot(x(a), y(b), f"{s.label}, {x_label} {brief(a)}: {b:.4g}", s.colour))
+    parts += _ends(series, x, lambda value: y(min(value, high)))
     return tag("figure", tag("h3", title), _svg(title, HEIGHT, parts), legend(series))
+
+
+def _ends(series: Sequence[Series], x: Scale, y: Scale) -> list[Html]:
+    """The names at the ends of the lines, moved apart where they would overlap."""
+    found = ((y(s.points[-1][1]), x(s.points[-1][0]), s) for s in series if s.end and s.points)
+    named = sorted(found, key=lambda end: end[:2])
+    lowest, parts = HEIGHT - BOTTOM - END_HEIGHT * (len(named) - 1), []
+    at = TOP - END_HEIGHT
+    for i, (own, end, s) in enumerate(named):
+        at = min(max(own, at + END_HEIGHT), lowest + END_HEIGHT * i)
+        parts.append(tag("text", s.end, x=f"{end + 6:.1f}", y=f"{at + 4:.1f}", class_=f"end {s.colour}"))
+    return parts
 
 
 def _y_ticks(ticks: Sequence[float], y: Scale) -> list[Html]:
@@ -149,7 +166,7 @@ def forest(title: str, rows: Sequence[Estimate]) -> Html:
         class_ = "one" if math.isclose(tick, 1) else "grid"
         parts.append(tag("path", d=f"M{x(tick):.1f} {TOP - 6}V{bottom}", class_=class_))
         parts.append(tag("text", brief(tick), x=f"{x(tick):.1f}", y=bottom + 16, text_anchor="middle"))
-    parts.append(tag("text", "← better than dense", x=f"{x(1) - 8:.1f}", y=13, text_anchor="end"))
+    parts.append(tag("text", "← better", x=f"{x(1) - 8:.1f}", y=13, text_anchor="end"))
     parts.append(tag("text", "worse →", x=f"{x(1) + 8:.1f}", y=13))
     for i, row in enumerate(rows):
         parts += _estimate(row, TOP + ROW_HEIGHT * (i + 0.5), x)

@@ -62,8 +62,9 @@ def table(
     rows: Iterable[Sequence[object]],
     class_: str | None = None,
     marked: Iterable[int] = (),
+    label: str = "Table",
 ) -> Html:
-    """A table that scrolls sideways on narrow screens.
+    """A table that scrolls sideways on narrow screens, also by keyboard. `label` names it to screen readers.
 
     The first cell of a row is its header. A cell that is a `td` element already stays as it is. A column that
     holds a Number is aligned to the right. The rows with the indices `marked` stand out.
@@ -88,7 +89,7 @@ def table(
         for r, (first, *others) in enumerate(rows)
     ]
     whole = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_=class_)
-    return tag("div", whole, class_="scroll")
+    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
 def page(title: str, *sections: Html) -> str:

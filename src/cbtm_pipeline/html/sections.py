@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cbtm_pipeline.html import charts
+from cbtm_pipeline.html.names import names
 from cbtm_pipeline.html.page import Html, Number, count, decimals, flops, section, table, tag
 from cbtm_pipeline.mixture import task_table, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS
@@ -13,6 +14,7 @@ Metrics = dict[str, Any]
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
 SETTINGS = ("temperature", "epsilon", "beta", "hysteresis", "fix_after")
+HOW = {"k x batch": "a k times larger batch", "k x steps": "k times more steps"}
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 LEVELS = (
     ("dense", "grey"),
@@ -22,47 +24,55 @@ LEVELS = (
 
 
 def lead(metrics: Metrics) -> Html:
-    """The headline result, with its control systems beside it."""
-    sentences = tag("ul", *(tag("li", sentence) for sentence in metrics["verdict"][1:]))
-    aside = tag("aside", tag("h3", "With its controls"), _controls(metrics), class_="controls")
-    return tag("div", tag("div", _claim(metrics), sentences), aside, class_="lead")
+    """The headline result, with its control systems beside it.
+
+    The sentences are made here again: those of an older metrics.json may begin with another dense model.
+    """
+    sentences = tag("ul", *(tag("li", sentence) for sentence in verdict.sentences(metrics)[1:]))
+    warned = [tag("li", text) for text in metrics.get("warnings", [])]
+    warnings = [tag("ul", *warned, class_="warnings")] if warned else []
+    aside = tag("div", tag("p", "With its controls", class_="title"), _controls(metrics), class_="controls")
+    return tag("div", tag("div", _claim(metrics), sentences, *warnings), aside, class_="lead")
 
 
 def _claim(metrics: Metrics) -> Html:
-    """Whether the best mixture of experts or the dense model wins, and by how much."""
-    best = verdict.headline(metrics)
-    low, high = best["ci95"]
-    outcome = (
-        "The ensemble wins." if high < 1 else "Dense wins." if low > 1 else "There is no clear difference."
-    )
-    dense = next(row for row in metrics["systems"] if row["system"] == "dense")
-    how = {"batch": "a k times larger batch", "steps": "k times more steps"}[metrics["dense"]]
-    compute = f"{dense['train_flops'] / best['train_flops']:.2f} times its" if best["train_flops"] else "no"
+    """Whether the best mixture of experts or the strongest dense model wins, and by how much."""
+    best, name = verdict.headline(metrics), verdict.strongest_dense(metrics)
+    ratio = best["ratios"][name]
+    low, high = ratio["ci95"]
+    how = HOW[verdict.dense_kind(metrics, name)]
+    compute = verdict.compute_of(metrics, name).replace(" x", " times")
     return tag(
         "p",
         f"The mixture of k = {metrics['k']} experts ({verdict.label(best)}) has a perplexity of ",
         tag("strong", decimals(best["perplexity"])),
         f" on {count(metrics['n_documents'])} held-out documents: ",
-        tag("strong", f"{best['ratio_to_dense']:.3f} times"),
-        f" that of the dense model with {how} and {compute} training FLOPs, ",
-        f"95 % interval {low:.3f} to {high:.3f}. {outcome}",
+        tag("strong", f"{ratio['ratio']:.3f} times"),
+        f" that of {name}, the strongest dense model of equal compute ",
+        f"({how}, {compute} the training FLOPs), ",
+        f"95 % interval {low:.3f} to {high:.3f}. {verdict.outcome(metrics)}",
         class_="claim",
     )
 
 
 def _controls(metrics: Metrics) -> Html:
     """A short table: the main rows, and of the ensembles the best of each router and those of top_k 1."""
-    best = verdict.headline(metrics)
+    best, strongest = verdict.headline(metrics), verdict.strongest_dense(metrics)
     rows = [
         row
         for row in verdict.main_rows(metrics)
         if row["system"] != "ensemble" or row["headline"] or (row["top_k"] == 1 and not verdict.stays(row))
     ]
     cells = [
-        (verdict.label(row), decimals(row["perplexity"]), decimals(row["ratio_to_dense"], 3)) for row in rows
+        (
+            verdict.label(row),
+            decimals(row["perplexity"]),
+            decimals(row["ratios"][strongest]["ratio"], 3),
+        )
+        for row in rows
     ]
     marked = [i for i, row in enumerate(rows) if row is best]
-    return table(["", "perplexity", "to dense"], cells, marked=marked)
+    return table(["system", "perplexity", f"to {strongest}"], cells, marked=marked, label="The main systems")
 
 
 def systems(metrics: Metrics) -> Html:
@@ -75,14 +85,19 @@ def systems(metrics: Metrics) -> Html:
         "FLOPs: all training that the system needed, the seed's included."
     )
     main, every = verdict.main_rows(metrics), metrics["systems"]
+    strongest = verdict.strongest_dense(metrics)
     estimates = [
-        charts.Estimate(verdict.label(row), row["ratio_to_dense"], row["ci95"], _colour(row))
+        charts.Estimate(verdict.label(row), ratio["ratio"], ratio["ci95"], _colour(row))
         for row in main
-        if row["system"] != "dense"
+        if row["system"] != strongest and (ratio := row["ratios"][strongest])
     ]
-    details = tag("details", tag("summary", f"All {len(every)} systems"), _systems_table(every))
-    plot = charts.forest("Perplexity relative to dense, with 95 % intervals", estimates)
-    return section("Systems", note, _systems_table(main), details, tag("div", plot, class_="charts"))
+    details = tag(
+        "details", tag("summary", f"All {len(every)} systems"), _systems_table(every, "All systems")
+    )
+    title = f"Perplexity relative to {strongest}, with 95 % intervals"
+    plot = charts.forest(title, estimates)
+    whole = _systems_table(main, "Systems"), tag("div", plot, class_="charts"), names()
+    return section("Systems", note, *whole, details)
 
 
 def _colour(row: Row) -> str:
@@ -90,7 +105,7 @@ def _colour(row: Row) -> str:
     return ROUTERS[row["router"]].colour if row["router"] in ROUTERS else "grey"
 
 
-def _systems_table(rows: Sequence[Row]) -> Html:
+def _systems_table(rows: Sequence[Row], label: str) -> Html:
     others = [name for name in rows[0]["ratios"] if name != "dense"]
     header = [
         *("system", "perplexity", "ratio to dense"),
@@ -111,7 +126,8 @@ def _systems_table(rows: Sequence[Row]) -> Html:
         ]
         for row in rows
     ]
-    return table(header, cells, marked=[i for i, row in enumerate(rows) if row["headline"]])
+    marked = [i for i, row in enumerate(rows) if row["headline"]]
+    return table(header, cells, marked=marked, label=label)
 
 
 def routers(metrics: Metrics) -> Html:
@@ -159,7 +175,7 @@ def tasks(content: dict[str, Any]) -> Html:
         task, *others = task_table.cells(row, models)
         rows.append([task, others[0], *map(Number, others[1:])])
     note = "Value ± standard error, by lm-evaluation-harness. ensemble-top1 runs one expert at a token."
-    return section("Tasks", note, table(task_table.header(models), rows))
+    return section("Tasks", note, table(task_table.header(models), rows, label="Tasks"))
 
 
 def heat_map(metrics: Metrics) -> Html:
@@ -186,9 +202,26 @@ def heat_map(metrics: Metrics) -> Html:
         for name, line in zip(matrix["experts"], matrix["perplexity"], strict=True)
     ]
     rows.append(["dense", *(tag("td", decimals(dense)) for dense in matrix["dense"])])
-    header = ["", *(Number(f"cluster {j}") for j in range(metrics["k"]))]
+    header = ["model", *(Number(f"cluster {j}") for j in range(metrics["k"]))]
     note = "Perplexity on the reported documents of each cluster. Blue: below dense there; orange: above."
-    return section("Experts and clusters", note, table(header, rows, class_="heat"))
+    whole = table(header, rows, class_="heat", label="Perplexity of each expert on each cluster")
+    return section("Experts and clusters", note, whole, *_use(metrics))
+
+
+def _use(metrics: Metrics) -> list[Html]:
+    """How much the headline mixture uses each expert, if metrics.json says it."""
+    if "use" not in metrics:
+        return []
+    use, best = metrics["use"], verdict.headline(metrics)
+    rows = [
+        (f"expert {name}", Number(f"{100 * mean:.1f} %"), Number(f"{100 * largest:.1f} %"))
+        for name, mean, largest in zip(
+            metrics["matrix"]["experts"], use["mean_weight"], use["largest"], strict=True
+        )
+    ]
+    header = ["model", "mean weight", "tokens where its weight is largest"]
+    about = f"How much {verdict.label(best)} uses each expert, over all tokens of the reported documents."
+    return [tag("p", about, class_="note"), table(header, rows, label="Use of each expert")]
 
 
 def compute(metrics: Metrics) -> Html:
@@ -205,4 +238,4 @@ def compute(metrics: Metrics) -> Html:
         "Training of seed, experts and controls apart. "
         "Embedding and clustering need no accelerator and are not counted."
     )
-    return section("Compute", note, table(["", "FLOPs"], [*training, *inference]))
+    return section("Compute", note, table(["what", "FLOPs"], [*training, *inference], label="Compute"))

@@ -9,7 +9,7 @@ Shapes: K experts, D dimensions, V terms.
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.publish import fresh, publish
+from cbtm_pipeline.clustering import words
 from cbtm_pipeline.inference import model_card, package
 
 ROUTER, README = "router.safetensors", "README.md"
@@ -100,10 +101,13 @@ def read_tags(given: list[str]) -> dict[str, str]:
     return tags
 
 
-def top_terms(tokenizer_json: Path, found: Set, counts_V: np.ndarray, centre_D: np.ndarray) -> list[str]:
+def top_terms(
+    tokenizer_json: Path, found: Set, counts_V: np.ndarray, centre_D: np.ndarray, texts: Iterable[str]
+) -> list[str]:
     """The words of documents with these term counts that draw most towards their centre, off the others.
 
-    A term that is the share f of all tokens counts f E_v (c - mean of the centres).
+    A term that is the share f of all tokens counts f E_v (c - mean of the centres). A term that is a part of
+    a word stands for the most frequent such word of `texts`, which are some of the documents.
     """
     from tokenizers import Tokenizer
 
@@ -114,7 +118,8 @@ def top_terms(tokenizer_json: Path, found: Set, counts_V: np.ndarray, centre_D: 
     found_words = dict.fromkeys(tokenizer.decode([v]).strip().casefold() for v in order)
     readable = [word for word in found_words if len(word) > 1 and "\ufffd" not in word]
     # the sort is stable: words of three letters or more come first, as in a run's own terms
-    return sorted(readable, key=lambda word: not (len(word) > 2 and word.isalpha()))[:N_TERMS]
+    ranked = sorted(readable, key=lambda word: not (len(word) > 2 and word.isalpha()))
+    return words.completed(ranked[: 4 * N_TERMS], texts)[:N_TERMS]
 
 
 def write(found: Set, change: Change, out: Path, card: Record | None = None) -> Record:

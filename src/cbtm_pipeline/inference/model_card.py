@@ -7,16 +7,13 @@ from typing import Any
 
 from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.mixture import verdict
+from cbtm_pipeline.provenance import card_header
 
 SETTINGS = ("temperature", "epsilon", "beta", "hysteresis", "fix_after")
+LABELS = ["cluster-branch-train-merge", "mixture-of-experts"]
 N_TERMS = 12  # that stand for an expert
 CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [cluster-branch-train-merge, mixture-of-experts]
----
-# {title}
+{header}# {title}
 
 {k} expert language models, each trained alone on one cluster of a corpus, and a router that mixes them
 (Cluster-Branch-Train-Merge, [Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)). For each token,
@@ -34,6 +31,9 @@ installed, write `import cbtm_pipeline` instead: then its own code is run.
 The model expects the separator token before a text. Every folder in `experts/` is
 a model of its own: `AutoModelForCausalLM.from_pretrained("experts/0")`.
 
+`pad_token_id` is the separator, too. The whole is not meant to be trained: fine-tune an expert, whose card
+says how.
+
 ## Evaluation
 
 ```text
@@ -48,8 +48,8 @@ This model is `{label}`. `perplexity` is per token, `bits/byte` does not depend 
 ## Limits and licences
 
 The experts were trained on their texts alone, and can repeat the errors and biases of these texts. They
-were not trained to follow instructions. The licences of these texts apply to what you do with this model.
-So does that of the model that the experts began as, if they did not begin from scratch.
+were not trained to follow instructions. {licence}The licences of these texts apply to what you do with
+this model. So does that of the model that the experts began as, if they did not begin from scratch.
 """
 USE = """\
 import torch
@@ -68,10 +68,19 @@ def render(
     cards: Mapping[str, Mapping[str, Any]],
     top_terms: Sequence[Sequence[str]],
     tags: Mapping[str, Mapping[str, str]],
+    base_model: str | None = None,
 ) -> str:
-    """The text. `row` is the mixture's row of metrics.json; `cards` and `tags` are by expert."""
+    """The text. `row` is the mixture's row of metrics.json; `cards` and `tags` are by expert.
+
+    `base_model` is a name on the hub.
+    """
+    own = tags.get(next(iter(cards)), {})
+    licence = card_header.named(own, card_header.LICENCE)
+    results = card_header.evaluation("ensemble", {"held-out documents of the run": row["perplexity"]})
     values = (f"{key} {row[key]:g}" for key in SETTINGS if row.get(key) is not None)
     return CARD.format(
+        header=card_header.render(LABELS, own, base_model, results),
+        licence=f"Licence of the texts, as the run states it: {_cell(licence)}. " if licence else "",
         title=f"An ensemble of {len(cards)} experts",
         k=len(cards),
         n_active=row["top_k"],

@@ -11,18 +11,14 @@ import torch
 from cbtm_pipeline.base import artifact, hub
 from cbtm_pipeline.corpus import heldout, token_files
 from cbtm_pipeline.corpus.windows import windows
-from cbtm_pipeline.inference import moe, package
+from cbtm_pipeline.inference import model_card, moe, package
+from cbtm_pipeline.provenance import card_header
 from cbtm_pipeline.training import model
 
 N_SEQUENCES = 64  # of each cluster, that routers are fitted on
 BATCH = 8  # sequences of a step
 CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [cluster-branch-train-merge, mixture-of-experts]
----
-# {k} experts as one {kind} model
+{header}# {k} experts as one {kind} model
 
 The feed-forwards of {k} expert language models (Cluster-Branch-Train-Merge,
 [Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)) are the experts of each layer; {n_active} run
@@ -90,7 +86,10 @@ def write(outdir: Path, to: Path, n_steps: int) -> tuple[Any, Any]:
     for path in folder.iterdir():
         if path.name == "generation_config.json" or path.name.startswith(("tokenizer", "vocab", "merges")):
             shutil.copyfile(path, to / path.name)
-    card = CARD.format(k=len(names), kind=made.config.model_type, n_active=n_active, n_steps=n_steps)
+    own = next(iter(about.get("tags", {}).values()), {})
+    header = card_header.render(model_card.LABELS, own, None)
+    sizes = {"k": len(names), "n_active": n_active, "n_steps": n_steps}
+    card = CARD.format(header=header, kind=made.config.model_type, **sizes)
     (to / "README.md").write_text(card, "utf-8")
     return made, mean
 

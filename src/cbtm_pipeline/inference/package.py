@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from cbtm_pipeline.base import artifact, inside
 from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.corpus import tokenizer_config
 
 CODE = "modeling_cbtm.py"
 CONFIG = "config.json"
@@ -71,6 +72,7 @@ def write(parts: Parts, out: Path, meta: dict[str, Any], link: bool = True) -> N
                 place(source / file, folder / "experts" / name / file, link)
     for path in tokenizer_files(parts.tokenizer):
         place(path, folder / path.name, link=False)
+    tokenizer_config.write(folder, tokenizer_config.n_positions(config(parts)))
     if parts.top_terms:
         place(parts.top_terms, folder / TERMS, link=False)
     tensors = {"embedding": parts.embedding_VD, "centres": parts.centres_KD}

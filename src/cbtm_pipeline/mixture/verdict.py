@@ -1,11 +1,15 @@
 """The result in words: names of systems, the table for the terminal, and sentences that say who wins."""
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from cbtm_pipeline.mixture.routers import ROUTERS
 
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
 WIDTH = 110  # of the table, at most; of its notes 100 characters
+EQUAL = 1.05  # so many times the compute still counts as equal: batches and steps are whole numbers
 DENSE_KINDS = {"batch": "k x batch", "steps": "k x steps"}
 METRICS_ONLY = ("oracle", "random, uniform", "random, posterior")  # their comparisons get no sentence
 
@@ -52,6 +56,34 @@ def headline(metrics: dict[str, Any]) -> Row:
     return min((row for row in metrics["systems"] if row["headline"]), key=lambda row: row["calibration_nll"])
 
 
+def strongest_dense(metrics: dict[str, Any]) -> str:
+    """The name of the dense model that the headline ensemble is compared with.
+
+    Of the dense models with at most the ensemble's training FLOPs, it is the one with the lowest perplexity
+    on the reported documents. That choice favours dense. If all have more FLOPs, it is the best of all.
+    """
+    best, rows = headline(metrics), {row["system"]: row for row in metrics["systems"]}
+    dense = [rows[name] for name in best["ratios"]]
+    equal = [row for row in dense if row["train_flops"] <= EQUAL * best["train_flops"]]
+    return min(equal or dense, key=lambda row: row["perplexity"])["system"]
+
+
+def compute_of(metrics: dict[str, Any], name: str) -> str:
+    """The training FLOPs of a dense model over those of the headline ensemble: `1.00 x`, or `no`."""
+    best = headline(metrics)
+    dense = next(row for row in metrics["systems"] if row["system"] == name)
+    return f"{dense['train_flops'] / best['train_flops']:.2f} x" if best["train_flops"] else "no"
+
+
+def outcome(metrics: dict[str, Any]) -> str:
+    """Who wins, the headline ensemble or the strongest dense model of equal compute, in one sentence."""
+    name = strongest_dense(metrics)
+    low, high = headline(metrics)["ratios"][name]["ci95"]
+    if low <= 1 <= high:
+        return "There is no clear difference."
+    return "The ensemble wins." if high < 1 else f"{name.capitalize()} wins."
+
+
 def dense_kind(metrics: dict[str, Any], name: str) -> str:
     """How a dense model spends the experts' compute: `k x batch` or `k x steps`."""
     return DENSE_KINDS[metrics["dense"] if name == "dense" else name.removeprefix("dense-")]
@@ -63,18 +95,39 @@ def sentences(metrics: dict[str, Any]) -> list[str]:
     return [*found, *([_merged(metrics["merge"])] if "merge" in metrics else [])]
 
 
-def _against_dense(metrics: dict[str, Any]) -> list[str]:
-    """For each dense model: its training FLOPs, and whether it or the headline ensemble wins."""
-    best = headline(metrics)
-    rows = {row["system"]: row for row in metrics["systems"]}
+def at_the_ends(row: Row, tried: Mapping[str, Sequence[float]]) -> list[str]:
+    """A sentence for each chosen setting that is the smallest or largest that was tried.
+
+    Others may be better. `tried` are the lists of section route. `row` is the headline.
+    """
+    idle = ROUTERS[row["router"]].idle_alone if row["top_k"] == 1 else ()
     texts = []
-    for name, ratio in best["ratios"].items():
-        compute = f"{rows[name]['train_flops'] / best['train_flops']:.2f} x" if best["train_flops"] else "no"
-        outcome = _outcome(ratio["ci95"], "the ensemble wins", f"{name} wins")
+    for key in ("temperature", "epsilon", "beta"):
+        values, chosen = sorted(set(tried.get(key, ()))), row.get(key)
+        if chosen is None or len(values) < 2 or key in idle or chosen not in (values[0], values[-1]):
+            continue
+        which, more = ("smallest", "smaller") if chosen == values[0] else ("largest", "larger")
         texts.append(
-            f"{label(best)} against {name} ({dense_kind(metrics, name)}, {compute} the training FLOPs): "
-            f"{interval(**ratio)}, {outcome}."
+            f"{key} {chosen:g} is the {which} value that was tried: {more} ones may be better. "
+            f"Add some to route.{key}."
         )
+    if row["top_k"] < row["k"] and row["top_k"] == max(tried.get("top_k", [0])):
+        texts.append(
+            f"top_k {row['top_k']} is the largest that was tried, of {row['k']} experts. "
+            "Add larger ones to route.top_k."
+        )
+    return texts
+
+
+def _against_dense(metrics: dict[str, Any]) -> list[str]:
+    """For each dense model, the strongest first: its training FLOPs, and whether it or the ensemble wins."""
+    best, strongest = headline(metrics), strongest_dense(metrics)
+    texts = []
+    for name in sorted(best["ratios"], key=lambda name: name != strongest):
+        about = f"{dense_kind(metrics, name)}, {compute_of(metrics, name)} the training FLOPs"
+        ratio = best["ratios"][name]
+        wins = _outcome(ratio["ci95"], "the ensemble wins", f"{name} wins")
+        texts.append(f"{label(best)} against {name} ({about}): {interval(**ratio)}, {wins}.")
     return texts
 
 
@@ -90,10 +143,11 @@ def _against_others(metrics: dict[str, Any]) -> list[str]:
 
 
 def _random_clusters(metrics: dict[str, Any]) -> list[str]:
-    """Whether experts on random clusters gain over dense, too."""
+    """Whether experts on random clusters gain over the strongest dense model, too."""
+    name = strongest_dense(metrics)
     return [
-        f"{label(row)} against dense: {interval(row['ratio_to_dense'], row['ci95'])}, "
-        f"{_outcome(row['ci95'], 'a gain without clusters', 'no gain without clusters')}."
+        f"{label(row)} against {name}: {interval(**row['ratios'][name])}, "
+        f"{_outcome(row['ratios'][name]['ci95'], 'a gain without clusters', 'no gain without clusters')}."
         for row in metrics["systems"]
         if row["system"] == "random"
     ]
@@ -133,6 +187,7 @@ def table(metrics: dict[str, Any]) -> str:
         "FLOPs: all training that the system needed, the seed's included. Ratios below are of perplexities.",
         "",
         *metrics["verdict"],
+        *metrics.get("warnings", []),
     ]
     lines.append("")
     for note in notes:

@@ -11,6 +11,10 @@ from cbtm_pipeline.base.errors import make_again
 
 WEIGHTS = "model.safetensors"
 FILES = "files.json"
+# Besides the weights, the files that the workflow declares: every training writes them. README.md and
+# tensorboard/ are for people: if one of them is deleted, nothing may be trained again.
+BESIDE = ("card.json", "config.json", FILES, "generation_config.json", "metrics.jsonl")
+BESIDE += ("tokenizer.json", "tokenizer_config.json")
 STAGING = ".staging"  # where a training writes all files before it moves them; a kill may leave it
 
 

@@ -22,19 +22,30 @@ class Place(NamedTuple):
     outputs: tuple[str, ...]
 
 
+DOCUMENTS = "eval/documents.parquet"
 PLACES = {  # by rule, in the order of the data
-    "tokenizer": Place("tokenizer", "tokenizer/card.json", ("tokenizer/tokenizer.json",)),
-    "shard": Place("shards", "shards/manifest.json", ("shards/manifest.json",)),
+    "tokenizer": Place(
+        "tokenizer",
+        "tokenizer/card.json",
+        ("tokenizer/tokenizer.json", "tokenizer/card.json", "tokenizer/tokenizer_config.json"),
+    ),
+    "shard": Place("shards", "shards/manifest.json", ("shards/manifest.json", "shards/quarantine.jsonl")),
     "embed": Place("vectors", "embed/manifest.json", ("embed/manifest.json", "embed/embedder.npz")),
     "fit_kmeans": Place(
         "clusterer", "cluster/clusterer.npz", ("cluster/clusterer.npz", "cluster/top_terms.json")
     ),
     "assign": Place("assignments", "assignments/manifest.json", ("assignments/manifest.json",)),
     "assign_random": Place("assignments", "random/manifest.json", ("random/manifest.json",)),
-    "train_expert": Place("expert", "experts/{}/card.json", ("experts/{}/model.safetensors",)),
+    "train_expert": Place(
+        "expert",
+        "experts/{}/card.json",
+        tuple(f"experts/{{}}/{name}" for name in (expert_files.WEIGHTS, *expert_files.BESIDE)),
+    ),
     "score_expert": Place("scores", "scores/{}.npz", ("scores/{}.npz",)),
     "route": Place("distances", "route/distances.npz", ("route/distances.npz",)),
-    "eval_ensemble": Place("metrics", "eval/metrics.json", ("eval/metrics.json", "eval/table.txt")),
+    "eval_ensemble": Place(
+        "metrics", "eval/metrics.json", ("eval/metrics.json", "eval/table.txt", DOCUMENTS)
+    ),
     "report": Place("report", "report.html", ("report.html",)),
     "ensemble": Place("ensemble", "ensemble/files.json", ("ensemble/files.json",)),
     "eval_task": Place("task_results", "eval/tasks/{}.json", ("eval/tasks/{}.json",)),
@@ -83,9 +94,13 @@ def check_beside(outdir: Path, rule: str, record: dict[str, Any]) -> None:
         read_embedder(outdir)
     elif rule == "fit_kmeans":
         read_top_terms(outdir)
-    elif rule == "eval_ensemble" and not table(outdir):
-        path = outdir / "eval/table.txt"
-        raise ValueError(f"{path}: changed since it was written. Expected the table. {make_again(path)}")
+    elif rule == "eval_ensemble":
+        for name, path in (("table", outdir / "eval/table.txt"), ("documents", outdir / DOCUMENTS)):
+            if artifact.identity(path) != record.get(name):
+                raise ValueError(
+                    f"{path}: changed since it was written. Expected the one of eval/metrics.json. "
+                    f"{make_again(path)}"
+                )
 
 
 def table(outdir: Path) -> str:

@@ -5,66 +5,49 @@ the configuration. files.json holds the hash of every other file, so that none i
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.base.publish import fresh
+from cbtm_pipeline.corpus import tokenizer_config
 from cbtm_pipeline.plan import TrainingPlan
 from cbtm_pipeline.provenance import expert_files
 from cbtm_pipeline.provenance.expert_files import WEIGHTS
-from cbtm_pipeline.training import training_log
+from cbtm_pipeline.training import expert_card, training_log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-README = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [cluster-branch-train-merge]
----
-# {title}
 
-One model of a Cluster-Branch-Train-Merge run ([Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)):
-{what}.
+class Origin(NamedTuple):
+    """For the model card: what the model began as (`expert_card.About.base`), and the tags of the config."""
 
-| | |
-|---|---|
-| architecture | {architecture}, {n_parameters:,} parameters |
-| trained on | {n_train_tokens:,} tokens, sequences of {seq_len} |
-| steps | {n_steps} with {batch_size} sequences each |
-| training compute | {train_flops:.3g} FLOPs |
-| precision | {precision}, weights in float32 |
-| final training loss | {loss} nats per token |
-| weights | {weights} (blake2b of {file}) |
+    base: str | None
+    tags: Mapping[str, str]
 
-The model expects the separator token before a text. `card.json` has the complete plan of the training and
-the identities of its inputs. `metrics.jsonl` has one row for each step; `tensorboard/` has the same numbers.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-```
-
-The model was trained on its text alone, and can repeat the errors and biases of that text. It was not trained
-to follow instructions.
-"""
+NO_ORIGIN = Origin(None, {})
 
 
 def publish(
-    out: Path, model: "PreTrainedModel", tokenizer: Path, metrics: Path, card: dict[str, Any]
+    out: Path,
+    model: "PreTrainedModel",
+    tokenizer: Path,
+    metrics: Path,
+    card: dict[str, Any],
+    origin: Origin = NO_ORIGIN,
 ) -> dict[str, Any]:
     """Write the expert's folder; return the card. The weights `out` (model.safetensors) come last.
 
     All files are written to a staging folder, then moved one by one. A run that is killed meanwhile leaves no
     weights, or weights that do not fit the card. Readers refuse such a folder, and the next start publishes
-    it again. `card` gets the entries `weights` and `identity`. Raises OSError if the disk is full, and
-    ValueError if the tokenizer has changed.
+    it again. `card` gets the entries `weights` and `identity`; `origin` is for the model card. Raises OSError
+    if the disk is full, and ValueError if the tokenizer has changed.
     """
     folder = out.parent
     staging = fresh(folder / expert_files.STAGING)
@@ -77,7 +60,6 @@ def publish(
     card = {**card, "weights": artifact.identity(staging / WEIGHTS)}
     card["identity"] = artifact.fingerprint([card["weights"], artifact.identity(staging / "config.json")])
     artifact.write_sealed(staging / "card.json", card)
-    (staging / "README.md").write_text(_readme(card, type(model).__name__), "utf-8")
     shutil.copyfile(metrics, staging / "metrics.jsonl")
     training_log.write_events(
         staging / "tensorboard" / "events.out.tfevents.0.cbtm", training_log.read(metrics)
@@ -86,6 +68,7 @@ def publish(
     for name, expected in record["files"].items():
         artifact.check_file(tokenizer.with_name(name), expected, make_again(tokenizer))
         shutil.copyfile(tokenizer.with_name(name), staging / name)
+    _write_for_others(staging, model, record["separator_id"], card, origin)
 
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != WEIGHTS)
     hashes = {str(path.relative_to(staging)): artifact.identity(path) for path in files}
@@ -100,23 +83,36 @@ def publish(
     return card
 
 
-def _readme(card: dict[str, Any], architecture: str) -> str:
-    """The README.md of an expert's folder."""
-    name, plan = card["expert"], card["made_with"]
-    if name == "seed":
-        title, what = "Seed model", "the seed model that every expert starts from"
-    elif "branch" in plan:
-        title, what = f"Expert {name}", "an expert that was added to a finished run, from its nearest expert"
-    elif plan["data"] == "corpus":
-        title, what = f"Dense model ({name})", "a dense model on the whole corpus, the baseline"
-    elif plan["data"] == "clusters":
-        title, what = f"Expert {name}", f"the expert on cluster {plan['group']}"
-    else:
-        title, what = f"Expert {name}", f"the expert on random cluster {plan['group']}, a control"
-    loss = "none" if card["final_loss"] is None else f"{card['final_loss']:.4f}"
-    return README.format(
-        title=title, what=what, architecture=architecture, loss=loss, file=WEIGHTS, **{**plan, **card}
+def _write_for_others(
+    folder: Path, model: "PreTrainedModel", separator_id: int, card: Mapping[str, Any], origin: Origin
+) -> None:
+    """Write the model card, and what other programs read of the tokenizer and of how texts are generated."""
+    n_positions = tokenizer_config.n_positions(model.config.get_text_config())
+    tokenizer_config.write(folder, n_positions)
+    padding = tokenizer_config.padding_id(folder)
+    pad_token_id = separator_id if padding is None else padding
+    _write_generation_config(folder / "generation_config.json", model.config, pad_token_id)
+    eos = getattr(model.config, "eos_token_id", None)
+    ends = {separator_id, *(eos if isinstance(eos, list) else [eos])}
+    about = expert_card.About(
+        type(model).__name__, separator_id, n_positions, *origin, pads_with_separator=pad_token_id in ends
     )
+    text, published = expert_card.render(card, about), folder.with_name(expert_card.README)
+    if published.is_file():
+        before = published.read_text("utf-8", errors="replace")
+        text = expert_card.with_evaluation_of(text, before, card["weights"])
+    (folder / expert_card.README).write_text(text, "utf-8")
+
+
+def _write_generation_config(path: Path, config: Any, pad_token_id: int) -> None:
+    """Let generation_config.json say with which token a batch is padded, and how texts begin and end.
+
+    transformers leaves the padding out where the model's own configuration does.
+    """
+    content = artifact.read_json(path) if path.exists() else {}
+    known = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}
+    given = {name: value for name, value in {**known, **content}.items() if value is not None}
+    artifact.write_json(path, {"pad_token_id": pad_token_id, **given})
 
 
 def is_published(weights: Path, plan: TrainingPlan, made_from: dict[str, str]) -> bool:

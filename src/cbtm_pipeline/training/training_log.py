@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from cbtm_pipeline import __version__
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.base.duration import duration
@@ -155,6 +157,7 @@ class TrainingProgress:
         self.waited_s = 0.0  # for data, since the last line
         peak_flops = _peak_flops()
         self.peak_flops = peak_flops and n_devices * peak_flops
+        self.where: Row | None = where_it_runs(n_devices)  # until the first row has it
 
     def mfu(self, tokens_per_s: float) -> float | None:
         """The share of the devices' bf16 peak that this rate uses (Chowdhery et al. 2022, appendix B).
@@ -166,7 +169,7 @@ class TrainingProgress:
     def complete(self, row: Row) -> Row:
         """The row of a step that has just ended, with tokens so far, tokens/s, MFU, peak memory and time.
 
-        Also with power (watts), if the row gets a log line.
+        Also with power (watts), if the row gets a log line. The first row of a start says where it runs.
         """
         now = time.monotonic()
         rate = self.n_tokens / max(now - self.completed_at, 1e-9)
@@ -179,6 +182,8 @@ class TrainingProgress:
             "memory_bytes": memory_bytes(),
         }
         more |= {"power_w": watts} if self._due(row) and (watts := _power()) else {}
+        more |= self.where or {}
+        self.where = None
         return {**row, **more, "time": time.time()}
 
     def _due(self, row: Row) -> bool:
@@ -204,6 +209,27 @@ class TrainingProgress:
         log.info("  ".join([*parts, f"ETA {duration((self.n_steps - step) * seconds / n)}"]))
         self.logged_at, self.logged_step, self.waited_s = self.completed_at, step, 0.0
         return True
+
+
+def where_it_runs(n_devices: int) -> Row:
+    """The machine (`2 x NVIDIA H100`, or the processor with threads), and the versions of the software."""
+    if torch.cuda.is_available():
+        machine = f"{n_devices} x {torch.cuda.get_device_name()}"
+    else:
+        threads = torch.get_num_threads()
+        machine = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+        machine += f" in each of {n_devices} processes" if n_devices > 1 else ""
+    return {"machine": machine, "version": f"cbtm-pipeline {__version__}, torch {torch.__version__}"}
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def memory_bytes() -> int:
