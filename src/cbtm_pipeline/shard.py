@@ -8,6 +8,7 @@ shard of training documents, a shard of held-out documents, or one of each. So t
 number of workers, and the memory does not depend on the size of the corpus.
 """
 
+import dataclasses
 import re
 import shutil
 from collections import Counter
@@ -226,7 +227,7 @@ def _check_split(n: Counter[str], plan: ShardPlan) -> None:
                 else "Raise corpus.eval_fraction or set corpus.eval."
             )
         )
-    if not n["train"]:
+    if not n["train"] and plan.train:
         raise ValueError(
             f"corpus: none of the {n.total()} documents is left to train on. Expected some. "
             "Add documents to corpus.train or lower corpus.eval_fraction."
@@ -259,11 +260,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--workers", type=int, default=1, help="processes that make shards")
     p.add_argument("--demo", type=Path, help="the file that builtin:demo stands for")
+    p.add_argument("--held-out", action="store_true", help="hold out all documents of corpus.train")
     args = p.parse_args(argv)
     cli.start_logging("shard", args.log)
     cfg = config.read(args.config)
-    seen = Path(cfg.outdir, content.SEEN)
-    make(plans.shard(cfg), args.tokenizer, args.out, args.workers, args.demo, seen)
+    seen, plan = Path(cfg.outdir, content.SEEN), plans.shard(cfg)
+    if args.held_out:
+        plan = dataclasses.replace(plan, train=(), eval=plan.train, eval_fraction=None)
+    make(plan, args.tokenizer, args.out, args.workers, args.demo, seen)
 
 
 if __name__ == "__main__":
