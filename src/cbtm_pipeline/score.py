@@ -147,11 +147,14 @@ def mixed(
     `logprob`: by name of the expert or baseline. The columns of `d2_NK` are the mixture's experts.
     """
     from cbtm_pipeline.inference.mixture import log_weights
-    from cbtm_pipeline.mixture import ensemble
+    from cbtm_pipeline.mixture import ensemble, sweep
     from cbtm_pipeline.mixture.routers import HeldOut
 
     logprob_NK = np.stack([logprob[name] for name in mixture.names], axis=1)
-    mixed_N = ensemble.mix(logprob_NK, log_weights(mixture, HeldOut(logprob_NK, d2_NK, offsets)))
+    blocks = sweep.blocks(HeldOut(logprob_NK, d2_NK, offsets))
+    mixed_N = np.concatenate(
+        [ensemble.mix(block.logprob_NK, log_weights(mixture, block)) for block in blocks]
+    )
     experts = {f"expert {name}": logprob[name] for name in mixture.names}
     others = {name: found for name, found in logprob.items() if name not in mixture.names}
     return {"ensemble": mixed_N, **experts, **others}
@@ -187,9 +190,9 @@ def score_here(args: argparse.Namespace, mixture: Mixture, windows: Windows) -> 
 
 def score_by_jobs(args: argparse.Namespace, mixture: Mixture, windows: Windows) -> Scored | None:
     """Let Snakemake run a job for each model, and mix what they have found. None for a dry run."""
+    check_files(args, mixture)
     outdir = which_run.named(args)
     cfg, found = changed_set.of_run(outdir, mixture.folder)
-    check_files(args, mixture)
     baselines = find_baselines(mixture, lambda weights: changed_set.read_card(weights.parent))
     how = score_jobs.Reading(*windows, args.text_field, args.txt_documents)
     cfg = score_jobs.configured(cfg, args.files, how)
@@ -249,8 +252,8 @@ def parse() -> argparse.Namespace:
     p.add_argument(
         "--txt-documents", choices=["file", "block"], default="file", help="what is a document in .txt"
     )
-    p.add_argument("--context", type=where.whole, help="tokens of a window; default: as in the training")
-    p.add_argument("--stride", type=where.whole, help="new tokens of each further window; default: half")
+    p.add_argument("--context", type=cli.whole, help="tokens of a window; default: as in the training")
+    p.add_argument("--stride", type=cli.whole, help="new tokens of each further window; default: half")
     p.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     snakemake_run.add_options(p, "run a job for each expert, on so many cores of this machine")
     about = (

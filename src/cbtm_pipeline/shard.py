@@ -238,6 +238,8 @@ def _log_splits(shards: list[Entry]) -> None:
     n_shards = Counter(entry["split"] for entry in shards)
     n_documents, n_tokens, n_bytes = (_count(shards, k) for k in ("n_documents", "n_tokens", "n_bytes"))
     for split, what in (("eval", "held-out"), ("train", "training")):
+        if not n_shards[split]:
+            continue
         cli.log.info(
             "%d %s documents, %d tokens, %.1f MB, in %d shards",
             n_documents[split],

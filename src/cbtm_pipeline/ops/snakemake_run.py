@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cbtm_pipeline import config
-from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base import artifact, cli
 
 REQUEST = "request.json"
 KIND = "request"
@@ -23,7 +23,7 @@ PLACES = {"tokenizer", "ensemble", "weights"}  # entries that say where somethin
 def add_options(p: argparse.ArgumentParser, cores: str) -> None:
     """Add `--profile`, `--cores` and `--dry-run`. `cores` is the help of the second."""
     p.add_argument("--profile", help="of Snakemake, such as slurm: each job runs where it says")
-    p.add_argument("--cores", type=int, metavar="N", help=cores)
+    p.add_argument("--cores", type=cli.whole, metavar="N", help=cores)
     p.add_argument("--dry-run", "-n", action="store_true", help="show the jobs and run nothing")
 
 
@@ -58,8 +58,6 @@ def run(
 
 def _command(snakefile: str, folder: Path, args: argparse.Namespace, targets: Sequence[str]) -> list[str]:
     """The command line of Snakemake."""
-    if args.cores is not None and args.cores < 1:
-        raise ValueError(f"--cores: {args.cores}. Expected 1 or more. Raise it.")
     path = Path("workflow", snakefile)
     path = path if path.exists() else Path(__file__).parents[3] / path
     if not path.exists():
