@@ -162,6 +162,7 @@ def test_jobs_that_cannot_be_asked_for_end_in_one_line(folder: Path, tmp_path: P
     made.make(run)
     config.write(config.validate(changed(outdir=str(run), cluster__k=3)), run / "config.json")
     (tmp_path / "b\udcff.txt").write_text(SHORT)
+    capsys.readouterr()
     for argv, line in {
         (text, "--name", "x"): "--name: without jobs. Expected --profile or --cores",
         (text, "--dry-run"): "--dry-run: without jobs. Expected --profile or --cores",
