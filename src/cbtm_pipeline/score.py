@@ -170,9 +170,8 @@ def find_baselines(
     experts, found = mixture.folder.parent / "experts", {}
     for name in BASELINES:
         weights = experts / name / "model.safetensors"
-        if name in mixture.names or not mixture.folder.name.startswith("ensemble"):
-            continue
-        if weights.exists():
+        is_ours = name not in mixture.names and mixture.folder.name.startswith("ensemble")
+        if is_ours and weights.exists():
             card = read_card(weights)
             if card["made_from"]["tokenizer"] == mixture.record["made_from"].get("tokenizer"):
                 found[name] = weights.parent
