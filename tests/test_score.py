@@ -1,5 +1,6 @@
 """`cbtm score`: perplexity and bits per byte of any text."""
 
+import argparse
 import gzip
 import json
 import math
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 import made_ensemble as made
-from cbtm_pipeline import score
+from cbtm_pipeline import config, score
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import encoding, rows
 from cbtm_pipeline.inference import loaded, package
+from changed_config import changed
 
 SHORT = made.text(5, rng_seed=3)
 
@@ -112,6 +115,25 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(folder: Path, tmp_path:
     assert "\x1b" not in told.out + told.err
 
 
+def test_ids_of_rows_do_not_matter(folder: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": SHORT, "id": i}) + "\n" for i in ("x", "x", [1])))
+    (found,) = scored(capsys, folder, path)
+    assert found["n_documents"] == 3 and not found["left_out"]
+
+
+def test_a_row_of_which_the_tokenizer_leaves_nothing_is_left_out(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "x"}, "content": ""}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "a.txt").write_text("xxx\n\nbutter")
+    args = argparse.Namespace(text_field="text", txt_documents="block")
+    encoder = encoding.TokenEncoder(tmp_path / "tokenizer.json")
+    first, second = score.read_file(tmp_path / "a.txt", args, encoder, 0)
+    assert isinstance(first, rows.BadRow) and first.reason == rows.NO_TOKENS
+    assert not isinstance(second, rows.BadRow) and len(second[0]) > 1 and second[1] == len("butter")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -128,9 +150,33 @@ def test_bad_files_end_in_one_line(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    assert made.command(score.main, tmp_path / name, "--model", folder) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line and line.startswith(str(tmp_path / name))
+    for jobs in ([], ["--cores", 1]):
+        assert made.command(score.main, tmp_path / name, "--model", folder, *jobs) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and line.startswith(str(tmp_path / name))
+
+
+def test_jobs_that_cannot_be_asked_for_end_in_one_line(folder: Path, tmp_path: Path, capsys) -> None:
+    text, run, bare = tmp_path / "a.txt", tmp_path / "run", tmp_path / "bare"
+    text.write_text(SHORT)
+    made.make(run)
+    config.write(config.validate(changed(outdir=str(run), cluster__k=3)), run / "config.json")
+    (tmp_path / "b\udcff.txt").write_text(SHORT)
+    capsys.readouterr()
+    for argv, line in {
+        (text, "--name", "x"): "--name: without jobs. Expected --profile or --cores",
+        (text, "--dry-run"): "--dry-run: without jobs. Expected --profile or --cores",
+        (text, "--cores", 1, "--name", "a/b"): "--name: 'a/b'. Expected letters, digits",
+        (text, "--cores", 1, "--context", 1): "--context: 1. Expected 2 or more",
+        (text, "--cores", 1, "--exclude", "9"): "exclude: 9. Expected 0, 1, 2.",
+        (tmp_path / "b\udcff.txt", "--cores", 1): "a name that is not UTF-8. Expected one that is",
+        (text, "--cores", 1, "--model", folder, "--outdir", bare): f"{bare}/config.json: no such file.",
+    }.items():
+        argv = argv if "--model" in argv else (*argv, "--outdir", run)
+        assert made.command(score.main, *argv) == 1, argv
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1 and line in told.err, told.err
+    assert not (run / "scored").exists() and not bare.exists()
 
 
 def test_settings_that_only_the_model_has_are_refused(folder: Path, tmp_path: Path, capsys) -> None:

@@ -16,9 +16,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import changed_config
 import made_corpus
 import made_texts
-from cbtm_pipeline import shard
+from cbtm_pipeline import config, shard
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import content as corpus_content
 from cbtm_pipeline.corpus import encoding, shard_block, shard_files, token_files
@@ -289,6 +290,20 @@ def test_held_out_files(tmp_path: Path, tokenizer_json: Path) -> None:
         assert list(result.train) == [row["id"] for row in rows[20:]]
         assert sorted(result.reasons()) == [("a.jsonl", 61, "held-out text"), ("a.jsonl", 62, "duplicate id")]
         assert f"{b}:8" in result.quarantine[1]["reason"], "the held-out document keeps the id"
+
+
+def test_all_documents_are_held_out_and_equal_texts_stay(tmp_path: Path, tokenizer_json: Path) -> None:
+    rows = [*made_texts.rows(9), made_texts.rows(9)[0]]
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", rows)
+    values = changed_config.changed(
+        outdir=str(tmp_path), corpus__train=[str(corpus)], corpus__id_field="", corpus__max_bad_share=1.0
+    )
+    config.write(config.validate(values), tmp_path / "config.json")
+    argv = ["--config", tmp_path / "config.json", "--tokenizer", tokenizer_json, "--held-out"]
+    shard.main([str(word) for word in [*argv, "--out", tmp_path / "s/manifest.json"]])
+    result = Result(tmp_path / "s", tokenizer_json)
+    assert list(result.eval.values()) == [row["text"] for row in rows] and not result.train
+    assert list(result.eval) == [f"a.jsonl:{line}" for line in range(1, 11)]
 
 
 def test_file_on_both_sides_is_refused(tmp_path: Path, tokenizer_json: Path) -> None:

@@ -9,48 +9,10 @@ Nothing of the run is an output here. The names of the rules are those of the ru
 """
 
 
-include: "rules/environment.smk"
+include: "rules/asked.smk"
 
 
-from cbtm_pipeline import config as schema
-from cbtm_pipeline import plan_added
-from cbtm_pipeline.base import artifact, cli, lock
-from cbtm_pipeline.corpus import content
-from cbtm_pipeline.ops import terminal
-from cbtm_pipeline.slurm import request
-
-try:
-    CONFIG = schema.validate(config)
-    ASKED = artifact.read_sealed(f"{CONFIG.outdir}/request.json", "request")
-except (ValueError, OSError) as error:
-    sys.exit(cli.explain(error))
-
-OUT = CONFIG.outdir
-NAME = ASKED["expert"]
-CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
-# The request holds the identities of all that is read. Times of files decide nothing.
-REQUEST = ancient(f"{OUT}/request.json")
 WORK = f"{OUT}/work/{NAME}"
-
-terminal.be_brief(logger, workflow.output_settings)
-
-
-def launch(rule, name=None, state_folder=None):
-    """The Slurm launcher that a rule's command begins with, if the profile names a partition for the rule."""
-
-    def prefix(wildcards, input, output, threads, resources):
-        return request.command_line(
-            name=name or f"{rule}-{NAME}",
-            folder=f"{OUT}/slurm",
-            resources=dict(resources.items()),
-            threads=threads,
-            depends_on=artifact.fingerprint(ASKED),
-            inputs=input,
-            outputs=output,
-            work=state_folder,
-        )
-
-    return prefix
 
 
 wildcard_constraints:
@@ -61,34 +23,10 @@ localrules:
     all,
 
 
-onstart:
-    lock.hold(OUT)
-
-
 rule all:
     default_target: True
     input:
         f"{OUT}/experts/{NAME}/model.safetensors",
-
-
-rule shard:
-    input:
-        REQUEST,
-    output:
-        f"{OUT}/shards/manifest.json",
-    log:
-        f"{OUT}/logs/shard.log",
-    conda:
-        CONDA
-    threads: 2
-    params:
-        launch=launch("shard"),
-        config=f"{OUT}/config.json",
-        planned=f"{OUT}/{content.PLANNED}",
-        tokenizer=ASKED["tokenizer"],
-    shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {params.tokenizer:q}"
-        " --workers {threads} --planned {params.planned:q} --out {output:q} --log {log:q}"
 
 
 rule embed:
@@ -103,7 +41,7 @@ rule embed:
     threads: 2
     params:
         launch=launch("embed"),
-        config=f"{OUT}/config.json",
+        config=RUN_CONFIG,
         ensemble=ASKED["ensemble"],
         seal=ASKED["ensemble_seal"],
     shell:
@@ -123,8 +61,8 @@ rule train_expert:
     conda:
         CONDA
     params:
-        launch=launch("train_expert", f"expert-{NAME}", WORK),
-        config=f"{OUT}/config.json",
+        launch=launch("train_expert", "expert", WORK),
+        config=RUN_CONFIG,
         tokenizer=ASKED["tokenizer"],
         # made by embed; no output, as it is a hard link that is older than the documents
         parent=f"{OUT}/parent/model.safetensors",

@@ -9,9 +9,6 @@ is also `python -m cbtm_pipeline.add_expert`.
 """
 
 import argparse
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +16,12 @@ import numpy as np
 
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact, cli, printable
-from cbtm_pipeline.corpus import content, encoding, shard_files
-from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import content, shard_files
 from cbtm_pipeline.inference import changed_set, package
-from cbtm_pipeline.ops import which_run
+from cbtm_pipeline.ops import snakemake_run, which_run
 from cbtm_pipeline.provenance import expert_files
 
-REQUEST = "request.json"
-KIND = "request"
-SNAKEFILE = Path("workflow/added.smk")
-PLACES = {"tokenizer", "ensemble"}  # entries of a request that say where something lies, not what it is
-
-
-def read_run(outdir: Path, base: Path) -> tuple[config.Config, changed_set.Set]:
-    """The config of a run, and the set of experts that grows. Raises ValueError if they do not belong
-    together.
-    """
-    path = outdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file. Expected that of a finished run. Name its --outdir.")
-    cfg, found = config.read(path), changed_set.read(base)
-    tokenizer = encoding.read_card(outdir / "tokenizer/tokenizer.json")
-    if tokenizer["identity"] != changed_set.tokenizer_of(found):
-        raise ValueError(
-            f"{base}: another tokenizer than that of {outdir}. Expected an ensemble of this run. Name its "
-            "--outdir."
-        )
-    return cfg, found
+SNAKEFILE = "added.smk"  # in workflow/
 
 
 def request(cfg: config.Config, found: changed_set.Set, args: argparse.Namespace) -> dict[str, Any]:
@@ -60,48 +36,9 @@ def request(cfg: config.Config, found: changed_set.Set, args: argparse.Namespace
         "corpus": cfg.corpus.model_dump(exclude={"train", "eval"}),
     }
     corpus = content.of_corpus(cfg.corpus.train, None, None, outdir / content.SEEN)
-    return artifact.make_meta(KIND, {"corpus": corpus, "ensemble": found.record["seal"]}, **about)
-
-
-def keep(folder: Path, asked: dict[str, Any], cfg: config.Config) -> None:
-    """Write request and config. Raises ValueError if another expert of this name has been begun."""
-    path = folder / REQUEST
-    if path.exists() and (folder / "shards/manifest.json").exists():
-        before = artifact.read_sealed(path, KIND)
-        names = [name for name in asked if name not in PLACES and before.get(name) != asked[name]]
-        if names:
-            raise ValueError(
-                f"{folder}: was begun with another {', '.join(names)}. Expected the same command. Choose "
-                "another name, or remove the folder."
-            )
-    artifact.write_sealed(path, asked)
-    config.write(cfg, folder / "config.json")
-    content.write_planned(corpus_files.find(cfg.corpus.train, None), folder / content.PLANNED)
-
-
-def command(folder: Path, args: argparse.Namespace) -> list[str]:
-    """The command line of Snakemake."""
-    snakefile = SNAKEFILE if SNAKEFILE.exists() else Path(__file__).parents[2] / SNAKEFILE
-    if not snakefile.exists():
-        raise ValueError(f"{SNAKEFILE}: no such file. Expected that of the project. Run this in its root.")
-    words = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile)]
-    words += ["--profile", args.profile] if args.profile else ["--cores", str(args.cores)]
-    words += ["--dry-run"] if args.dry_run else []
-    return [*words, "--configfile", str(folder / "config.json")]
-
-
-def run(words: list[str]) -> int:
-    """Run a command to its end, and return its status. Signals are for it: it cancels its jobs first."""
-    process = subprocess.Popen(words)
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # a terminal sends it to both
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.terminate()),
-    }
-    try:
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return artifact.make_meta(
+        snakemake_run.KIND, {"corpus": corpus, "ensemble": found.record["seal"]}, **about
+    )
 
 
 def some_texts(shards: Path) -> list[str]:
@@ -148,9 +85,7 @@ def parse() -> argparse.Namespace:
     about = "a tag of the new expert, such as licence=cc-by; may be given again"
     p.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE", help=about)
     p.add_argument("--steps", type=int, metavar="N", help="optimiser steps; default: train.steps of the run")
-    p.add_argument("--profile", help="of Snakemake, such as slurm: each job runs where it says")
-    p.add_argument("--cores", type=int, default=2, help="without a profile: cores of this machine (2)")
-    p.add_argument("--dry-run", "-n", action="store_true", help="show the jobs and run nothing")
+    snakemake_run.add_options(p, "cores of this machine; without a profile, the default is 2")
     return p.parse_args()
 
 
@@ -160,7 +95,7 @@ def main() -> None:
     base, out = args.base or args.run / "ensemble", args.out or args.run / f"ensemble-{args.name}"
     if not args.corpus:
         raise ValueError("--corpus: no file. Expected the documents of the new expert. Name them.")
-    tags, (cfg, found) = changed_set.read_tags(args.tag), read_run(args.run, base)
+    tags, (cfg, found) = changed_set.read_tags(args.tag), changed_set.of_run(args.run, base)
     changed_set.check_new_name(args.name, [*found.names, *plan.trained(cfg)])
     package.check_new(out, base)
     folder = args.run / "added" / args.name
@@ -168,12 +103,8 @@ def main() -> None:
     values["corpus"] |= {"train": [str(Path(path).absolute()) for path in args.corpus], "eval": None}
     values["train"] |= {"steps": args.steps} if args.steps is not None else {}
     cfg = config.validate({**values, "outdir": str(folder), "tags": tags})
-    keep(folder, request(cfg, found, args), cfg)
-    if status := run(command(folder, args)):
-        raise ValueError(
-            f"snakemake: ended with status {status}. Expected a trained expert. See {folder}/logs, then "
-            "type the same command again."
-        )
+    snakemake_run.keep(folder, request(cfg, found, args), cfg)
+    snakemake_run.run(SNAKEFILE, folder, args, "a trained expert")
     if not args.dry_run:
         parent = pack(found, folder, args.name, tags, out)
         n = len(found.names) + 1

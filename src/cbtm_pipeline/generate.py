@@ -90,13 +90,13 @@ def main() -> None:
     p.add_argument("prompt", nargs="?", default="", help="the text to go on with; - reads it from stdin")
     where.add_options(p)
     where.add_exclude(p)
-    p.add_argument("--max-new-tokens", type=where.whole, default=200, help="end after so many tokens (200)")
+    p.add_argument("--max-new-tokens", type=cli.whole, default=200, help="end after so many tokens (200)")
     p.add_argument(
         "--temperature", type=temperature, default=1.0, help="below 1: more probable tokens; 0: the most (1)"
     )
     p.add_argument("--greedy", action="store_true", help="always take the most probable token")
     p.add_argument("--seed", type=int, help="equal seeds give equal texts")
-    p.add_argument("--n-active", "--top-k-experts", type=where.whole, help="experts that run for each token")
+    p.add_argument("--n-active", "--top-k-experts", type=cli.whole, help="experts that run for each token")
     p.add_argument("--router", choices=["paper", "filter"], help="how experts are weighed; see the README")
     args = p.parse_args()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

@@ -10,6 +10,9 @@ window_tokens of them (route.window_tokens). The distances do not include the pr
 equally heavy, which says nothing about one text. Only `cluster`, the cluster of the whole document, includes
 them, as in `assign`.
 
+With --ensemble DIR instead of --embedder and --clusterer, vectors and centres are those of an ensemble's
+folder, and the text may be any. There are no prices then.
+
 Shapes: T tokens of one document, N held-out tokens, R rows of one chunk, D dimensions, K clusters.
 """
 
@@ -26,6 +29,7 @@ from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.corpus import heldout, shard_files
 from cbtm_pipeline.embedding import encoder, tfidf, vectors
+from cbtm_pipeline.inference import changed_set
 from cbtm_pipeline.plan import RoutePlan
 from cbtm_pipeline.provenance import made_from
 
@@ -165,27 +169,50 @@ def documents(
     }
 
 
+Router = tuple[vectors.Embedder, dict[str, np.ndarray], made_from.Identities]
+
+
+def of_run(embedder: Path, clusterer: Path, shards: Path, manifest: dict[str, Any]) -> Router:
+    """Embedder and clusterer of a run, and what distances of these shards are made from."""
+    found = vectors.read_embedder(embedder, shards)
+    arrays, record = read_clusterer(clusterer, embedder)
+    return found, arrays, made_from.route(manifest, record)
+
+
+def of_ensemble(folder: Path, manifest: dict[str, Any]) -> Router:
+    """The same, of the folder of an ensemble. It has centres, and no prices."""
+    found = changed_set.read(folder)
+    embedder = tfidf.Embedder(found.embedding_VD, np.empty(0, np.float32))  # no weight of a term is read
+    arrays = {"centres_KD": found.centres_KD, "prices_K": np.zeros(len(found.names))}
+    return embedder, arrays, made_from.route_by_ensemble(manifest, found.record)
+
+
 def main() -> None:
     p = cli.parser(__doc__)
     p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
-    p.add_argument("--embedder", required=True, type=Path, help="embed/embedder.npz")
-    p.add_argument("--clusterer", required=True, type=Path, help="cluster/clusterer.npz")
+    p.add_argument("--embedder", type=Path, help="embed/embedder.npz")
+    p.add_argument("--clusterer", type=Path, help="cluster/clusterer.npz")
+    p.add_argument("--ensemble", type=Path, help="folder of an ensemble, instead of these two")
     p.add_argument("--tokenizer", required=True, type=Path, help="tokenizer/tokenizer.json")
     p.add_argument("--out", required=True, type=Path, help="route/distances.npz")
     args = p.parse_args()
+    if not args.ensemble and not (args.embedder and args.clusterer):
+        p.error("--embedder and --clusterer, or --ensemble")
     cli.start_logging("route", args.log)
 
     plan = plans.route(config.read(args.config))
     manifest = artifact.read_sealed(args.shards, "shards")
-    embedder = vectors.read_embedder(args.embedder, args.shards)
-    clusterer, record = read_clusterer(args.clusterer, args.embedder)
+    if args.ensemble:
+        embedder, clusterer, identities = of_ensemble(args.ensemble, manifest)
+    else:
+        embedder, clusterer, identities = of_run(args.embedder, args.clusterer, args.shards, manifest)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
     columns = documents(args.shards, manifest, plan.max_document_tokens, embedder, clusterer, tokenizer)
     named = heldout.documents(args.shards.parent, manifest, plan.max_document_tokens)
     held_out = (document for _, document in named)
     n_tokens = sum(entry["n_tokens"] for entry in manifest["shards"] if entry["split"] == "eval")
     d2_NK, offsets = distances(held_out, n_tokens, embedder, clusterer["centres_KD"], tokenizer, plan)
-    meta = artifact.make_meta("distances", made_from.route(manifest, record), plan.content())
+    meta = artifact.make_meta("distances", identities, plan.content())
     artifact.write_npz(args.out, meta, d2_NK=d2_NK, offsets=offsets, **columns)
     cli.log.info("routed %d documents, %d tokens", len(offsets) - 1, len(d2_NK))
 

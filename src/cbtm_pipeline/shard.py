@@ -8,6 +8,7 @@ shard of training documents, a shard of held-out documents, or one of each. So t
 number of workers, and the memory does not depend on the size of the corpus.
 """
 
+import dataclasses
 import re
 import shutil
 from collections import Counter
@@ -274,7 +275,7 @@ def _check_split(n: Counter[str], plan: ShardPlan) -> None:
                 else "Raise corpus.eval_fraction or set corpus.eval."
             )
         )
-    if not n["train"]:
+    if not n["train"] and plan.train:
         raise ValueError(
             f"corpus: none of the {n.total()} documents is left to train on. Expected some. "
             "Add documents to corpus.train or lower corpus.eval_fraction."
@@ -285,6 +286,8 @@ def _log_splits(shards: list[Entry]) -> None:
     n_shards = Counter(entry["split"] for entry in shards)
     n_documents, n_tokens, n_bytes = (_count(shards, k) for k in ("n_documents", "n_tokens", "n_bytes"))
     for split, what in (("eval", "held-out"), ("train", "training")):
+        if not n_shards[split]:
+            continue
         cli.log.info(
             "%d %s documents, %d tokens, %.1f MB, in %d shards",
             n_documents[split],
@@ -308,11 +311,14 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--workers", type=int, default=1, help="processes that make shards")
     p.add_argument("--demo", type=Path, help="the file that builtin:demo stands for")
     p.add_argument("--planned", type=Path, help="the list of files that the start of the run has found")
+    p.add_argument("--held-out", action="store_true", help="hold out all documents of corpus.train")
     args = p.parse_args(argv)
     cli.start_logging("shard", args.log)
     cfg = config.read(args.config)
-    seen = Path(cfg.outdir, content.SEEN)
-    make(plans.shard(cfg), args.tokenizer, args.out, args.workers, args.demo, seen, args.planned)
+    seen, plan = Path(cfg.outdir, content.SEEN), plans.shard(cfg)
+    if args.held_out:
+        plan = dataclasses.replace(plan, train=(), eval=plan.train, eval_fraction=None)
+    make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned)
 
 
 if __name__ == "__main__":

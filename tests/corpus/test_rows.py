@@ -215,3 +215,8 @@ def test_uniform_is_uniform_and_the_same_for_equal_texts() -> None:
         )
     assert corpus_rows.uniform(b"\xff" * 16) < 1
     assert numbers[5] == corpus_rows.uniform(corpus_rows.text_hash(b"text 5"))
+
+
+def test_without_an_id_field_documents_are_named_by_their_rows() -> None:
+    found = read(b'{"text": "a", "id": 3, "": "x"}', b'{"text": "b", "id": [1], "": {}}', id_field="")
+    assert found == [Document(7, 1, "a.jsonl:1", b"a"), Document(7, 2, "a.jsonl:2", b"b")]

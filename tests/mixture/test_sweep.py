@@ -119,5 +119,5 @@ def test_blocks_bound_memory_and_change_nothing(setting: Setting, monkeypatch: p
         monkeypatch.setattr(sweep, "BLOCK", block)
         np.testing.assert_array_equal(sweep.document_nll(documents, setting), whole)
     monkeypatch.setattr(sweep, "BLOCK", 60)
-    sizes = [len(block.d2_NK) for block in sweep._blocks(documents)]
+    sizes = [len(block.d2_NK) for block in sweep.blocks(documents)]
     assert sum(sizes) == len(documents.d2_NK) and max(sizes) <= 29 and len(sizes) > 3

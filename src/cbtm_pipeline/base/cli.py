@@ -42,6 +42,16 @@ def parser(description: str | None, config: bool = True) -> argparse.ArgumentPar
     return p
 
 
+def whole(value: str) -> int:
+    """A number of the command line, 1 or more."""
+    if (number := int(value)) < 1:
+        raise ValueError(value)
+    return number
+
+
+whole.__name__ = "whole number above 0"  # argparse names it in its message
+
+
 def _command() -> str | None:
     """How this process was started: `python -m <module>`; None (the name of the program) otherwise."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)

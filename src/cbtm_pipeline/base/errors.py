@@ -9,7 +9,9 @@ def first_sentence(error: BaseException) -> str:
 
 
 def make_again(path: str | Path) -> str:
-    """The advice for a file that does not belong to this run."""
+    """The advice for a file that does not belong to this run, or to its folder's request."""
+    if any((folder / "request.json").is_file() for folder in Path(path).parents[:3]):
+        return f"Remove {output_of(path)}, and type the same command again."
     return f"Make it again: snakemake --cores 2 --force {output_of(path)}"
 
 

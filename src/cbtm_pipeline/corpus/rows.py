@@ -16,6 +16,8 @@ import orjson
 
 from cbtm_pipeline.corpus.records import Defect, Part
 
+NO_TOKENS = "no tokens: the tokenizer drops every character of the text"  # a reason
+
 
 class Document(NamedTuple):
     """A usable document.
@@ -54,7 +56,7 @@ def n_bytes(part: Part) -> list[int]:
 def read(part: Part, text_field: str, id_field: str | None) -> Iterator[Document | BadRow]:
     """Parse and check the records of a part, in order.
 
-    Empty lines do not count as rows, but have a number.
+    Empty lines do not count as rows, but have a number. With an empty `id_field`, no ids are read.
     """
     parsed = zip(part.parse(part.records, text_field, id_field), n_bytes(part), strict=True)
     for line, (found, size) in enumerate(parsed, part.first):
@@ -64,7 +66,8 @@ def read(part: Part, text_field: str, id_field: str | None) -> Iterator[Document
             if isinstance(found, Defect):
                 raise found
             text, found_id = found
-            yield Document(part.file, line, _id(found_id) or f"{part.name}:{line}", _text(text))
+            own = _id(found_id) if id_field else None
+            yield Document(part.file, line, own or f"{part.name}:{line}", _text(text))
         except Defect as defect:
             yield BadRow(part.file, line, str(defect), size)
 

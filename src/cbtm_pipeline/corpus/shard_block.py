@@ -93,7 +93,7 @@ def make(setup: Setup, block: Block) -> Made:
         if in_held_out[i]:
             reason = "held-out text: a document of corpus.eval has exactly this text"
         elif not len(ids[i]):
-            reason = "no tokens: the tokenizer drops every character of the text"
+            reason = corpus_rows.NO_TOKENS
         elif block.split == "both":
             rows["eval" if corpus_rows.uniform(hashes[i]) < setup.eval_fraction else "train"].append(i)
         else:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file, save
 
+from cbtm_pipeline import config as run_config
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.publish import fresh, publish
 from cbtm_pipeline.clustering import words
+from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.inference import model_card, package
 
 ROUTER, README = "router.safetensors", "README.md"
@@ -70,6 +72,23 @@ def read(folder: Path) -> Set:
         terms = artifact.read_sealed(folder / package.TERMS, "top_terms")["top_terms"]
     tags = {name: dict(own) for name, own in config.get("tags", {}).items()}
     return Set(folder, record, config, names, tensors["embedding"], tensors["centres"], terms, tags)
+
+
+def of_run(outdir: Path, folder: Path) -> tuple[run_config.Config, Set]:
+    """The config of a run, and the set of an ensemble of it.
+
+    Raises ValueError if they do not belong together.
+    """
+    path = outdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file. Expected that of a finished run. Name its --outdir.")
+    cfg, found = run_config.read(path), read(folder)
+    if encoding.read_card(outdir / "tokenizer/tokenizer.json")["identity"] != tokenizer_of(found):
+        raise ValueError(
+            f"{folder}: another tokenizer than that of {outdir}. Expected an ensemble of this run. Name its "
+            "--outdir."
+        )
+    return cfg, found
 
 
 def check_file(folder: Path, record: Record, name: str) -> None:

@@ -13,7 +13,7 @@ where it lies: the folder can be moved and copied.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,12 +147,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The record of a folder all of whose files are as they were written. Raises ValueError otherwise."""
+def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    """The record of a folder whose files, those that are `wanted`, are as they were written.
+
+    Raises ValueError otherwise.
+    """
     record = read_record(folder)
     for name, expected in record["files"].items():
-        artifact.check_file(folder / name, expected, "Export or make it again.")
+        if wanted(name):
+            artifact.check_file(folder / name, expected, "Export or make it again.")
     return record
+
+
+def expert_identity(record: Mapping[str, Any], name: str) -> str:
+    """The identity of an expert of an ensemble: of all its files there."""
+    own = f"experts/{name}/"
+    return artifact.fingerprint({file: h for file, h in record["files"].items() if file.startswith(own)})
 
 
 def copy(folder: Path, to: Path) -> None:

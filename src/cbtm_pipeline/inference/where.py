@@ -35,13 +35,3 @@ def named(args: argparse.Namespace) -> Path:
     folder = args.model or which_run.named(args) / "ensemble"
     package.read_record(folder)
     return folder
-
-
-def whole(value: str) -> int:
-    """A number of the command line, 1 or more."""
-    if (number := int(value)) < 1:
-        raise ValueError(value)
-    return number
-
-
-whole.__name__ = "whole number above 0"  # argparse names it in its message

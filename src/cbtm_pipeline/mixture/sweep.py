@@ -49,7 +49,7 @@ class Result(NamedTuple):
 def document_costs(held_out: HeldOut, setting: Setting) -> Costs:
     """Nll and expert passes of each document under a router's mixture."""
     nll, passes = [], []
-    for block in _blocks(held_out):
+    for block in blocks(held_out):
         logw_NK = ROUTERS[setting.router].log_weights(block, setting)
         nll.append(-ensemble.document_sums(ensemble.mix(block.logprob_NK, logw_NK), block.offsets))
         passes.append(ensemble.passes_per_token(logw_NK, block.offsets))
@@ -65,13 +65,13 @@ def document_nll(held_out: HeldOut, setting: Setting) -> np.ndarray:
 def mixture_nll(held_out: HeldOut, log_weights: Callable[[HeldOut], np.ndarray]) -> np.ndarray:
     """Nll of each document under the mixture with these weights, (D,): the sum over its tokens, in nats."""
     nll = []
-    for block in _blocks(held_out):
+    for block in blocks(held_out):
         logprob_N = ensemble.mix(block.logprob_NK, log_weights(block))
         nll.append(-ensemble.document_sums(logprob_N, block.offsets))
     return np.concatenate(nll)
 
 
-def _blocks(held_out: HeldOut) -> Iterator[HeldOut]:
+def blocks(held_out: HeldOut) -> Iterator[HeldOut]:
     """Cut into blocks of whole documents: at most BLOCK log-probabilities each, or a single document."""
     n_documents = len(held_out.offsets) - 1
     size = max(1, BLOCK // held_out.d2_NK.shape[1])

@@ -97,6 +97,11 @@ def route(shards: Record, clusterer: Record) -> Identities:
     }
 
 
+def route_by_ensemble(shards: Record, ensemble: Record) -> Identities:
+    """Of distances to the centres of an ensemble's folder."""
+    return {"held_out": shards["identity_eval"], "ensemble": ensemble["seal"]}
+
+
 def eval_ensemble(distances: Record, scores: Mapping[str, Record]) -> Identities:
     """Of eval/metrics.json. `scores` are the records by expert."""
     return {"distances": distances["seal"], **{f"scores-{name}": r["seal"] for name, r in scores.items()}}
