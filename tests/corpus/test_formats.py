@@ -18,7 +18,7 @@ DOCS = made_texts.ROOT / "docs/corpus.md"
 
 
 def parse_tsv(
-    lines: Iterable[bytes], text_field: str, id_field: str
+    lines: Iterable[bytes], text_field: str, id_field: str | None
 ) -> Iterator[tuple[bytes, bytes] | Defect]:
     """A toy format: each line is an id, a tab and a text."""
     for line in lines:
