@@ -138,18 +138,17 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, QueuedJob]:
             events.write_json(path, cached)
     if cached["failed"]:
         raise Unreachable(cached["failed"])
-    return {values[0]: QueuedJob(*values) for values in cached["jobs"] or ()}
+    return {values[0]: QueuedJob(*values) for values in cached["jobs"]}
 
 
 def _cached(path: Path) -> dict[str, Any]:
     """The answer in a file of `shared_queue`. Where there is no whole one: an old one, without jobs."""
     found = events.read_json(path) or {}
     jobs, asked = found.get("jobs"), found.get("asked")
-    nothing: dict[str, Any] = {"asked": 0.0, "jobs": [], "failed": None}
-    is_whole = isinstance(asked, float) and isinstance(jobs, list) and "failed" in found
-    if is_whole and all(isinstance(job, list) and len(job) == len(_FIELDS) for job in jobs):
-        return found
-    return nothing
+    if isinstance(asked, float) and isinstance(jobs, list) and "failed" in found:
+        if all(isinstance(job, list) and len(job) == len(_FIELDS) for job in jobs):
+            return found
+    return {"asked": 0.0, "jobs": [], "failed": None}
 
 
 def ended_as(job_id: str) -> str | None:
