@@ -145,9 +145,10 @@ def _cached(path: Path) -> dict[str, Any]:
     """The answer in a file of `shared_queue`. Where there is no whole one: an old one, without jobs."""
     found = events.read_json(path) or {}
     jobs, asked = found.get("jobs"), found.get("asked")
-    if isinstance(asked, float) and isinstance(jobs, list) and "failed" in found:
-        if all(isinstance(job, list) and len(job) == len(_FIELDS) for job in jobs):
-            return found
+    if not isinstance(asked, float) or not isinstance(jobs, list) or "failed" not in found:
+        jobs = [None]
+    if all(isinstance(job, list) and len(job) == len(_FIELDS) for job in jobs):
+        return found
     return {"asked": 0.0, "jobs": [], "failed": None}
 
 
