@@ -9,7 +9,7 @@ Nothing of the run is an output here. The names of the rules are those of the ru
 """
 
 
-include: "rules/asked.smk"
+include: "asked.smk"
 
 
 WORK = f"{OUT}/work/{NAME}"

@@ -10,7 +10,7 @@ those of the run, so a profile holds for both.
 """
 
 
-include: "rules/asked.smk"
+include: "asked.smk"
 
 
 wildcard_constraints:

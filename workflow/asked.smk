@@ -1,5 +1,5 @@
 # What the workflows of commands share: the request and the config that the command has left in its folder, and rule shard.
-include: "environment.smk"
+include: "rules/environment.smk"
 
 
 from cbtm_pipeline import config as schema
