@@ -52,7 +52,8 @@ def request(
         "corpus": cfg.corpus.model_dump(exclude={"train", "eval"}),
         "tags": dict(tags),
     }
-    corpus = content.of_corpus(cfg.corpus.train, None, None, outdir / content.SEEN)
+    # until the folder is this command's own, nothing is written there
+    corpus = content.of_corpus(cfg.corpus.train, None, None, outdir / content.SEEN, remember=False)
     return artifact.make_meta(
         snakemake_run.KIND, {"corpus": corpus, "ensemble": found.record["seal"]}, **about
     )

@@ -41,16 +41,16 @@ def evaluate(folder: Path, tasks: Sequence[str], **model_args: Any) -> list[Row]
     metric: `task`, `metric`, `value`, `stderr` (None if there is none), `n_examples`, `n_shots`. Raises
     ValueError if the harness cannot do it.
     """
-    with _quiet(), tempfile.TemporaryDirectory() as cache, _explained("eval.tasks"):
+    with _quiet(), tempfile.TemporaryDirectory() as cache, _explained("eval.tasks", ValueError, OSError):
         return list(_rows(folder, tasks, Path(cache), model_args))
 
 
 @contextlib.contextmanager
-def _explained(where: str) -> Iterator[None]:
+def _explained(where: str, *passed: type[Exception]) -> Iterator[None]:
     """Raise ValueError for whatever the harness raises: tasks are code and data of others."""
     try:
         yield
-    except (ValueError, OSError, MemoryError):
+    except (MemoryError, *passed):
         raise
     except Exception as error:
         raise ValueError(

@@ -129,12 +129,13 @@ def _load(folder: Path, where: str, whole: bool = False) -> "PreTrainedModel":
 
     assume_unpacked_sequences()
     options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are in `info`, and refused below
     try:
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
         raise ValueError(
             f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. "
-            "Download it again."
+            "Save or download it again."
         ) from error
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
