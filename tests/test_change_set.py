@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -468,9 +469,21 @@ def test_a_further_expert_is_added_to_a_changed_set(grown: Path, tmp_path: Path)
         "--steps",
         4,
     ]
-    run = add(project, *argv)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout == "both: 4 experts, law-2 began as law\n"
+    words = [sys.executable, "-m", "cbtm_pipeline", "add-expert", *map(str, argv)]
+    first = subprocess.Popen(words, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (project / "results/added/law-2/request.json").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = add(
+        project, "law-2", "--corpus", "law.jsonl", "--from", "results/ensemble-law", "--out", "other"
+    )
+    assert second.returncode == 1 and second.stderr.count("\n") == 1
+    assert second.stderr.startswith("results/added/law-2: another run is writing here (")
+    printed, log = first.communicate()
+    assert first.returncode == 0, printed + log
+    assert printed == "both: 4 experts, law-2 began as law\n" and not (project / "other").exists()
+    planned = config.read(project / "results/added/law-2/config.json").corpus.train
+    assert planned == [str(project / "more.jsonl")]
     package.verify(project / "both")
     assert model_of(project / "both").names == ["0", "1", "law", "law-2"]
     assert model_of(project / "both").config.tags == {"law": {"licence": "cc-by-nc"}}

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import made_ensemble as made
@@ -183,3 +185,9 @@ def test_add_expert_says_which_option_names_the_file(outdir: Path, tmp_path: Pat
     config.write(config.validate(changed(outdir=str(outdir), cluster__k=3)), outdir / "config.json")
     line = error(capsys, add_expert.main, "law", "--corpus", tmp_path / "a.csv", "--outdir", outdir)
     assert "a.csv: unknown format." in line and line.endswith("Convert the file, or correct --corpus.\n")
+
+
+def test_score_says_which_option_names_the_column(outdir: Path, tmp_path: Path, capsys) -> None:
+    pq.write_table(pa.table({"body": ["butter"]}), tmp_path / "a.parquet")
+    line = error(capsys, score.main, tmp_path / "a.parquet", "--outdir", outdir)
+    assert "no column text." in line and line.endswith("Set --text-field.\n")

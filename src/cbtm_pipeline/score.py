@@ -300,7 +300,8 @@ def main() -> None:
     if mixture.n_positions and context > mixture.n_positions:
         raise ValueError(f"--context: {context}. Expected at most {mixture.n_positions}. Lower it.")
     windows = Windows(context, min(args.stride or max(1, context // 2), context))
-    scored = (score_by_jobs if _has_jobs(args) else score_here)(args, mixture, windows)
+    with worded.worded("FILE"):
+        scored = (score_by_jobs if _has_jobs(args) else score_here)(args, mixture, windows)
     if scored is None:
         return
     found = [result(file, scored[1]) for file in scored[0]]
