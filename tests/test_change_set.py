@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,7 +272,18 @@ def test_bad_input_to_add_expert_is_one_line(whole: Path, tmp_path: Path, monkey
         ("law", "--corpus", tmp_path / "none.jsonl"): "none.jsonl: no such file.",
         ("law", "--corpus", tmp_path / "gone.txt"): "gone.txt: No such file or directory. Expected to read",
         ("law", "--corpus", corpus, "--tag", "cc-by"): "--tag: 'cc-by'. Expected key=value",
-        ("law", "--corpus", corpus, "--steps", 0): "train.steps: 0. Expected",
+        (
+            "law",
+            "--corpus",
+            corpus,
+            "--steps",
+            0,
+        ): "--steps: 0. Expected greater than or equal to 1. Change it.\n",
+        ("law", "--corpus", corpus, "--eval-fraction", 1): "--eval-fraction: 1.0. Expected less than 1.",
+        ("law", "--corpus", corpus, "--tag", TAG, "--tag", "licence=mit"): (
+            "--tag: licence=cc-by-nc and licence=mit. Expected one value for a key. Leave one out.\n"
+        ),
+        ("law", "--corpus", corpus, "--tag", "experts=3"): "--tag: 'experts=3'. Expected another key",
         ("law", "--corpus", corpus, "--out", full): f"{full}: not empty. Expected a new folder.",
         ("law", "--corpus", corpus, "--from", full): f"{full}: no ensemble.",
         ("law", "--corpus", corpus, "--from", path.parent): "another tokenizer than that of",
@@ -308,8 +320,9 @@ def test_bad_input_to_remove_and_replace_is_one_line(base: Path, tmp_path: Path,
     (tmp_path / "empty.jsonl").write_text("")
     for folder, more, line in (
         ("none", (), "none: no config.json. Expected the folder of an expert."),
-        ("tokenizer", (), "tokenizer: another tokenizer. Expected that of"),
+        ("tokenizer", (), "tokenizer/tokenizer.json: not a tokenizer"),
         ("bare", (), "bare: no tokenizer. Expected that of"),
+        ("other/experts/1", ("--tag", TAG, "--tag", "licence=mit"), "Expected one value for a key."),
         ("damaged", (), "another file than it was"),
         ("vocabulary", (), "vocabulary: a vocabulary of 301 tokens. Expected 300,"),
         ("other/experts/1", ("--tag", "=x"), "--tag: '=x'. Expected key=value"),
@@ -419,8 +432,12 @@ def test_the_same_command_goes_on_where_it_was_and_other_documents_are_refused(
     project = tmp_path / "project"
     shutil.copytree(grown, project, symlinks=True)
     again = add(project, "law", "--corpus", "law.jsonl", "--tag", TAG)
-    assert again.returncode == 1
-    assert again.stderr == "results/ensemble-law: not empty. Expected a new folder. Give another name.\n"
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == "results/ensemble-law: already made, with law\n"
+    for tags in ((), ("--tag", "licence=mit")):
+        other = add(project, "law", "--corpus", "law.jsonl", *tags, "--out", "untagged")
+        assert other.returncode == 1 and not (project / "untagged").exists()
+        assert other.stderr.startswith("results/added/law: was begun with another tags. Expected the same")
     weights = project / "results/added/law/experts/law/model.safetensors"
     before = weights.read_bytes()
     weights.unlink()
@@ -431,7 +448,7 @@ def test_the_same_command_goes_on_where_it_was_and_other_documents_are_refused(
     assert add(project, "law", "--corpus", "law.jsonl", "--tag", TAG).returncode == 0
     assert weights.read_bytes() == before, "training is a function of config and data"
     write_law(project / "law.jsonl", rng_seed=6)
-    other = add(project, "law", "--corpus", "law.jsonl", "--out", "results/third")
+    other = add(project, "law", "--corpus", "law.jsonl", "--tag", TAG, "--out", "results/third")
     assert other.returncode == 1 and other.stderr.count("\n") == 1
     assert "was begun with another made_from. Expected the same command." in other.stderr
 
@@ -452,9 +469,21 @@ def test_a_further_expert_is_added_to_a_changed_set(grown: Path, tmp_path: Path)
         "--steps",
         4,
     ]
-    run = add(project, *argv)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout == "both: 4 experts, law-2 began as law\n"
+    words = [sys.executable, "-m", "cbtm_pipeline", "add-expert", *map(str, argv)]
+    first = subprocess.Popen(words, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (project / "results/added/law-2/request.json").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = add(
+        project, "law-2", "--corpus", "law.jsonl", "--from", "results/ensemble-law", "--out", "other"
+    )
+    assert second.returncode == 1 and second.stderr.count("\n") == 1
+    assert second.stderr.startswith("results/added/law-2: another run is writing here (")
+    printed, log = first.communicate()
+    assert first.returncode == 0, printed + log
+    assert printed == "both: 4 experts, law-2 began as law\n" and not (project / "other").exists()
+    planned = config.read(project / "results/added/law-2/config.json").corpus.train
+    assert planned == [str(project / "more.jsonl")]
     package.verify(project / "both")
     assert model_of(project / "both").names == ["0", "1", "law", "law-2"]
     assert model_of(project / "both").config.tags == {"law": {"licence": "cc-by-nc"}}
@@ -468,9 +497,24 @@ def test_an_unusable_corpus_ends_in_one_line_of_ours(grown: Path) -> None:
     (grown / "bad.jsonl").write_text("no json\n" * 9)
     run = add(grown, "bad", "--corpus", "bad.jsonl")
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert "corpus: 9 of 9 rows (100.00%) cannot be used" in run.stderr
+    assert "--corpus: 9 of 9 rows (100.00%) cannot be used" in run.stderr
+    assert "mend the rows or change --max-bad-share." in run.stderr and "max_bad_share" not in run.stderr
     last = run.stderr.splitlines()[-1]
     assert last.startswith(
         "snakemake: ended with status 1. Expected a trained expert. See results/added/bad/logs"
     )
     assert not (grown / "results/ensemble-bad").exists()
+    (grown / "bad.jsonl").write_text('{"id": "a", "text": "court"}\n')
+    run = add(grown, "bad", "--corpus", "bad.jsonl", "--eval-fraction", "0.001")
+    assert run.returncode == 1 and "was begun with" not in run.stderr
+    assert "Raise --eval-fraction or give more documents." in run.stderr
+    (grown / "bad.jsonl").write_text('{"id": "a", "text": "\u4e00"}\n{"id": "b", "text": "\u4e01"}\n')
+    before = {path: path.read_bytes() for path in (grown / "results/added").rglob("*") if path.is_file()}
+    for name in ("bad", "never"):
+        shown = add(grown, name, "--corpus", "law.jsonl", "--dry-run")
+        assert shown.returncode == 0 and "rule shard:" in shown.stdout, shown.stderr
+    after = {path: path.read_bytes() for path in (grown / "results/added").rglob("*") if path.is_file()}
+    assert {path for path in after if path.name != ".command.lock"} == {*before} - {
+        path for path in before if path.name == ".command.lock"
+    }
+    assert all(after[path] == content for path, content in before.items() if path.name != ".command.lock")

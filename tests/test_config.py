@@ -68,6 +68,15 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ({"tags": {"licence": ""}}, "tags.licence: ''. Expected a name"),
         ({"tags": {"licence": 3}}, "tags.licence: 3. Expected string"),
         ({"tags": "cc-by"}, "tags: 'cc-by'. Expected dict"),
+        ({"tags": {"a b": "x"}}, "tags.*a b.*Expected"),
+        ({"tags": {"experts": "3"}}, "tags.experts: '3'. Expected tags by expert, such as"),
+        ({"tags": {"experts": {"3": "mit"}}}, "tags.experts: .* Expected tags by expert"),
+        ({"tags": {"experts": {"0": {"licence": 3}}}}, "tags.experts.0.licence: 3. Expected string"),
+        ({"tags": {"experts": {"0": {"a b": "x"}}}}, "tags.experts.0: 'a b'. Expected a key without spaces"),
+        (
+            {"cluster__k": 3, "tags": {"experts": {"3": {"licence": "mit"}}}},
+            "tags.experts.3: no expert of this run. Expected 0 to 2, by cluster.k.",
+        ),
     ],
 )
 def test_bad_config_is_one_clear_line(change: dict[str, Any], message: str) -> None:
@@ -131,3 +140,10 @@ def test_a_wrong_key_stops_a_run_before_anything_is_planned(tmp_path: Path) -> N
     )
     assert "Traceback" not in run.stdout + run.stderr
     assert not list(tmp_path.rglob("results")) and "Building DAG" not in run.stdout + run.stderr
+
+
+def test_one_expert_has_another_licence_than_the_others() -> None:
+    tags = {"licence": "cc-by", "owner": "me", "experts": {1: {"licence": "mit"}}}
+    found = config.validate(changed(cluster__k=3, tags=tags)).tags
+    assert config.tags_of(found, "1") == {"licence": "mit", "owner": "me"}
+    assert config.tags_of(found, "0") == config.tags_of(found, "dense") == {"licence": "cc-by", "owner": "me"}

@@ -4,6 +4,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from cbtm_pipeline import config, eval_task, plan, tasks_table
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.inference import harness
 from cbtm_pipeline.provenance import made_from, records, stale, task_files
-from made_project import ROOT, TOPICS, done, snakemake
+from made_project import ROOT, TOPICS, done, make_project, snakemake, snakemake_command
 from made_run import make_config, run_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
@@ -150,6 +152,46 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
         task_files.check_names(["lambada_openia"])
 
 
+@pytest.mark.slow
+def test_a_bad_task_stops_a_dry_run_a_preview_and_doctor_before_anything_is_trained(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project")
+    path = write_task(tmp_path / "task")
+    (project / "good.yaml").write_text(yaml.safe_dump({"eval": {"tasks": [str(path)]}}))
+    (project / "name.yaml").write_text("eval: {tasks: [lambada_openia]}\n")
+    path.with_name("bad.yaml").write_text(yaml.safe_dump({**TASK, "task": "bad", "output_typ": "x"}))
+    (project / "bad.yaml").write_text(yaml.safe_dump({"eval": {"tasks": [str(path.with_name("bad.yaml"))]}}))
+    for name, line in {
+        "good": "",
+        "name": "eval.tasks: lambada_openia. Expected a task",
+        "bad": f"{path.with_name('bad.yaml')}: TypeError: ",
+    }.items():
+        files = ("small.yaml", f"{name}.yaml")
+        for words in (
+            snakemake_command("-n", "--quiet", "all", configfiles=files),
+            [sys.executable, "-m", "cbtm_pipeline", "preview", "--configfile", *files],
+            [sys.executable, "-m", "cbtm_pipeline", "doctor", "--configfile", *files],
+        ):
+            run = subprocess.run(words, cwd=project, capture_output=True, text=True)
+            assert line in run.stdout + run.stderr and "Traceback" not in run.stderr, run
+            assert (run.returncode == 0) == (name == "good"), run
+    assert not (project / "results").exists()
+
+
+def test_a_task_file_that_makes_no_task_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = write_task(tmp_path)
+    harness.check([str(path)])
+    for keys, line in (
+        ({"output_typ": "x"}, "TypeError"),
+        ({"output_type": "none"}, "Expected"),
+        ({"metadata": {"cbtm": {"limits": 3}}}, "metadata.cbtm.limits: unknown key."),
+        ({"test_split": "text"}, "Expected"),
+    ):
+        path.write_text(yaml.safe_dump({**TASK, **keys}))
+        with pytest.raises(ValueError) as error:
+            harness.check([str(path)])
+        assert str(path) in str(error.value) and "\n" not in str(error.value) and line in str(error.value)
+
+
 def test_texts_about_an_ensemble_are_no_other_model() -> None:
     files = {
         "config.json": "1",
@@ -159,13 +201,50 @@ def test_texts_about_an_ensemble_are_no_other_model() -> None:
     }
 
     def identity(**changed: str) -> str:
-        return made_from.eval_task({"kind": "ensemble", "files": {**files, **changed}}, {})["model"]
+        of_this = made_from.computes({"n_active": 2}, {**files, **changed})
+        return made_from.eval_task({"kind": "ensemble", "computes": of_this}, {})["model"]
 
     assert identity() == identity(**{"README.md": "9", "experts/0/card.json": "9"})
     assert (
-        len({identity(), identity(**{"config.json": "9"}), identity(**{"experts/0/model.safetensors": "9"})})
+        len(
+            {
+                identity(),
+                identity(**{"router.safetensors": "9"}),
+                identity(**{"experts/0/model.safetensors": "9"}),
+            }
+        )
         == 3
     )
+
+
+def test_other_tags_are_no_other_model_and_another_router_is_one() -> None:
+    config = {"router": "paper", "tags": {"0": {"licence": "mit"}}}
+    found = made_from.computes(config, {"config.json": "1", "router.safetensors": "2"})
+    assert found == made_from.computes(
+        {"router": "paper", "tags": {}}, {"config.json": "9", "router.safetensors": "2"}
+    )
+    assert found != made_from.computes(
+        {**config, "router": "filter"}, {"config.json": "1", "router.safetensors": "2"}
+    )
+
+
+def test_other_tags_pack_the_ensemble_again_and_give_nobody_a_task() -> None:
+    cfg = make_config(eval={"tasks": "lambada_openai"})
+
+    def ran(*reasons: stale.Reason, downstream: bool = False, anew: tuple[str, ...] = ()) -> set[str]:
+        states: stale.States = {}
+        for job, inputs in stale.jobs(cfg).items():
+            own = list(reasons) if job.rule == "ensemble" else []
+            waits = any(states[i].runs and not stale.spares(job, i, states) for i in inputs)
+            states[job] = stale.State(own, waits or (downstream and job.rule == "ensemble"), {})
+        return {job.rule for job in stale.start(cfg, states, stale.Asked([], anew, False, False)).run}
+
+    tags = stale.Reason("its plan has changed", "tags", None, {"licence": "mit"})
+    assert ran(tags) == {"ensemble"}
+    rest = {"ensemble", "eval_task", "tasks_table", "report"}
+    assert ran(tags, stale.Reason("its input clusterer has changed")) == rest
+    assert ran(tags, downstream=True) == rest
+    assert ran(anew=("ensemble",)) == rest
 
 
 # --- rows of results ----------------------------------------------------------------------------------------

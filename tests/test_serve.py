@@ -479,7 +479,7 @@ def test_a_bad_start_is_one_line(folder: Path, tmp_path: Path) -> None:
         cases: list[tuple[str, str]] = [
             (run("--outdir", tmp_path), "ensemble: no ensemble. Expected files.json"),
             (run("--model", tmp_path / "empty"), "no ensemble"),
-            (run("--model", folder / "experts/garden"), "garden: no ensemble. Expected files.json"),
+            (run("--model", folder / "experts/garden"), "garden: one model (llama). Expected an ensemble."),
             (run(*model, "--host", "0.0.0.0"), "--host: 0.0.0.0 without a key"),
             (run(*model, "--host", "0.0.0.0", CBTM_API_KEY=""), "CBTM_API_KEY: empty"),
             (run(*model, "--api-key", "a b"), "CBTM_API_KEY: empty, or with other characters"),

@@ -46,7 +46,10 @@ def launch(rule, name=None, state_folder=None):
 
 
 onstart:
-    lock.hold(OUT)
+    try:
+        lock.hold(OUT)
+    except ValueError as error:
+        sys.exit(cli.explain(error))
 
 
 rule shard:
@@ -64,7 +67,11 @@ rule shard:
         config=RUN_CONFIG,
         planned=f"{OUT}/{content.PLANNED}",
         tokenizer=ASKED["tokenizer"],
-        held_out=["--held-out"] if ASKED.get("held_out") else [],
+        held_out=(
+            ["--held-out", "--called=FILE"]
+            if ASKED.get("held_out")
+            else ["--called=--corpus"]
+        ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {params.tokenizer:q}"
         " {params.held_out:q} --workers {threads} --planned {params.planned:q} --out {output:q} --log {log:q}"

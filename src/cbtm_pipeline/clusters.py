@@ -1,9 +1,12 @@
 """Show the clusters of a run: their size, what sets them apart, and how well their experts do.
 
     cbtm clusters
+    cbtm clusters --model DIR
 
-The validation loss (nats per token) is that of the expert on held-out documents of its own cluster, at the
-end of its training. What is not made yet is left out. It is also `python -m cbtm_pipeline.clusters`.
+With --model, there is a row for each expert of an ensemble that lies elsewhere or was changed; documents and
+tokens are not known there. The validation loss (nats per token) is that of the expert on held-out documents
+of its own cluster, at the end of its training. What is not made yet is left out. It is also
+`python -m cbtm_pipeline.clusters`.
 """
 
 import argparse
@@ -13,6 +16,7 @@ from typing import Any
 
 from cbtm_pipeline.base import artifact, cli, printable
 from cbtm_pipeline.base.printable import printable as as_printable
+from cbtm_pipeline.inference import changed_set, where
 from cbtm_pipeline.ops import which_run
 
 N_TERMS = 8
@@ -49,14 +53,26 @@ def read(outdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_model(folder: Path) -> list[dict[str, Any]]:
+    """A row for each expert of an ensemble. Raises ValueError for a damaged file."""
+    found = changed_set.read(folder)
+    nothing = {"n_documents": None, "n_tokens": None, "share": None}
+    rows = []
+    for name, terms in zip(found.names, found.terms, strict=True):
+        loss = changed_set.read_card(folder / "experts" / name).get("validation_loss")
+        own = [term.strip() for term in terms]
+        rows.append({"cluster": name, **nothing, "validation_loss": loss, "top_terms": own})
+    return rows
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned plain text."""
     cells = [
         (
             f"{row['cluster']}",
-            f"{row['n_documents']:,}",
-            f"{row['n_tokens']:,}",
-            f"{100 * row['share']:.1f} %",
+            "" if row["n_documents"] is None else f"{row['n_documents']:,}",
+            "" if row["n_tokens"] is None else f"{row['n_tokens']:,}",
+            "" if row["share"] is None else f"{100 * row['share']:.1f} %",
             "" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}",
             as_printable(" ".join(row["top_terms"][:N_TERMS]), keep=""),
         )
@@ -71,10 +87,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which_run.add_options(p)
+    where.add_options(p)
     p.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     args = p.parse_args()
-    rows = read(which_run.named(args))
+    rows = read_model(where.named(args)) if args.model else read(which_run.named(args))
     printable.show(json.dumps(rows, indent=1, ensure_ascii=False) + "\n" if args.json else table(rows))
 
 

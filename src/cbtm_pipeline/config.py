@@ -46,6 +46,9 @@ Positive = Annotated[Float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+TAG_KEY = r"[^\s=:]+"
+OF_EXPERTS = "experts"  # the key of section tags that holds the tags of single experts
+TagKey = Annotated[str, Field(pattern=f"^{TAG_KEY}$")]
 Name = Annotated[str, Field(pattern=r"\S")]  # a folder or a name on the hub, or a revision there
 Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
 
@@ -63,6 +66,39 @@ RouterName = Annotated[str, AfterValidator(_router)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _tags(tags: dict[str, Any]) -> dict[str, Any]:
+    """Refuse values that are no names. `experts` has the tags of single experts; their names become text."""
+    own = tags.get(OF_EXPERTS, {})
+    if not isinstance(own, dict) or not all(isinstance(some, dict) for some in own.values()):
+        _refuse_tag(f"tags.{OF_EXPERTS}", own, 'tags by expert, such as {"3": {licence: mit}}')
+    shared = {key: value for key, value in tags.items() if key != OF_EXPERTS}
+    for where, some in {
+        "tags": shared,
+        **{f"tags.{OF_EXPERTS}.{name}": some for name, some in own.items()},
+    }.items():
+        for key, value in some.items():
+            if not re.fullmatch(TAG_KEY, str(key)):
+                _refuse_tag(where, key, "a key without spaces, = and :")
+            if not isinstance(value, str):
+                _refuse_tag(f"{where}.{key}", value, "string")
+            if not value.strip():
+                _refuse_tag(f"{where}.{key}", value, "a name")
+    experts = {OF_EXPERTS: {str(name): dict(some) for name, some in own.items()}} if own else {}
+    return {**shared, **experts}
+
+
+def _refuse_tag(key: str, found: Any, expected: str) -> None:
+    raise PydanticCustomError(
+        "tag", "{text}", {"text": f"{key}: {_show(found)}. Expected {expected}. Change it in your config."}
+    )
+
+
+def tags_of(tags: Mapping[str, Any], expert: str) -> dict[str, str]:
+    """The tags of an expert, by section tags: those of all, and its own over them."""
+    shared = {key: value for key, value in tags.items() if key != OF_EXPERTS}
+    return {**shared, **tags.get(OF_EXPERTS, {}).get(expert, {})}
 
 
 class Corpus(_Section):
@@ -165,7 +201,7 @@ class Run(_Section):
 
 class Config(_Section):
     outdir: str
-    tags: dict[Annotated[str, Field(pattern=r"^[^\s=:]+$")], Name]
+    tags: Annotated[dict[TagKey, Any], AfterValidator(_tags)]
     seed: Annotated[int, Field(ge=0)]
     corpus: Corpus
     tokenizer: Tokenizer
@@ -214,6 +250,12 @@ def validate(content: Any) -> Config:
             "training has seen would be reported on."
         )
     _check_revisions(config)
+    for name in config.tags.get(OF_EXPERTS, {}):
+        if name not in map(str, range(config.cluster.k)):
+            raise ValueError(
+                f"tags.{OF_EXPERTS}.{name}: no expert of this run. Expected 0 to {config.cluster.k - 1}, by "
+                "cluster.k. Change it in your config."
+            )
     return config
 
 
@@ -251,6 +293,8 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _explain(error: Any) -> str:
+    if error["type"] == "tag":
+        return error["msg"]
     key = ".".join(
         str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained"))
     )

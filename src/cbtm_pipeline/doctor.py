@@ -25,6 +25,7 @@ CHECKS = (  # in this order: later checks use what earlier ones found
     slurm_checks.check_records,
     run_checks.check_model,
     run_checks.check_encoder,
+    run_checks.check_tasks,
     run_checks.check_folder,
     run_checks.check_files,
     slurm_checks.check_stops,

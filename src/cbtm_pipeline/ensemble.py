@@ -115,7 +115,8 @@ def make(files: Files, out: Path, plan: EnsemblePlan) -> Record:
         files.experts, metrics["matrix"]["experts"], tokenizer["identity"], metrics["weights"]
     )
     cards = {name: card for name, (_, card) in experts.items()}
-    row, tags = best(metrics), {name: dict(plan.tags or {}) for name in cards if plan.tags}
+    row = best(metrics)
+    tags = {name: own for name in cards if (own := config.tags_of(plan.tags or {}, name))}
     parts = package.Parts(
         embedding_VD=embedder["E_VD"],
         centres_KD=clusterer["centres_KD"],

@@ -1,9 +1,11 @@
 """Copy the ensemble of a finished run to a folder of its own, to give it away or to keep it.
 
     cbtm export DIR
+    cbtm export DIR --model results/ensemble-law
     cbtm export --moe DIR
 
-Every file is verified, and everybody can read the copies. The folder needs nothing from the run. It is also
+With --model, it is any other ensemble. Every file is verified, and everybody can read the copies. The folder
+needs nothing from the run. It is also
 `python -m cbtm_pipeline.export`.
 
 With --moe, it is a mixture-of-experts model of a stock architecture instead, which engines load. That is
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from cbtm_pipeline import config
 from cbtm_pipeline.base import artifact, cli, printable
-from cbtm_pipeline.inference import package
+from cbtm_pipeline.inference import package, where
 from cbtm_pipeline.mixture import verdict
 from cbtm_pipeline.ops import which_run
 
@@ -46,11 +48,14 @@ def main() -> None:
     )
     p.add_argument("--steps", type=int, default=0, help="with --moe: train the routers for so many steps")
     p.add_argument("--measure", action="store_true", help="with --moe: its perplexity on held-out text")
-    which_run.add_options(p)
+    where.add_options(p)
     args = p.parse_args()
+    if args.moe and args.model:
+        expected = "the run that trained the experts, for their routers"
+        raise ValueError(f"--model: with --moe. Expected {expected}. Give --outdir instead.")
     if args.moe:
         return export_moe(which_run.named(args), args.dir, args.steps, args.measure)
-    folder = which_run.named(args) / "ensemble"
+    folder = where.named(args)
     package.copy(folder, args.dir)
     n_bytes = sum(path.stat().st_size for path in package.files(args.dir))
     printable.show(f"{args.dir}: an ensemble of {n_bytes / 1e6:,.1f} MB", end="\n")

@@ -23,6 +23,6 @@ class Plan:
 
 @dataclass(frozen=True)
 class EnsemblePlan(Plan):
-    """Rule `ensemble`. `tags` say of every expert of the run whose its text is, under which licence ..."""
+    """Rule `ensemble`. `tags` say of the run's experts whose their text is, under which licence ..."""
 
-    tags: Mapping[str, str] | None = None
+    tags: Mapping[str, Any] | None = None  # section tags of the config

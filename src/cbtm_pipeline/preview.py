@@ -19,6 +19,7 @@ from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.inference import harness
 from cbtm_pipeline.ops import cost, lenient, planned
 from cbtm_pipeline.provenance import expert_files, kept, stale
 from cbtm_pipeline.provenance.stale import Asked, Job, Reason, Start, States
@@ -197,7 +198,7 @@ def main() -> None:
     )
     p.add_argument("targets", nargs="*", help="rules or files, as given to snakemake; default: the whole run")
     args = p.parse_args()
-    cfg = config.validate(planned.read_config(["config.yaml", *args.configfile]))
+    cfg = config.validate(planned.read_config(planned.config_files(args.configfile)))
     corpus_files.find(cfg.corpus.train, cfg.corpus.eval)  # raises ValueError that names what is missing
     for target in args.targets:
         if target not in OTHERS and not stale.named(cfg, [target]):
@@ -205,6 +206,7 @@ def main() -> None:
             expected = f"Expected a rule ({rules}) or a file that one makes"
             raise ValueError(f"{target}: nothing of this run. {expected}. Correct it.")
     states = stale.look(cfg)
+    harness.check_at_start(cfg, states)
     found = lines(cfg, states, stale.start(cfg, states, Asked(args.targets, [], False, False)))
     print(printable("\n".join(found or [f"{cfg.outdir}: nothing to do"])))
 

@@ -2,86 +2,29 @@
 
     cbtm replace-expert NAME --with FOLDER --from DIR --out DIR
 
-The model must have the tokenizer and the vocabulary of the ensemble. Its centre is that of the expert before,
-or with --corpus the mean of these documents' vectors. It is also `python -m cbtm_pipeline.replace_expert`.
+The model must have the tokenizer and the vocabulary of the ensemble, and at least its context. It is loaded
+once, so that one that cannot run is refused. Its centre is that of the expert before, or with --corpus the
+mean of these documents' vectors. It is also `python -m cbtm_pipeline.replace_expert`.
 """
 
 import argparse
-import json
-import math
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbtm_pipeline.base import artifact, cli, printable
+from cbtm_pipeline.base import cli, printable
 from cbtm_pipeline.corpus import blocks, encoding, rows, token_files
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.inference import changed_set, package
+from cbtm_pipeline.inference import changed_set, fitting, package
+from cbtm_pipeline.ops import worded
 
 if TYPE_CHECKING:
     from cbtm_pipeline.inference import branch
 
 PART_BYTES = 1 << 24
-MAX_HEADER = 1 << 27  # bytes
 N_DOCUMENTS = 1024  # that are embedded at once
-
-
-def check(folder: Path, found: changed_set.Set) -> dict[str, Any]:
-    """The card of the expert in a folder. Raises ValueError unless it fits into the set.
-
-    A model that was not trained by a run gets the card that is written later.
-    """
-    for name in (package.CONFIG, changed_set.WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder}: no {name}. Expected the folder of an expert. Give another, or save the model "
-                "in one file."
-            )
-    card = changed_set.read_card(folder)
-    if card:
-        artifact.check_file(folder / changed_set.WEIGHTS, card["weights"], "Remove card.json if it is new.")
-    own, expected = folder / "tokenizer.json", changed_set.tokenizer_of(found)
-    tokenizer = artifact.identity(own) if own.exists() else card.get("made_from", {}).get("tokenizer")
-    if tokenizer != expected:
-        raise ValueError(
-            f"{folder}: {'another' if tokenizer else 'no'} tokenizer. Expected that of {found.folder}. Give "
-            "an expert that was trained with it."
-        )
-    sizes = [
-        artifact.read_json(path / package.CONFIG).get("vocab_size")
-        for path in (folder, found.folder / "experts" / found.names[0])
-    ]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{folder}: a vocabulary of {sizes[0]} tokens. Expected {sizes[1]}, as the other experts have. "
-            "Give another expert."
-        )
-    return card or new_card(folder, tokenizer)
-
-
-def new_card(folder: Path, tokenizer: str) -> dict[str, Any]:
-    """The card of a model that has none: what its files say."""
-    weights, config = folder / changed_set.WEIGHTS, artifact.read_json(folder / package.CONFIG)
-    about = {"expert": folder.name, "weights": artifact.identity(weights), "n_parameters": _size(weights)}
-    about["identity"] = artifact.fingerprint([about["weights"], artifact.identity(folder / package.CONFIG)])
-    context = config.get("max_position_embeddings") or config.get("n_positions")
-    made_with = {"seq_len": context} if context else {}
-    return artifact.make_meta("expert", {"tokenizer": tokenizer}, made_with, **about)
-
-
-def _size(weights: Path) -> int:
-    """The number of parameters in a safetensors file, by its header. Raises ValueError if it is none."""
-    with weights.open("rb") as file:
-        try:
-            (n_bytes,) = struct.unpack("<Q", file.read(8))
-            header = dict(json.loads(file.read(n_bytes if n_bytes < MAX_HEADER else 0)))
-            shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
-        except (struct.error, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{weights}: damaged. Expected safetensors. Save the model again.") from error
-    return sum(math.prod(shape) for shape in shapes)
 
 
 def read_documents(
@@ -142,10 +85,11 @@ def main() -> None:
     args = p.parse_args()
     package.check_new(args.out, args.base)
     tags, found = changed_set.read_tags(args.tag), changed_set.read(args.base)
-    row, card = found.row(args.name), check(args.new, found)
+    row, card = found.row(args.name), fitting.check(args.new, found)
     centres_KD, terms = found.centres_KD.copy(), list(found.terms)
     if args.corpus:
-        sums, texts = read_documents(args.corpus, found, args)
+        with worded.worded("--corpus"):
+            sums, texts = read_documents(args.corpus, found, args)
         centres_KD[row] = sums.centre()
         path = found.folder / "tokenizer.json"
         terms[row] = changed_set.top_terms(path, found, sums.counts_V, centres_KD[row], texts)

@@ -30,7 +30,7 @@ from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS
 from cbtm_pipeline.inference import changed_set, score_jobs, where
 from cbtm_pipeline.inference.mixture import Mixture
 from cbtm_pipeline.inference.score_jobs import Counts
-from cbtm_pipeline.ops import snakemake_run, which_run
+from cbtm_pipeline.ops import snakemake_run, which_run, worded
 from cbtm_pipeline.provenance import expert_files
 
 BASELINES = ("dense", "dense-batch", "dense-steps", "seed")  # of the run that the folder lies in
@@ -45,6 +45,19 @@ class Windows(NamedTuple):
 
     context: int
     stride: int
+
+
+def found_in(paths: Sequence[Path]) -> list[Path]:
+    """The files that the command line names: itself, or all corpus files below a folder.
+
+    Raises ValueError for a folder without one.
+    """
+    with worded.worded("FILE"):
+        return [
+            file
+            for path in paths
+            for file in (corpus_files.input_files([str(path)]) if path.is_dir() else [path])
+        ]
 
 
 def read_file(
@@ -197,13 +210,15 @@ def score_by_jobs(args: argparse.Namespace, mixture: Mixture, windows: Windows) 
     cfg = score_jobs.configured(cfg, args.files, how)
     asked = score_jobs.request(outdir, cfg, found, baselines, how)
     folder = score_jobs.folder(outdir, args.name, asked)
-    snakemake_run.keep(folder, asked, cfg.model_copy(update={"outdir": str(folder)}))
     models = [*mixture.names, *baselines]
     targets = score_jobs.targets(folder, models)
-    snakemake_run.run(score_jobs.SNAKEFILE, folder, args, "the scores of all models", targets)
-    if args.dry_run:
-        return None
-    made = score_jobs.read(folder, asked, models, args.files)
+    cfg = cfg.model_copy(update={"outdir": str(folder)})
+    with snakemake_run.begun(folder, asked, cfg, args.dry_run):
+        snakemake_run.run(score_jobs.SNAKEFILE, folder, args, "the scores of all models", targets)
+        if args.dry_run:
+            return None
+        snakemake_run.check_kept(folder, asked)
+        made = score_jobs.read(folder, asked, models, args.files)
     _warn(made.files)
     columns = [made.experts.index(name) for name in mixture.names]
     return made.files, mixed(mixture, made.logprob, made.d2_NK[:, columns], made.offsets)
@@ -244,7 +259,9 @@ def table(found: dict[str, Any]) -> str:
 def parse() -> argparse.Namespace:
     """The command line. Raises ValueError for options that need another one."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text, or a file of a corpus")
+    p.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="text, a file of a corpus, or a folder"
+    )
     where.add_options(p)
     where.add_exclude(p)
     p.add_argument("--text-field", default="text", help="where rows of .jsonl and .parquet have the text")
@@ -260,6 +277,7 @@ def parse() -> argparse.Namespace:
     )
     p.add_argument("--name", metavar="NAME", help=about)
     args = p.parse_args()
+    args.files = found_in(args.files)
     for option, value in (("--name", args.name), ("--dry-run", args.dry_run)):
         if value and not _has_jobs(args):
             expected = "--profile or --cores, which run jobs"
@@ -282,7 +300,8 @@ def main() -> None:
     if mixture.n_positions and context > mixture.n_positions:
         raise ValueError(f"--context: {context}. Expected at most {mixture.n_positions}. Lower it.")
     windows = Windows(context, min(args.stride or max(1, context // 2), context))
-    scored = (score_by_jobs if _has_jobs(args) else score_here)(args, mixture, windows)
+    with worded.worded("FILE"):
+        scored = (score_by_jobs if _has_jobs(args) else score_here)(args, mixture, windows)
     if scored is None:
         return
     found = [result(file, scored[1]) for file in scored[0]]

@@ -31,6 +31,7 @@ from cbtm_pipeline.corpus.quarantine import Quarantine
 from cbtm_pipeline.corpus.rows import BadRow
 from cbtm_pipeline.corpus.shard_block import Block, Entry, Made, Setup, Split
 from cbtm_pipeline.corpus.shard_workers import InOrder, workers
+from cbtm_pipeline.ops import worded
 from cbtm_pipeline.plan import ShardPlan
 
 _MAX_ID = 100  # characters of an id that a message shows
@@ -312,13 +313,15 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--demo", type=Path, help="the file that builtin:demo stands for")
     p.add_argument("--planned", type=Path, help="the list of files that the start of the run has found")
     p.add_argument("--held-out", action="store_true", help="hold out all documents of corpus.train")
+    p.add_argument("--called", metavar="OPTION", help="what the command that asks calls its documents")
     args = p.parse_args(argv)
     cli.start_logging("shard", args.log)
     cfg = config.read(args.config)
     seen, plan = Path(cfg.outdir, content.SEEN), plans.shard(cfg)
     if args.held_out:
         plan = dataclasses.replace(plan, train=(), eval=plan.train, eval_fraction=None)
-    make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned)
+    with worded.worded(args.called):
+        make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned)
 
 
 if __name__ == "__main__":

@@ -171,11 +171,20 @@ def main() -> None:
         help="folders of runs; default: the outdir of the config in this folder",
     )
     p.add_argument(
+        "--outdir",
+        dest="more",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="the same, as for the other commands",
+    )
+    p.add_argument(
         "--configfile", nargs="+", type=Path, default=[], help="the configs with which the run was started"
     )
     p.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     args = p.parse_args()
-    outdirs = args.outdir or [which_run.configured(args.configfile)]
+    outdirs = [*args.outdir, *args.more] or [which_run.configured(args.configfile)]
     queue, trouble = ask_slurm(outdirs)
     runs = [gather(outdir, queue, time.time()) for outdir in outdirs]
     runs = [run._replace(notes=[*run.notes, trouble]) if trouble else run for run in runs]

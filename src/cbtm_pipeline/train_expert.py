@@ -31,6 +31,7 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, lock
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.corpus import encoding
+from cbtm_pipeline.ops import worded
 from cbtm_pipeline.plan import SeedPlan, TrainingPlan
 from cbtm_pipeline.provenance import expert_files, made_from
 from cbtm_pipeline.training import (
@@ -264,7 +265,9 @@ def main(argv: list[str] | None = None) -> None:
         waited = group.first_does("lock", lambda: lock.hold(args.work, wait=True))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, frame: received.append(number))
-        finished = train_and_publish(plan, cfg.run, files, lambda: received, waited, group, cfg.tags)
+        tags = config.tags_of(cfg.tags, args.expert)
+        with worded.worded("--corpus" if args.added else None):
+            finished = train_and_publish(plan, cfg.run, files, lambda: received, waited, group, tags)
     if not finished:
         sys.exit(cli.EXIT_SAVED)
 

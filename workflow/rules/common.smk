@@ -10,7 +10,8 @@ include: "environment.smk"
 
 from cbtm_pipeline import config as schema
 from cbtm_pipeline import plan, preview
-from cbtm_pipeline.provenance import kept, records, stale, task_files
+from cbtm_pipeline.inference import harness
+from cbtm_pipeline.provenance import kept, records, stale
 from cbtm_pipeline.base import cli, lock, printable, read_yaml, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
@@ -25,6 +26,7 @@ try:
     CONFIG = schema.validate(config)
     CORPUS_FILES = corpus_files.find(CONFIG.corpus.train, CONFIG.corpus.eval)
     STATES = stale.look(CONFIG)
+    harness.check_at_start(CONFIG, STATES)
 except (ValueError, OSError) as error:
     sys.exit(cli.explain(error))
 
@@ -97,13 +99,10 @@ TOUCH = bool(
 
 def before_start():
     """Lock the outdir, write the config that the jobs read, and keep what they replace."""
-    rules = {job.rule for job in start().run}
-    if "eval_task" in rules:
-        try:
-            task_files.check_names(CONFIG.eval.tasks)
-        except ValueError as error:
-            sys.exit(cli.explain(error))
-    lock.hold(OUT)
+    try:
+        lock.hold(OUT)
+    except ValueError as error:
+        sys.exit(cli.explain(error))
     if open_to_all := trust.local_warning(Path(OUT)):
         print(printable.printable(open_to_all), file=sys.stderr, flush=True)
     if TOUCH:

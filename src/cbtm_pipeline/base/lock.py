@@ -32,6 +32,7 @@ BEAT_S = 10.0  # a holder renews its record this often
 PATIENCE_S = 40.0
 STALE_S = 300.0
 POLL_S = 0.5
+NAME = ".lock"  # of the lock file, in the folder that it locks
 # Bytes of a record: all are written in one piece of the same size, so that nobody reads half of one.
 _SIZE = 512
 
@@ -160,13 +161,14 @@ class _Lease:
 _held: list[_Lease] = []
 
 
-def hold(folder: str | Path, wait: bool = False) -> bool:
+def hold(folder: str | Path, wait: bool = False, name: str = NAME) -> bool:
     """Lock `folder` for this process until it ends, and return whether it had to wait for that.
 
+    Locks of another `name` are independent: a command has one, and the Snakemake that it starts the usual.
     While another process has the folder: wait for its end, or without `wait` raise ValueError that names it.
     It takes up to PATIENCE_S or STALE_S to see whether a holder on another host lives, even without `wait`.
     """
-    path = Path(folder, ".lock")
+    path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     watch, has_waited = _Watch(path), False
     while True:
@@ -203,6 +205,15 @@ def hold(folder: str | Path, wait: bool = False) -> bool:
     return has_waited
 
 
+def release(folder: str | Path, name: str = NAME) -> None:
+    """Give a lock of this process back before it ends."""
+    for lease in [lease for lease in _held if lease.path == Path(folder, name)]:
+        lease.end()
+        os.close(lease.fd)
+        atexit.unregister(lease.end)
+        _held.remove(lease)
+
+
 def check() -> None:
     """Raise ValueError if another process has taken over a folder of this one.
 
@@ -235,7 +246,10 @@ def _lock(path: Path) -> tuple[int, Flock]:
         return fd, Flock.HELD
     except OSError:
         return fd, Flock.UNSUPPORTED
-    replaced = not os.path.samestat(os.fstat(fd), path.stat())  # between our open and our lock: look again
+    try:
+        replaced = not os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        replaced = True  # between our open and our lock: look again
     return fd, Flock.HELD if replaced else Flock.FREE
 
 

@@ -23,9 +23,11 @@ def publish(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path. On a clean exit, sync the file to disk and rename it to `path`; else remove it.
 
     Also removes temporary files of `path` that dead processes of this host left. Raises OSError with `path`
-    as its file name where the file cannot be written.
+    as its file name where the file cannot be written, and ValueError for a path that is no name of a file.
     """
     path = Path(path)
+    if not path.name:  # "/" or "."
+        raise ValueError(f"{path}: a folder. Expected the name of a file to write. Give one.")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     # nobody can put a link where a random name will be; the file itself is not made here, as some writers

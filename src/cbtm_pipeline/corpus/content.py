@@ -24,9 +24,16 @@ _CTIME = 2  # index of the time of change, which nobody can set, in what is reme
 _KIND, _PLANNED_KIND = "seen", "corpus_files"
 
 
-def of_corpus(train: Iterable[str], held_out: Iterable[str] | None, demo: Path | None, seen: Path) -> str:
+def of_corpus(
+    train: Iterable[str],
+    held_out: Iterable[str] | None,
+    demo: Path | None,
+    seen: Path,
+    remember: bool = True,
+) -> str:
     """The identity of training and held-out text, as `shard` reads them.
 
+    Without `remember`, the file `seen` is only read.
     It depends on the order of the files and on their short names, which may be part of documents' ids.
     """
     files = {
@@ -34,7 +41,7 @@ def of_corpus(train: Iterable[str], held_out: Iterable[str] | None, demo: Path |
         "eval": corpus_files.input_files(held_out or [], demo),
     }
     named = corpus_files.name([*files["eval"], *files["train"]])
-    hashes = _identities([file.path for file in named], seen)
+    hashes = _identities([file.path for file in named], seen, remember)
     rows = [[file.name, file_hash] for file, file_hash in zip(named, hashes, strict=True)]
     return artifact.fingerprint({"rows": rows, "n_held_out": len(files["eval"])})
 
@@ -72,7 +79,7 @@ def _name(path: Path) -> str:
     return os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
 
 
-def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
+def _identities(paths: Sequence[Path], seen: Path, remember: bool = True) -> list[str]:
     """The hash of each file. `seen` is the file that remembers them; it need not exist.
 
     A file that has changed a moment ago is not remembered: it may change again without another time.
@@ -93,7 +100,7 @@ def _identities(paths: Sequence[Path], seen: Path) -> list[str]:
                 known[name] = [*stat, file_hash]
         # a dry run makes no folder; in a folder that is not ours, the next start hashes again
         with contextlib.suppress(OSError):
-            if seen.parent.is_dir():
+            if remember and seen.parent.is_dir():
                 old = {name: entry for name, entry in known.items() if entry[_CTIME] < settled}
                 artifact.write_sealed(seen, artifact.make_meta(_KIND, {}, files=old))
     return [known[name][-1] for name in names]

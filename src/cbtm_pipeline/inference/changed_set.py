@@ -22,6 +22,7 @@ from cbtm_pipeline.base.publish import fresh, publish
 from cbtm_pipeline.clustering import words
 from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.inference import model_card, package
+from cbtm_pipeline.provenance import made_from
 
 ROUTER, README = "router.safetensors", "README.md"
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -93,7 +94,7 @@ def of_run(outdir: Path, folder: Path) -> tuple[run_config.Config, Set]:
 
 def check_file(folder: Path, record: Record, name: str) -> None:
     """Raise ValueError unless this file of an ensemble is as it was written."""
-    artifact.check_file(folder / name, record["files"][name], "Export or make it again.")
+    package.check_file(folder, record, name)
 
 
 def check_new_name(name: str, taken: list[str]) -> None:
@@ -114,8 +115,13 @@ def read_tags(given: list[str]) -> dict[str, str]:
     tags = {}
     for tag in given:
         key, equals, value = tag.partition("=")
-        if not equals or not re.fullmatch(r"[^\s=:]+", key) or not value.strip():
+        if not equals or not re.fullmatch(run_config.TAG_KEY, key) or not value.strip():
             raise ValueError(f"--tag: {tag!r}. Expected key=value, such as licence=cc-by. Correct it.")
+        if key == run_config.OF_EXPERTS:
+            raise ValueError(f"--tag: {tag!r}. Expected another key: this one is taken. Choose one.")
+        if tags.get(key, value) != value:
+            found = f"{key}={tags[key]} and {key}={value}"
+            raise ValueError(f"--tag: {found}. Expected one value for a key. Leave one out.")
         tags[key] = value
     return tags
 
@@ -148,12 +154,18 @@ def write(found: Set, change: Change, out: Path, card: Record | None = None) -> 
     for a new expert that has none. Raises ValueError if `out` is not empty.
     """
     package.check_new(out, found.folder)
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    out = Path(os.path.realpath(out))  # `.` has no name, and a link stands for the folder that it leads to
+    name = f".{out.name}.{os.getpid()}.tmp"
+    staging = out / name if out.is_dir() else out.with_name(name)
     fresh(staging)
     try:
         record = _write(found, change, staging, card)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.replace(out)
+        if out.is_dir():  # it may be somebody's current folder, so it stays; the record comes last
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == package.FILES):
+                path.rename(out / path.name)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            staging.replace(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return record
@@ -169,6 +181,8 @@ def _write(found: Set, change: Change, to: Path, card: Record | None) -> Record:
         if card and not (folder / CARD).exists():
             artifact.write_sealed(to / "experts" / name / CARD, card)
     config = {**found.config, "experts": found.names, "exclude": [], "tags": found.tags}
+    if n_active := config.get("n_active"):
+        config["n_active"] = n_active = min(n_active, len(found.names))
     artifact.write_json(to / package.CONFIG, config)
     origin = {"ensemble": found.record["seal"]}
     about = artifact.make_meta("top_terms", origin, top_terms=found.terms)
@@ -181,13 +195,15 @@ def _write(found: Set, change: Change, to: Path, card: Record | None) -> Record:
     cards = {name: read_card(to / "experts" / name) for name in found.names}
     before = (found.folder / README).read_text("utf-8")
     with publish(to / README) as tmp:
-        tmp.write_text(model_card.changed(before, cards, found.terms, found.tags, change.what), "utf-8")
+        text = model_card.changed(before, cards, found.terms, found.tags, change.what, n_active)
+        tmp.write_text(text, "utf-8")
     files = {str(path.relative_to(to)): path for path in package.files(to)}
     hashes = {name: hashes.get(name) or artifact.identity(path) for name, path in files.items()}
     origin |= {"tokenizer": tokenizer_of(found)}
     origin |= {f"expert-{name}": card["identity"] for name, card in cards.items() if "identity" in card}
     changes = [*found.record.get("changes", []), {**change.about, "from": found.record["seal"]}]
-    meta = artifact.make_meta("ensemble", origin, changes=changes, files=hashes)
+    about = {"files": hashes, "computes": made_from.computes(config, hashes)}
+    meta = artifact.make_meta("ensemble", origin, changes=changes, **about)
     return {**meta, "seal": artifact.write_sealed(to / package.FILES, meta)}
 
 
@@ -203,6 +219,7 @@ def _place_kept(found: Set, change: Change, to: Path) -> Mapping[str, str]:
         expert = rest.partition("/")[0] if folder == "experts" else None
         if name in WRITTEN or (expert is not None and (expert == new or expert not in found.names)):
             continue
+        package.check_there(found.folder, name)
         package.place(found.folder / name, to / name, link=True)
         kept[name] = expected
     return kept

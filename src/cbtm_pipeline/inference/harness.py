@@ -19,10 +19,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline.base import cli, device
+from cbtm_pipeline import config
+from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.plan_tasks import is_file
-from cbtm_pipeline.provenance import task_files
+from cbtm_pipeline.provenance import stale, task_files
 from cbtm_pipeline.provenance.task_files import Function
 
 BATCH_SIZE = 8  # requests in one forward pass
@@ -40,21 +41,70 @@ def evaluate(folder: Path, tasks: Sequence[str], **model_args: Any) -> list[Row]
     metric: `task`, `metric`, `value`, `stderr` (None if there is none), `n_examples`, `n_shots`. Raises
     ValueError if the harness cannot do it.
     """
+    with _quiet(), tempfile.TemporaryDirectory() as cache, _explained("eval.tasks", ValueError, OSError):
+        return list(_rows(folder, tasks, Path(cache), model_args))
+
+
+@contextlib.contextmanager
+def _explained(where: str, *passed: type[Exception]) -> Iterator[None]:
+    """Raise ValueError for whatever the harness raises: tasks are code and data of others."""
+    try:
+        yield
+    except (MemoryError, *passed):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{where}: {type(error).__name__}: {first_sentence(error)}. Expected tasks that "
+            "lm-evaluation-harness can run. Correct or remove the task."
+        ) from error
+
+
+def check_at_start(cfg: config.Config, states: stale.States) -> None:
+    """Check the tasks of a run before anything is trained for them, if any of them has to be run."""
+    if any(job.rule == "eval_task" and state.runs for job, state in states.items()):
+        check(cfg.eval.tasks)
+
+
+def check(tasks: Sequence[str]) -> None:
+    """Raise ValueError for a name that is unknown, and for a file that makes no task. Takes seconds.
+
+    The data of tasks on the hub are not loaded.
+    """
+    task_files.check(tasks)
     with _quiet(), tempfile.TemporaryDirectory() as cache:
-        try:
-            return list(_rows(folder, tasks, Path(cache), model_args))
-        except (ValueError, OSError, MemoryError):
-            raise
-        except Exception as error:  # tasks are code and data of others
-            raise ValueError(
-                f"eval.tasks: {type(error).__name__}: {first_sentence(error)}. Expected tasks that "
-                "lm-evaluation-harness can run. Correct or remove the task."
-            ) from error
+        task_files.check_names(tasks)
+        for path in (Path(task) for task in tasks if is_file(task)):
+            content = task_files.read(path).content
+            own = _own_keys(path, content)
+            with _explained(str(path)):
+                content = task_files.with_functions(_cached(content, Path(cache)), _load_function)
+                _try(content, own)
+
+
+def _try(content: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Make the task, and the requests of its first example, if its data are here."""
+    from lm_eval.api.task import TaskConfig
+
+    if "class" in content:
+        return
+    if is_local(content):
+        _task(content, own.get("domain"), None).build_all_requests(limit=1, rank=0, world_size=1)
+    else:
+        TaskConfig(**content)
+
+
+def _cached(content: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """The content of a task file whose local data are cached in this folder only."""
+    if not is_local(content):
+        return content
+    return {**content, "dataset_kwargs": {**content["dataset_kwargs"], "cache_dir": str(cache)}}
 
 
 def _rows(folder: Path, tasks: Sequence[str], cache: Path, model_args: Mapping[str, Any]) -> Iterator[Row]:
     from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
+
+    from cbtm_pipeline.base import device  # imports torch, which a start of the workflow does not need
 
     settings: dict[str, Any] = {"device": str(device.best()), "dtype": "float32", "batch_size": BATCH_SIZE}
     model: Any = huggingface.HFLM  # its decorator hides its parameters
@@ -65,11 +115,7 @@ def _rows(folder: Path, tasks: Sequence[str], cache: Path, model_args: Mapping[s
     for path in (Path(task) for task in tasks if is_file(task)):
         content = task_files.read(path).content
         own = _own_keys(path, content)
-        if not is_local(content):
-            arguments = {}
-        else:
-            arguments = {"dataset_kwargs": {**content["dataset_kwargs"], "cache_dir": str(cache)}}
-        content = task_files.with_functions({**content, **arguments}, _load_function)
+        content = task_files.with_functions(_cached(content, cache), _load_function)
         runs = []
         for seed in own.get("seeds", [SEED]):
             task = _task(content, own.get("domain"), lm)
@@ -106,7 +152,7 @@ def _task(content: dict[str, Any], domain: str | None, lm: Any) -> Any:
         return ConfigurableTask(config=content)
 
     def count_tokens(text: str) -> int:
-        return len(lm.tok_encode(text, add_special_tokens=False))
+        return len(lm.tok_encode(text, add_special_tokens=False)) if lm else 1
 
     return LabelTask(content, domain, count_tokens)
 

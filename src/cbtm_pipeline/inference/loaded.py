@@ -43,7 +43,7 @@ def check(folder: Path) -> None:
         todo = "Name the folder of an ensemble, not of one expert."
         raise ValueError(f"{path}: model_type {kind!r}. Expected 'cbtm'. {todo}")
     if lacking := hub.lacks_tokenizer(folder):
-        raise ValueError(f"{folder}: lacks {lacking[0]}. Expected a tokenizer in it. Export it again.")
+        raise ValueError(f"{folder / lacking[0]}: missing. Expected a tokenizer there. {package.AGAIN}")
 
 
 def load(

@@ -15,9 +15,9 @@ N_TERMS = 12  # that stand for an expert
 CARD = """\
 {header}# {title}
 
-{k} expert language models, each trained alone on one cluster of a corpus, and a router that mixes them
+{models} trained alone on one cluster of a corpus, and a router that mixes them
 (Cluster-Branch-Train-Merge, [Gururangan et al. 2023](https://arxiv.org/abs/2303.14177)). For each token,
-the {n_active} experts with the largest weights run. {settings}
+{active} {settings}
 
 ## Use
 
@@ -74,16 +74,14 @@ def render(
 
     `base_model` is a name on the hub.
     """
-    own = tags.get(next(iter(cards)), {})
+    own = _shared([tags.get(name, {}) for name in cards])
     licence = card_header.named(own, card_header.LICENCE)
     results = card_header.evaluation("ensemble", {"held-out documents of the run": row["perplexity"]})
     values = (f"{key} {row[key]:g}" for key in SETTINGS if row.get(key) is not None)
     return CARD.format(
         header=card_header.render(LABELS, own, base_model, results),
         licence=f"Licence of the texts, as the run states it: {_cell(licence)}. " if licence else "",
-        title=f"An ensemble of {len(cards)} experts",
-        k=len(cards),
-        n_active=row["top_k"],
+        **_counts(len(cards), row["top_k"]),
         settings=f"Router: `{row['router']}`, {', '.join(values)}, chosen on held-out text.",
         use=USE,
         table=table,
@@ -98,18 +96,39 @@ def changed(
     top_terms: Sequence[Sequence[str]],
     tags: Mapping[str, Mapping[str, str]],
     change: str,
+    n_active: int | None = None,
 ) -> str:
     """The card of an ensemble whose set of experts has changed: `change` says how, in one sentence.
 
+    `n_active` is the number of experts that run for each token now; None: all, or not known.
     The evaluation stays, with the note that it is older. What was written by hand stays, too.
     """
-    k = len(cards)
-    text = re.sub(r"(?m)^# An ensemble of \d+ experts$", f"# An ensemble of {k} experts", text)
-    text = re.sub(r"(?m)^\d+ expert language models, each", f"{k} expert language models, each", text)
+    counts = _counts(len(cards), n_active or len(cards))
+    text = re.sub(r"(?m)^# An ensemble of \d+ experts?$", f"# {counts['title']}", text)
+    text = re.sub(r"(?m)^\d+ expert language models?,( each)? trained", f"{counts['models']} trained", text)
+    if n_active:
+        text = re.sub(r"the (\d+ )?experts? with the largest weights? runs?\.", counts["active"], text)
     note = f"Changed since this evaluation: {_cell(change)}\n\n"
     experts = f"{note}## The experts\n\n{_experts(cards, top_terms, tags)}\n\n"
     found, n = re.subn(r"(?ms)^## The experts\n.*?(?=^## |\Z)", lambda _: experts, text, count=1)
     return found if n else f"{text.rstrip()}\n\n{experts}"
+
+
+def _counts(k: int, n_active: int) -> dict[str, str]:
+    """The sentences with the number of experts, and with the number of those that run for a token."""
+    return {
+        "title": f"An ensemble of {k} expert{'' if k == 1 else 's'}",
+        "models": f"{k} expert language model{',' if k == 1 else 's, each'}",
+        "active": f"the {n_active} experts with the largest weights run."
+        if n_active > 1
+        else "the expert with the largest weight runs.",
+    }
+
+
+def _shared(tags: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The tags that all experts have alike: those of the whole."""
+    first, *others = tags
+    return {key: value for key, value in first.items() if all(own.get(key) == value for own in others)}
 
 
 def _experts(

@@ -24,12 +24,14 @@ from safetensors.numpy import save
 from cbtm_pipeline.base import artifact, inside
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import tokenizer_config
+from cbtm_pipeline.provenance import made_from
 
 CODE = "modeling_cbtm.py"
 CONFIG = "config.json"
 FILES = "files.json"
 TERMS = "top_terms.json"
 MODEL_TYPE = "cbtm"
+AGAIN = "Export or make it again."  # the advice for a file of an ensemble that is not what it was
 # An expert's README.md stays behind: people may edit it, and the ensemble's own describes every expert.
 EXPERT_FILES = (CONFIG, "generation_config.json", "model.safetensors", "card.json")
 
@@ -59,8 +61,8 @@ class Parts(NamedTuple):
 def write(parts: Parts, out: Path, meta: dict[str, Any], link: bool = True) -> None:
     """Write the folder of `out`, and `out` (files.json, the record) last. An ensemble that is there goes.
 
-    `meta` gets the entry `files`, the hash of each file. Raises ValueError for a folder that holds something
-    else.
+    `meta` gets the entries `files`, the hash of each file, and `computes`, the identity of what the model
+    says. Raises ValueError for a folder that holds something else.
     """
     folder = out.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,8 @@ def write(parts: Parts, out: Path, meta: dict[str, Any], link: bool = True) -> N
         with artifact.publish(folder / name) as tmp:
             tmp.write_text(text, "utf-8")
     hashes = {str(path.relative_to(folder)): artifact.identity(path) for path in files(folder)}
-    artifact.write_sealed(out, {**meta, "files": hashes})
+    computes = made_from.computes(config(parts), hashes)
+    artifact.write_sealed(out, {**meta, "files": hashes, "computes": computes})
 
 
 def code() -> str:
@@ -138,13 +141,41 @@ def files(folder: Path) -> list[Path]:
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of an ensemble's folder. Raises ValueError if there is none, or if it is damaged."""
     if not (folder / FILES).is_file():
+        _refuse_model(folder)
         raise ValueError(
             f"{folder}: no ensemble. Expected {FILES}, which a run writes into <outdir>/ensemble. "
             "Finish a run, or name the folder of an ensemble."
         )
+    if artifact.read_json(folder / FILES).get("kind") == "expert_files":
+        _refuse_model(folder)
     record = artifact.read_sealed(folder / FILES, "ensemble")
-    inside.check(folder / FILES, record["files"], "Export or make it again.")
+    inside.check(folder / FILES, record["files"], AGAIN)
     return record
+
+
+def _refuse_model(folder: Path) -> None:
+    """Raise ValueError if the folder is that of one model, such as an expert."""
+    try:
+        found = artifact.read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind not in (None, MODEL_TYPE):
+        what = "an expert" if (folder / "card.json").is_file() else f"one model ({kind})"
+        todo = "Name the folder of an ensemble, such as results/ensemble"
+        raise ValueError(f"{folder}: {what}. Expected an ensemble. {todo}.")
+
+
+def check_there(folder: Path, name: str) -> None:
+    """Raise ValueError if a file that the record of the folder names is missing."""
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder / name}: missing. Expected the file that {FILES} names. {AGAIN}")
+
+
+def check_file(folder: Path, record: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError unless this file of an ensemble is there, as it was written."""
+    check_there(folder, name)
+    artifact.check_file(folder / name, record["files"][name], AGAIN)
 
 
 def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
@@ -153,9 +184,9 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> d
     Raises ValueError otherwise.
     """
     record = read_record(folder)
-    for name, expected in record["files"].items():
+    for name in record["files"]:
         if wanted(name):
-            artifact.check_file(folder / name, expected, "Export or make it again.")
+            check_file(folder, record, name)
     return record
 
 

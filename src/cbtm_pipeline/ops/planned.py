@@ -17,6 +17,7 @@ from cbtm_pipeline.base import read_yaml
 from cbtm_pipeline.slurm import commands, request
 
 # Every rule in one small graph: whether a rule is submitted does not depend on the number of experts.
+DEFAULT = "config.yaml"  # which the workflow reads first
 SMALL = {"cluster": {"k": 1}, "train": {"controls": ["random"]}}
 
 
@@ -76,6 +77,17 @@ def read_config(paths: Sequence[str]) -> Any:
             raise ValueError(f"{path}: no sections. Expected {expected}. Correct the file.")
         content = merge(content, read)
     return content
+
+
+def config_files(named: Sequence[str]) -> list[str]:
+    """The config files of a start from this folder: config.yaml, if it is there, and those that are named.
+
+    Raises ValueError if there is none.
+    """
+    if not named and not Path(DEFAULT).exists():
+        todo = "Go to the project's folder, or name one with --configfile"
+        raise ValueError(f"No {DEFAULT} here. Expected that of a project. {todo}.")
+    return [*([DEFAULT] if Path(DEFAULT).exists() else []), *named]
 
 
 def profile_file(name: str) -> Path | None:

@@ -34,7 +34,7 @@ class Pretrained(NamedTuple):
 
 def check_config(f: Facts) -> Iterator[Line]:
     """Whether the config is valid and its corpus is there."""
-    paths = ["config.yaml", *f.configfiles]
+    paths = planned.config_files(f.configfiles)
     config = validate(planned.read_config(paths))
     files = corpus_files.find(config.corpus.train, config.corpus.eval)
     corpus_files.n_bytes(corpus_files.name([Path(file) for file in files if file != corpus_files.DEMO]))
@@ -68,6 +68,16 @@ def check_model(f: Facts) -> Iterator[Line]:
     if not (model and hub.lacks_weights(folder)):
         f.model = cost.size(f.config, folder)
         yield "ok", f"model: {cost.units(f.model.n_parameters)} parameters"
+
+
+def check_tasks(f: Facts) -> Iterator[Line]:
+    """Whether the tasks of eval.tasks are known, and those that are files make tasks."""
+    if f.config is None or not f.config.eval.tasks:
+        return
+    from cbtm_pipeline.inference import harness  # only here: few runs have tasks
+
+    harness.check(f.config.eval.tasks)
+    yield "ok", f"tasks: {', '.join(f.config.eval.tasks)}"
 
 
 def check_folder(f: Facts) -> Iterator[Line]:

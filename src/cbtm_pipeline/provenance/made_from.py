@@ -23,6 +23,7 @@ from cbtm_pipeline.plan import TrainingPlan
 
 Record = Mapping[str, Any]  # the meta record of an artifact, with its seal
 Identities = dict[str, str]
+CONFIG = "config.json"  # of an ensemble
 TEXTS = ("README.md", "card.json", "top_terms.json")  # files of an ensemble that compute nothing
 
 
@@ -128,8 +129,20 @@ def eval_task(model: Record, tasks: Identities) -> Identities:
     """
     if model["kind"] == "expert":
         return {"model": model["identity"], **tasks}
-    computes = {name: h for name, h in model["files"].items() if not name.endswith(TEXTS)}
-    return {"model": artifact.fingerprint(computes), **tasks}
+    if "computes" in model:
+        return {"model": model["computes"], **tasks}
+    older = {name: h for name, h in model["files"].items() if not name.endswith(TEXTS)}
+    return {"model": artifact.fingerprint(older), **tasks}
+
+
+def computes(config: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """The identity of what an ensemble says: of its config but the tags, and of all files but texts about it.
+
+    `files`: the hashes of the files of its folder.
+    """
+    about = {key: value for key, value in config.items() if key != "tags"}
+    kept = {name: h for name, h in files.items() if name != CONFIG and not name.endswith(TEXTS)}
+    return artifact.fingerprint({"config": about, "files": kept})
 
 
 def tasks_table(results: Mapping[str, Record]) -> Identities:

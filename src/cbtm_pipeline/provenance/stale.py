@@ -121,13 +121,20 @@ def look(cfg: Config) -> States:
     task_files.check(cfg.eval.tasks)
     outdir, states = Path(cfg.outdir), {}
     for job, inputs in jobs(cfg).items():
-        downstream = any(states[i].runs for i in inputs)
+        downstream = any(states[i].runs and not spares(job, i, states) for i in inputs)
         record, reasons = _read(outdir, job)
         if record is not None:
             reasons += _plan_reasons(cfg, job, record)
             reasons += [] if downstream else _input_reasons(cfg, job, record, states)
         states[job] = State(reasons, downstream, record)
     return states
+
+
+def spares(job: Job, read: Job, states: States) -> bool:
+    """Whether a job can stay though one that it reads runs: an ensemble with other tags says the same."""
+    state = states[read]
+    only_tags = not state.downstream and all(reason.field == "tags" for reason in state.reasons)
+    return job.rule == "eval_task" and read.rule == "ensemble" and only_tags
 
 
 def _read(outdir: Path, job: Job) -> tuple[dict[str, Any] | None, list[Reason]]:
@@ -266,8 +273,8 @@ def start(cfg: Config, states: States, asked: Asked) -> Start:
     needed |= _with_inputs(inputs, anew)
     run: set[Job] = set()
     for job, reads in inputs.items():
-        forced = job in anew
-        if job in needed and (states[job].runs or forced or any(i in run for i in reads)):
+        others = any(i in run and not (i not in anew and spares(job, i, states)) for i in reads)
+        if job in needed and (states[job].runs or job in anew or others):
             run.add(job)
     return Start([job for job in inputs if job in run], anew & run)
 

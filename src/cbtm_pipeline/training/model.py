@@ -111,24 +111,31 @@ def pretrained(
         return model, hub.commit(folder)
 
 
-def load(folder: Path) -> "PreTrainedModel":
-    """The model (float32) in an expert's folder. Raises ValueError if it cannot be loaded."""
+def load(folder: Path, whole: bool = False) -> "PreTrainedModel":
+    """The model (float32) in an expert's folder. Raises ValueError if it cannot be loaded.
+
+    With `whole`, weights for which its config has no place are an error, too.
+    """
     with lean_imports():
-        return _load(folder, str(folder))
+        return _load(folder, str(folder), whole)
 
 
-def _load(folder: Path, where: str) -> "PreTrainedModel":
-    """Load a model (float32). Raises ValueError, which names `where`, if it is damaged or lacks a weight."""
+def _load(folder: Path, where: str, whole: bool = False) -> "PreTrainedModel":
+    """Load a model (float32). Raises ValueError, which names `where`, if it is damaged or lacks a weight.
+
+    With `whole`, all weights have to be used.
+    """
     from transformers import AutoModelForCausalLM
 
     assume_unpacked_sequences()
     options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are in `info`, and refused below
     try:
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
         raise ValueError(
             f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. "
-            "Download it again."
+            "Save or download it again."
         ) from error
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
@@ -136,14 +143,16 @@ def _load(folder: Path, where: str) -> "PreTrainedModel":
             f"{where}: no fitting weights for {', '.join(wrong[:3])}. Expected every weight. "
             "Check config.json."
         )
+    if whole and (left := sorted(info["unexpected_keys"])):
+        raise ValueError(
+            f"{where}: config.json has no place for {', '.join(left[:3])}. Expected it to fit the weights. "
+            "Save the model again."
+        )
     return model
 
 
 def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
-    """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and is causal.
-
-    It is causal if two texts that differ only in their last token get the same logits before it.
-    """
+    """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and is causal."""
     embeddings: Any = model.get_input_embeddings()
     n_rows = embeddings.weight.shape[0]
     if n_rows < vocab_size:
@@ -157,6 +166,14 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
             f"{where}: {n_positions} positions. Expected at least train.seq_len, {seq_len}. "
             "Lower train.seq_len."
         )
+    check_runs(model, where, vocab_size, seq_len)
+
+
+def check_runs(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
+    """Raise ValueError, which names `where`, unless the model runs and is causal.
+
+    It is causal if two texts that differ only in their last token get the same logits before it.
+    """
     ids_2T = torch.arange(min(seq_len, 8)).repeat(2, 1) % vocab_size
     ids_2T[1, -1] = (ids_2T[1, -1] + 1) % vocab_size
     was_training = model.training
@@ -168,7 +185,7 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
             f"{where}: does not run ({first_sentence(error)}). Expected sizes that fit together. Change them."
         ) from error
     model.train(was_training)
-    if embeddings.weight.is_meta:  # a model on the meta device runs, but its logits have no values to compare
+    if logits[0].is_meta:  # a model on the meta device runs, but its logits have no values to compare
         return
     changed_T = (logits[0] - logits[1]).abs().amax(1)
     if not changed_T[:-1].max() <= 1e-4 * changed_T[-1]:
