@@ -62,9 +62,9 @@ def make(
     out.
     """
     card = encoding.read_card(tokenizer_json)
-    train, held_out = _input_files(plan, demo)
+    train, held_out = _input_files(plan, demo, seen.parent)
     content.check_planned(planned, [*train, *held_out])
-    _log_passed_over([*plan.train, *(plan.eval or [])])
+    _log_passed_over([*plan.train, *(plan.eval or [])], seen.parent)
     files = corpus_files.name([*held_out, *train])
     folder = out.parent
     _clear(folder)
@@ -104,10 +104,10 @@ def _files(shards: list[Entry]) -> list[str]:
     return [*of_shards, "quarantine.jsonl"]
 
 
-def _input_files(plan: ShardPlan, demo: Path | None) -> tuple[list[Path], list[Path]]:
+def _input_files(plan: ShardPlan, demo: Path | None, outdir: Path) -> tuple[list[Path], list[Path]]:
     """The files of corpus.train and of corpus.eval. Raises ValueError for a file in both."""
-    train = corpus_files.input_files(plan.train, demo)
-    held_out = corpus_files.input_files(plan.eval or [], demo)
+    train = corpus_files.input_files(plan.train, demo, outdir)
+    held_out = corpus_files.input_files(plan.eval or [], demo, outdir)
     if both := {path.absolute() for path in train} & {path.absolute() for path in held_out}:
         raise ValueError(
             f"corpus.eval: {min(both)} is also in corpus.train. Expected different files. "
@@ -250,9 +250,9 @@ def _about_ids(quarantine: Quarantine) -> str:
     return " Where each file counts from 0, set corpus.id_field: null: then file and row name a document."
 
 
-def _log_passed_over(patterns: list[str]) -> None:
+def _log_passed_over(patterns: list[str], outdir: Path) -> None:
     """Warn of files beside those of the corpus that are not read: they may be text, too."""
-    if found := corpus_files.passed_over(patterns):
+    if found := corpus_files.passed_over(patterns, outdir):
         kinds = Counter(path.suffix.lower() or path.name for path in found)
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
         cli.log.warning(

@@ -93,12 +93,12 @@ class Saved(NamedTuple):
     commit: str | None  # of the repository, if the tokenizer is from the hub
 
 
-def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path) -> Saved:
-    """Train a tokenizer on the corpus and save it to `folder`.
+def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path, outdir: Path) -> Saved:
+    """Train a tokenizer on the corpus and save it to `folder`. The run's outputs lie in `outdir`.
 
     Raises ValueError if no text is left to train on.
     """
-    files = corpus_files.name(corpus_files.input_files(plan.train, demo))
+    files = corpus_files.name(corpus_files.input_files(plan.train, demo, outdir))
     progress = cli.Progress("read", corpus_files.n_bytes(files) / 1e6, "MB")
 
     def documents() -> Iterator[bytes]:
@@ -183,7 +183,7 @@ def make(plan: TokenizerPlan, out: Path, demo: Path | None, seen: Path) -> None:
             key = "tokenizer.pretrained" if plan.pretrained else "model.pretrained"
             saved = save_pretrained(key, source, plan.revision, made)
         else:
-            saved = save_trained(plan, demo, made)
+            saved = save_trained(plan, demo, made, seen.parent)
         for name in ("tokenizer.json", "card.json", *_SIDE_FILES):
             (out.parent / name).unlink(missing_ok=True)
         for path in made.iterdir():

@@ -1,6 +1,7 @@
 # What all rules share: the validated config, the experts, the environment of the jobs.
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,12 +24,14 @@ try:
             path
         )  # a key that stands twice is an error, which Snakemake does not see
     CONFIG = schema.validate(config)
-    CORPUS_FILES = corpus_files.find(CONFIG.corpus.train, CONFIG.corpus.eval)
+    CORPUS_FILES = corpus_files.find(
+        CONFIG.corpus.train, CONFIG.corpus.eval, CONFIG.outdir
+    )
     STATES = stale.look(CONFIG)
 except (ValueError, OSError) as error:
     sys.exit(cli.explain(error))
 
-OUT = CONFIG.outdir.rstrip("/")
+OUT = re.sub("/+", "/", CONFIG.outdir).rstrip("/")
 RUN_CONFIG = f"{OUT}/config.json"
 PLANNED = f"{OUT}/{content.PLANNED}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"

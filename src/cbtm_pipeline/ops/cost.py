@@ -92,9 +92,9 @@ def text_bytes(files: Iterable[str]) -> float:
 
 def corpus(config: Config) -> TextBytes:
     """The split that rule `shard` will make. Raises what corpus_files.find raises."""
-    train = text_bytes(corpus_files.find(config.corpus.train, None))
+    train = text_bytes(corpus_files.find(config.corpus.train, None, config.outdir))
     if config.corpus.eval:
-        return TextBytes(train, text_bytes(corpus_files.find(config.corpus.eval, None)))
+        return TextBytes(train, text_bytes(corpus_files.find(config.corpus.eval, None, config.outdir)))
     return TextBytes((1 - config.corpus.eval_fraction) * train, config.corpus.eval_fraction * train)
 
 

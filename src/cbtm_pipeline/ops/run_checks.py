@@ -36,7 +36,7 @@ def check_config(f: Facts) -> Iterator[Line]:
     """Whether the config is valid and its corpus is there."""
     paths = ["config.yaml", *f.configfiles]
     config = validate(planned.read_config(paths))
-    files = corpus_files.find(config.corpus.train, config.corpus.eval)
+    files = corpus_files.find(config.corpus.train, config.corpus.eval, config.outdir)
     corpus_files.n_bytes(corpus_files.name([Path(file) for file in files if file != corpus_files.DEMO]))
     f.config = config
     corpus = f"{len(files)} corpus files" if len(files) > 1 else files[0]
@@ -124,7 +124,7 @@ def check_files(f: Facts) -> Iterator[Line]:
         return
     outdir = Path(f.config.outdir)
     paths = {"outdir": outdir, "this folder": Path(), "Python": Path(sys.prefix)}
-    names = corpus_files.find(f.config.corpus.train, f.config.corpus.eval)
+    names = corpus_files.find(f.config.corpus.train, f.config.corpus.eval, f.config.outdir)
     files = [Path(file).absolute() for file in names if file != corpus_files.DEMO]
     paths |= {"the corpus": Path(os.path.commonpath(files))} if files else {}
     on_the_hub = any(source and not source.local for source in _pretrained(f.config))

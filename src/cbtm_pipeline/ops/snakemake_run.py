@@ -42,7 +42,7 @@ def keep(folder: Path, asked: dict[str, Any], cfg: config.Config) -> None:
             )
     artifact.write_sealed(path, asked)
     config.write(cfg, folder / "config.json")
-    content.write_planned(corpus_files.find(cfg.corpus.train, None), folder / content.PLANNED)
+    content.write_planned(corpus_files.find(cfg.corpus.train, None, cfg.outdir), folder / content.PLANNED)
 
 
 def run(

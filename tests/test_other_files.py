@@ -1,0 +1,76 @@
+"""Corpora, tokenizers and models as other programs write them: each ends in a result or in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import made_texts
+from cbtm_pipeline import shard
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import content, run_folders
+from cbtm_pipeline.corpus import files as corpus_files
+
+
+def write(path: Path, text: str | bytes = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# --- the outdir lies in a folder of the corpus ----------------------------------------------------------------
+
+WRITTEN = (
+    "config.json",
+    "shards/train-00000.parquet",
+    "scored/a/shards/eval-00000.parquet",
+    "tokenizer/vocab.txt",
+)
+
+
+@pytest.mark.parametrize("pattern", ["data", "data/**/*", "data/**/*.json*"])
+def test_the_outdir_is_a_folder_of_the_corpus(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = write(tmp_path / "data/a.jsonl", '{"text": "a"}\n')
+    before = corpus_files.find([pattern], None, "data/results")
+    first = content.of_corpus([pattern], None, None, Path("data/results", content.SEEN))
+    for name in WRITTEN:
+        write(tmp_path / "data/results" / name)
+    found = corpus_files.find([pattern], None, "data/results")
+    assert found == before and [Path(file).absolute() for file in found] == [text]
+    assert content.of_corpus([pattern], None, None, Path("data/results", content.SEEN)) == first
+    assert not corpus_files.passed_over([pattern], Path("data/results"))
+
+
+def test_another_run_lies_in_a_folder_of_the_corpus(tmp_path: Path) -> None:
+    write(tmp_path / "data/a.jsonl", '{"text": "a"}\n')
+    for name in (*WRITTEN, run_folders.PLANNED):
+        write(tmp_path / "data/old" / name)
+    mine = write(tmp_path / "data/old/mine/b.jsonl")  # no run writes there
+    found = corpus_files.find([str(tmp_path / "data")], None, tmp_path / "results")
+    assert found == [str(tmp_path / "data/a.jsonl"), str(mine)]
+
+
+def test_the_shards_of_another_run_are_the_corpus(tmp_path: Path) -> None:
+    for name in (*WRITTEN, run_folders.PLANNED):
+        write(tmp_path / "old" / name)
+    for pattern in ("old/shards", "old/shards/*.parquet"):
+        assert corpus_files.find([str(tmp_path / pattern)], None, tmp_path / "results") == [
+            str(tmp_path / "old/shards/train-00000.parquet")
+        ]
+
+
+@pytest.mark.parametrize("pattern", ["results/shards", "results/shards/*.parquet", "results/config.json"])
+def test_the_outputs_of_this_run_are_the_corpus(pattern: str, tmp_path: Path) -> None:
+    for name in WRITTEN:
+        write(tmp_path / "results" / name)
+    with pytest.raises(ValueError, match="among the outputs of this run.*Expected text from elsewhere"):
+        corpus_files.find([str(tmp_path / pattern)], None, tmp_path / "results")
+
+
+def test_the_demo_of_this_run_is_named_as_the_corpus(tmp_path: Path) -> None:
+    demo = write(tmp_path / "results/demo/corpus.jsonl.zst")
+    assert corpus_files.find([str(demo)], None, tmp_path / "results") == [str(demo)]
