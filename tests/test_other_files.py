@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+import made_run
 import made_texts
 from cbtm_pipeline import shard
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import content, run_folders
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.html import sections
+from cbtm_pipeline.mixture import verdict
 
 
 def write(path: Path, text: str | bytes = "") -> Path:
@@ -74,3 +77,46 @@ def test_the_outputs_of_this_run_are_the_corpus(pattern: str, tmp_path: Path) ->
 def test_the_demo_of_this_run_is_named_as_the_corpus(tmp_path: Path) -> None:
     demo = write(tmp_path / "results/demo/corpus.jsonl.zst")
     assert corpus_files.find([str(demo)], None, tmp_path / "results") == [str(demo)]
+
+
+# --- too few documents are held out ---------------------------------------------------------------------------
+
+
+def sharded(folder: Path, n_train: int, n_eval: int, **keys: Any) -> dict[str, Any]:
+    made_texts.write_jsonl(folder / "train.jsonl", made_texts.rows(n_train))
+    made_texts.write_jsonl(folder / "eval.jsonl", made_texts.rows(n_eval, 1))
+    tokenizer_json = made_texts.make_tokenizer(folder / "tokenizer")
+    plan = made_texts.shard_plan(train=[str(folder / "train.jsonl")], eval=[str(folder / "eval.jsonl")])
+    out = folder / "shards/manifest.json"
+    shard.make(plan, tokenizer_json, out, 1, None, folder / "seen", calibration_share=0.3, **keys)
+    return artifact.read_sealed(out, "shards")
+
+
+def test_one_document_is_held_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"corpus\.eval: 1 held-out document\. Expected at least 2"):
+        sharded(tmp_path, 20, 1)
+
+
+@pytest.mark.parametrize(("n", "is_few"), [(2, True), (13, True), (14, False)])
+def test_few_documents_are_held_out(
+    n: int, is_few: bool, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    sharded(tmp_path, 20, n)
+    said = [r.getMessage() for r in caplog.records if "no intervals and no verdict" in r.getMessage()]
+    assert len(said) == is_few
+
+
+@pytest.mark.parametrize(("n", "is_few"), [(2, True), (13, True), (14, False)])
+def test_a_result_on_few_documents_has_no_interval_and_no_verdict(
+    n: int, is_few: bool, tmp_path: Path
+) -> None:
+    cfg = made_run.make_config(outdir=str(tmp_path), cluster={"k": 3}, **made_run.QUICK)
+    metrics = made_run.evaluate(made_run.make(tmp_path, cfg, n_documents=n))
+    ratios = [ratio for row in metrics["systems"] for ratio in row["ratios"].values()]
+    assert all((ratio["ci95"] is None) == is_few for ratio in [*ratios, *metrics["comparisons"]])
+    assert all((verdict.TOO_FEW in sentence) == is_few for sentence in metrics["verdict"])
+    assert (verdict.outcome(metrics) == "Too few documents for a verdict.") == is_few
+    table = (tmp_path / "eval/table.txt").read_text()
+    assert ("[-]" in table) == is_few and ("wins" not in table or not is_few)
+    page = str(sections.lead(metrics)) + str(sections.systems(metrics))
+    assert ("without an interval" in page) == is_few

@@ -25,7 +25,7 @@ from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.printable import shortened
 from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import blocks as corpus_blocks
-from cbtm_pipeline.corpus import content, encoding, repeated_ids, shard_block, shard_files
+from cbtm_pipeline.corpus import content, encoding, heldout, repeated_ids, shard_block, shard_files
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus.quarantine import Quarantine
 from cbtm_pipeline.corpus.rows import BadRow
@@ -53,13 +53,14 @@ def make(
     demo: Path | None,
     seen: Path,
     planned: Path | None = None,
+    calibration_share: float | None = None,
 ) -> None:
     """Write the shards of the corpus beside `out`, and `out` (manifest.json) last.
 
     `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of the corpus's files,
     `planned` which files the start of the run has found. Raises ValueError if more than `max_bad_share` of
-    the corpus cannot be used, if a planned file is gone, or if no document is left to train on or to hold
-    out.
+    the corpus cannot be used, if a planned file is gone, if no document is left to train on, or if too few are
+    held out. With a `calibration_share`, a warning says what a result on few documents will lack.
     """
     card = encoding.read_card(tokenizer_json)
     train, held_out = _input_files(plan, demo, seen.parent)
@@ -88,6 +89,8 @@ def make(
     read = Read(len(files), n.total() + quarantine.n_rows, n_bytes)
     _check_quarantine(read, quarantine, folder / "quarantine.jsonl", plan.max_bad_share)
     _check_split(n, plan)
+    if calibration_share is not None and (few := heldout.warning(n["eval"], calibration_share)):
+        cli.log.warning("%s", few)
     _log_splits(shards)
     about = {"separator_id": setup.separator_id, "vocab_size": setup.vocab_size}
     more = {"n_quarantined": quarantine.n_rows, "encoder": encoder, "shards": shards, "files": _files(shards)}
@@ -262,7 +265,7 @@ def _log_passed_over(patterns: list[str], outdir: Path) -> None:
 
 
 def _check_split(n: Counter[str], plan: ShardPlan) -> None:
-    """Raise ValueError if no document is held out, or if none is left to train on.
+    """Raise ValueError if too few documents are held out for a result, or if none is left to train on.
 
     `n`: documents by split.
     """
@@ -275,6 +278,8 @@ def _check_split(n: Counter[str], plan: ShardPlan) -> None:
                 else "Raise corpus.eval_fraction or set corpus.eval."
             )
         )
+    if plan.train:
+        heldout.check_enough(n["eval"])
     if not n["train"] and plan.train:
         raise ValueError(
             f"corpus: none of the {n.total()} documents is left to train on. Expected some. "
@@ -318,7 +323,8 @@ def main(argv: list[str] | None = None) -> None:
     seen, plan = Path(cfg.outdir, content.SEEN), plans.shard(cfg)
     if args.held_out:
         plan = dataclasses.replace(plan, train=(), eval=plan.train, eval_fraction=None)
-    make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned)
+    share = None if args.held_out else cfg.eval.calibration_share
+    make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned, share)
 
 
 if __name__ == "__main__":
