@@ -1,6 +1,5 @@
 """Corpora, tokenizers and models as other programs write them: each ends in a result or in one line."""
 
-import json
 from pathlib import Path
 from typing import Any
 

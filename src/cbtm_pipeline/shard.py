@@ -59,8 +59,9 @@ def make(
 
     `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of the corpus's files,
     `planned` which files the start of the run has found. Raises ValueError if more than `max_bad_share` of
-    the corpus cannot be used, if a planned file is gone, if no document is left to train on, or if too few are
-    held out. With a `calibration_share`, a warning says what a result on few documents will lack.
+    the corpus cannot be used, if a planned file is gone, or if no document is left to train on or to hold
+    out. With a `calibration_share`, the held-out documents have to be enough for a result, and a warning says
+    what a result on few of them will lack.
     """
     card = encoding.read_card(tokenizer_json)
     train, held_out = _input_files(plan, demo, seen.parent)
@@ -89,8 +90,10 @@ def make(
     read = Read(len(files), n.total() + quarantine.n_rows, n_bytes)
     _check_quarantine(read, quarantine, folder / "quarantine.jsonl", plan.max_bad_share)
     _check_split(n, plan)
-    if calibration_share is not None and (few := heldout.warning(n["eval"], calibration_share)):
-        cli.log.warning("%s", few)
+    if calibration_share is not None:
+        heldout.check_enough(n["eval"])
+        if few := heldout.warning(n["eval"], calibration_share):
+            cli.log.warning("%s", few)
     _log_splits(shards)
     about = {"separator_id": setup.separator_id, "vocab_size": setup.vocab_size}
     more = {"n_quarantined": quarantine.n_rows, "encoder": encoder, "shards": shards, "files": _files(shards)}
@@ -265,7 +268,7 @@ def _log_passed_over(patterns: list[str], outdir: Path) -> None:
 
 
 def _check_split(n: Counter[str], plan: ShardPlan) -> None:
-    """Raise ValueError if too few documents are held out for a result, or if none is left to train on.
+    """Raise ValueError if no document is held out, or if none is left to train on.
 
     `n`: documents by split.
     """
@@ -278,8 +281,6 @@ def _check_split(n: Counter[str], plan: ShardPlan) -> None:
                 else "Raise corpus.eval_fraction or set corpus.eval."
             )
         )
-    if plan.train:
-        heldout.check_enough(n["eval"])
     if not n["train"] and plan.train:
         raise ValueError(
             f"corpus: none of the {n.total()} documents is left to train on. Expected some. "
@@ -317,13 +318,14 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--demo", type=Path, help="the file that builtin:demo stands for")
     p.add_argument("--planned", type=Path, help="the list of files that the start of the run has found")
     p.add_argument("--held-out", action="store_true", help="hold out all documents of corpus.train")
+    p.add_argument("--unevaluated", action="store_true", help="one held-out document is enough")
     args = p.parse_args(argv)
     cli.start_logging("shard", args.log)
     cfg = config.read(args.config)
     seen, plan = Path(cfg.outdir, content.SEEN), plans.shard(cfg)
     if args.held_out:
         plan = dataclasses.replace(plan, train=(), eval=plan.train, eval_fraction=None)
-    share = None if args.held_out else cfg.eval.calibration_share
+    share = None if args.held_out or args.unevaluated else cfg.eval.calibration_share
     make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned, share)
 
 

@@ -64,7 +64,7 @@ rule shard:
         config=RUN_CONFIG,
         planned=f"{OUT}/{content.PLANNED}",
         tokenizer=ASKED["tokenizer"],
-        held_out=["--held-out"] if ASKED.get("held_out") else [],
+        held_out=["--held-out" if ASKED.get("held_out") else "--unevaluated"],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {params.tokenizer:q}"
         " {params.held_out:q} --workers {threads} --planned {params.planned:q} --out {output:q} --log {log:q}"

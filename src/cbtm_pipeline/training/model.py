@@ -15,6 +15,7 @@ import torch
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.base.lean import assume_unpacked_sequences, lean_imports
+from cbtm_pipeline.training import sparse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,6 +169,7 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
             f"{where}: does not run ({first_sentence(error)}). Expected sizes that fit together. Change them."
         ) from error
     model.train(was_training)
+    sparse.router_loss_weight(model, where)
     if embeddings.weight.is_meta:  # a model on the meta device runs, but its logits have no values to compare
         return
     changed_T = (logits[0] - logits[1]).abs().amax(1)
@@ -214,12 +216,13 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> int:
     """Training FLOPs of one token: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
     N counts the parameters but for embedding tables that are only looked up (tokens and positions). A token
-    table that is also the output layer counts. L is the number of layers, d the hidden size, T is seq_len. A
-    forward pass alone takes a third of this.
+    table that is also the output layer counts. Of the experts in a layer of a mixture-of-experts model, those
+    count that read a token. L is the number of layers, d the hidden size, T is seq_len. A forward pass alone
+    takes a third of this.
     """
     head = model.get_output_embeddings()
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables -= {head.weight} if head is not None else set()
-    n = n_parameters(model) - sum(table.numel() for table in tables)
+    n = n_parameters(model) - sum(table.numel() for table in tables) - sparse.n_idle_parameters(model)
     config = model.config.get_text_config()
     return 6 * n + 12 * config.num_hidden_layers * config.hidden_size * seq_len
