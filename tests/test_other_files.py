@@ -1,15 +1,20 @@
 """Corpora, tokenizers and models as other programs write them: each ends in a result or in one line."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from transformers import AutoTokenizer
 
 import made_run
 import made_texts
 from cbtm_pipeline import shard
+from cbtm_pipeline import tokenizer as tokenizer_rule
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import content, run_folders
+from cbtm_pipeline.corpus import content, encoding, pretrained_tokenizer, run_folders, tokenizer_config
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.html import sections
 from cbtm_pipeline.mixture import verdict
@@ -21,7 +26,7 @@ def write(path: Path, text: str | bytes = "") -> Path:
     return path
 
 
-# --- the outdir lies in a folder of the corpus ----------------------------------------------------------------
+# --- the outdir lies in a folder of the corpus --------------------------------------------------------------
 
 WRITTEN = (
     "config.json",
@@ -78,7 +83,7 @@ def test_the_demo_of_this_run_is_named_as_the_corpus(tmp_path: Path) -> None:
     assert corpus_files.find([str(demo)], None, tmp_path / "results") == [str(demo)]
 
 
-# --- too few documents are held out ---------------------------------------------------------------------------
+# --- too few documents are held out -------------------------------------------------------------------------
 
 
 def sharded(folder: Path, n_train: int, n_eval: int, **keys: Any) -> dict[str, Any]:
@@ -119,3 +124,109 @@ def test_a_result_on_few_documents_has_no_interval_and_no_verdict(
     assert ("[-]" in table) == is_few and ("wins" not in table or not is_few)
     page = str(sections.lead(metrics)) + str(sections.systems(metrics))
     assert ("without an interval" in page) == is_few
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+TEXTS = ["the ship rose over the tide", "butter, flour and sugar"] * 20
+
+
+def tokenizer_folder(folder: Path, tokenizer: tokenizers.Tokenizer, **roles: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write(
+        folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles})
+    )
+    return folder
+
+
+def bpe(**keys: Any) -> tokenizers.Tokenizer:
+    found = tokenizer_rule.train([text.encode() for text in TEXTS], 300)
+    content = json.loads(found.to_str())
+    content["model"] |= keys
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def unigram(**keys: Any) -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=60, show_progress=False, special_tokens=["<|endoftext|>", "<unk>"], unk_token="<unk>"
+    )
+    found.train_from_iterator(TEXTS, trainer)
+    for name, value in keys.items():
+        setattr(found.model, name, value)
+    return found
+
+
+CHANCE = {
+    "BPE dropout": lambda: bpe(dropout=0.5),
+    "Unigram sampling": lambda: unigram(alpha=0.1, nbest_size=64),
+}
+
+
+@pytest.mark.parametrize("name", CHANCE)
+def test_a_tokenizer_with_chance_gives_the_same_ids_each_time(name: str, tmp_path: Path) -> None:
+    text = " ".join(TEXTS)
+    source = tokenizer_folder(tmp_path / "source", CHANCE[name](), bos_token="<|endoftext|>")
+    drawn = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    assert len({tuple(drawn.encode(text).ids) for _ in range(5)}) > 1
+    encoder = encoding.TokenEncoder(source / "tokenizer.json")
+    fast = [True] if not encoder.why_slow else []
+    ids = {tuple(encoder.encode(text.encode(), f).tolist()) for f in [False] * 5 + fast * 5}
+    assert len(ids) == 1
+    (tmp_path / "made").mkdir()
+    tokenizer_rule.save_pretrained("tokenizer.pretrained", str(source), None, tmp_path / "made")
+    kept = tokenizers.Tokenizer.from_file(str(tmp_path / "made/tokenizer.json"))
+    assert {tuple(kept.encode(text).ids) for _ in range(5)} == ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "packages"),
+    [
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece protobuf"),
+        (
+            "sentencepiece.bpe.model",
+            b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02",
+            "sentencepiece protobuf",
+        ),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
+    ],
+)
+def test_a_folder_has_only_a_tokenizer_model(
+    name: str, content: bytes, packages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the library that reads it. It may be here, for other tests."""
+    monkeypatch.setitem(sys.modules, packages.split()[0], None)
+    write(tmp_path / name, content)
+    write(tmp_path / "config.json", '{"model_type": "llama"}')
+    with pytest.raises(ValueError) as error:
+        pretrained_tokenizer.load("model.pretrained", "mine", tmp_path)
+    line = str(error.value)
+    assert f"mine has only {name}, a vocabulary of {packages.split()[0]}, which cannot be read here" in line
+    assert f"Run pip install --upgrade {packages} and start again." in line
+
+
+def test_a_tokenizer_has_a_special_token_more_than_the_embedding_has_rows(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    n = tokenizer.get_vocab_size()
+    assert encoding.n_ids(tokenizer, 0) == n
+    tokenizer.add_special_tokens(["[PAD]"])
+    assert (tokenizer.get_vocab_size(), encoding.n_ids(tokenizer, 0)) == (n + 1, n)
+    assert encoding.n_ids(tokenizer, n) == n + 1  # the separator is in every document
+    text = encoding.TokenEncoder(tokenizer_folder(tmp_path, tokenizer) / "tokenizer.json")
+    assert text.encode(b"a [PAD] of [PAD]", False).max() < n
+    tokenizer.add_tokens(["<mine>"])
+    assert encoding.n_ids(tokenizer, 0) == n + 2
+
+
+def test_a_padding_token_beyond_the_embedding_is_replaced_beside_the_model(tmp_path: Path) -> None:
+    tokenizer = bpe()
+    n = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["[PAD]"])
+    for n_rows, expected in ((n, "<|endoftext|>"), (n + 1, "[PAD]")):
+        folder = tokenizer_folder(
+            tmp_path / str(n_rows), tokenizer, bos_token="<|endoftext|>", pad_token="[PAD]"
+        )
+        tokenizer_config.write(folder, 32, n_rows, 0)
+        loaded = AutoTokenizer.from_pretrained(folder)
+        assert (loaded.pad_token, loaded.pad_token_id < n_rows) == (expected, True)

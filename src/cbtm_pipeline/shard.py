@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     seen, plan = Path(cfg.outdir, content.SEEN), plans.shard(cfg)
     if args.held_out:
         plan = dataclasses.replace(plan, train=(), eval=plan.train, eval_fraction=None)
-    share = None if args.held_out or args.unevaluated else cfg.eval.calibration_share
+    share = None if args.held_out or args.unevaluated else cfg.route.calibration_share
     make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned, share)
 
 

@@ -82,7 +82,7 @@ def test_a_seed_with_another_loss_of_its_own_is_one_line() -> None:
     with pytest.raises(
         ValueError, match="has a part that is not known. Expected .* Set output_router_logits"
     ):
-        model._check(net, "model.pretrained: x", 64, 32)
+        model.check(net, "model.pretrained: x", 64, 32)
 
 
 # without jetmoe, whose attention is sparse, too, and costs more than the formula of dense attention says

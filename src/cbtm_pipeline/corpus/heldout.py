@@ -55,8 +55,9 @@ def check_enough(n_documents: int) -> None:
     """Raise ValueError if so many held-out documents are too few for a result."""
     if n_documents < MIN_DOCUMENTS:
         raise ValueError(
-            f"corpus.eval: {n_documents} held-out document. Expected at least {MIN_DOCUMENTS}: one to choose the "
-            "router's settings and one to report. Give more held-out documents or raise corpus.eval_fraction."
+            f"corpus.eval: {n_documents} held-out document{'s' * (n_documents != 1)}. Expected at least "
+            f"{MIN_DOCUMENTS}: one to choose the router's settings and one to report. Give more held-out "
+            "documents or raise corpus.eval_fraction."
         )
 
 
@@ -66,9 +67,9 @@ def warning(n_documents: int, calibration_share: float) -> str | None:
     if n_reported >= MIN_REPORTED:
         return None
     return (
-        f"{n_documents} held-out documents, of which {n_reported} are reported: the result will have no intervals "
-        f"and no verdict. Expected at least {MIN_REPORTED} reported ones. Give more held-out documents or raise "
-        "corpus.eval_fraction."
+        f"{n_documents} held-out documents, of which {n_reported} are reported: the result will have no "
+        f"intervals and no verdict. Expected at least {MIN_REPORTED} reported ones. Give more held-out "
+        "documents or raise corpus.eval_fraction."
     )
 
 

@@ -9,7 +9,11 @@ PLANNED = ".corpus-files.json"  # in an outdir: the files that a start has found
 SEEN = ".corpus.json"  # in an outdir: the identities of corpus files, remembered
 # What a run writes at the top of its outdir. What else lies there may be the user's.
 NAMES = frozenset(
-    ["added", "assignments", "cluster", "config.json", "demo", "embed", "ensemble", "eval", "experts", "kept", "logs", "random", "report.html", "route", "scored", "scores", "shards", "slurm", "tokenizer", "work"]
+    (
+        *("added", "assignments", "cluster", "config.json", "demo", "embed", "ensemble", "eval", "experts"),
+        *("kept", "logs", "random", "report.html", "route", "scored", "scores", "shards", "slurm"),
+        *("tokenizer", "work"),
+    )
 )
 DEMO = "demo"  # of these names, the one with text to train on: a run may name it as its corpus
 
@@ -48,6 +52,6 @@ class Outputs:
         if outdir is None or outdir != self.outdir or (outdir / DEMO) in root.resolve().parents:
             return
         raise ValueError(
-            f"{pattern}: among the outputs of this run, whose outdir is {outdir}. Expected text from elsewhere. "
-            "Correct corpus.train or corpus.eval, or change outdir."
+            f"{pattern}: among the outputs of this run, whose outdir is {outdir}. Expected text from "
+            "elsewhere. Correct corpus.train or corpus.eval, or change outdir."
         )

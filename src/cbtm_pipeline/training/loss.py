@@ -98,8 +98,8 @@ def cross_entropy(
 class NextToken(torch.nn.Module):
     """A causal language model whose output is its loss. The parameters are the model's own.
 
-    While it trains, the loss has the auxiliary loss of a router, if the model's config asks for that. It is that
-    of one forward pass, as in transformers, and weighs as much for each token.
+    While it trains, the loss has the auxiliary loss of a router, if the model's config asks for that. It is
+    that of one forward pass, as in transformers, and weighs as much for each token.
     """
 
     def __init__(self, net: "PreTrainedModel"):

@@ -15,6 +15,7 @@ import torch
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.base.lean import assume_unpacked_sequences, lean_imports
+from cbtm_pipeline.corpus import tokenizer_config
 from cbtm_pipeline.training import sparse
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def scratch(
                 f"model.scratch: no {model_type} model ({first_sentence(error)}). Expected sizes that fit "
                 "together. Change model.scratch."
             ) from error
-        _check(model, "model.scratch", vocab_size, seq_len)
+        check(model, "model.scratch", vocab_size, seq_len)
         return model
 
 
@@ -107,30 +108,38 @@ def pretrained(
     with lean_imports():
         expected = "config.json and safetensors weights"
         folder = hub.fetch("model.pretrained", name, revision, hub.lacks_weights, hub.WEIGHTS, expected)
-        model = _load(folder, where)
-        _check(model, where, vocab_size, seq_len)
+        model = load_whole(folder, where)
+        check(model, where, vocab_size, seq_len)
         return model, hub.commit(folder)
 
 
 def load(folder: Path) -> "PreTrainedModel":
     """The model (float32) in an expert's folder. Raises ValueError if it cannot be loaded."""
     with lean_imports():
-        return _load(folder, str(folder))
+        return load_whole(folder, str(folder))
 
 
-def _load(folder: Path, where: str) -> "PreTrainedModel":
-    """Load a model (float32). Raises ValueError, which names `where`, if it is damaged or lacks a weight."""
+def load_whole(folder: Path, where: str, **more: Any) -> "PreTrainedModel":
+    """Load a model (float32), with `more` options of `from_pretrained`.
+
+    Raises ValueError, which names `where`, if it is damaged or lacks a weight.
+    """
     from transformers import AutoModelForCausalLM
 
     assume_unpacked_sequences()
-    options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **more}
     try:
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
+        todo = "Choose the model that it was made from" if hub.is_quantized(folder) else "Download it again"
         raise ValueError(
-            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. "
-            "Download it again."
+            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. {todo}."
         ) from error
+    if rounded := next((n for n, p in model.named_parameters() if not p.dtype.is_floating_point), None):
+        raise ValueError(
+            f"{where}: {rounded} is quantized, and cannot be trained. Expected weights of floating point. "
+            "Choose the model that it was made from."
+        )
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise ValueError(
@@ -140,7 +149,7 @@ def _load(folder: Path, where: str) -> "PreTrainedModel":
     return model
 
 
-def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
+def check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
     """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and is causal.
 
     It is causal if two texts that differ only in their last token get the same logits before it.
@@ -150,9 +159,11 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
     if n_rows < vocab_size:
         raise ValueError(
             f"{where}: a vocabulary of {n_rows}. Expected room for the tokenizer's {vocab_size} tokens. "
-            "Use the model's own tokenizer: leave tokenizer.pretrained out, or name the same model there."
+            "Use the model's own tokenizer: leave tokenizer.pretrained out, or name the same model there. If "
+            "it is that, give the model rows for all tokens, with transformers' "
+            f"resize_token_embeddings({vocab_size})."
         )
-    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    n_positions = tokenizer_config.n_positions(model.config.get_text_config())
     if n_positions is not None and n_positions < seq_len:
         raise ValueError(
             f"{where}: {n_positions} positions. Expected at least train.seq_len, {seq_len}. "
@@ -181,9 +192,15 @@ def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) 
 
 
 def layers(model: "PreTrainedModel") -> torch.nn.ModuleList:
-    """The model's layers, from the first to the last."""
-    n = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    """The model's layers, from the first to the last. Raises ValueError for a model without such a list."""
+    n = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    if (found := next(lists, None)) is None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no list of its {n} layers. Expected a decoder of layers that "
+            "follow one another. Choose another model."
+        )
+    return found
 
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "fc1", "fc2")  # what models call it in a layer

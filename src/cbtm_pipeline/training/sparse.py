@@ -1,6 +1,6 @@
-"""What is special about a mixture-of-experts model: experts that a token does not use, and a loss of its router.
+"""What is special about a mixture-of-experts model: experts that a token does not use, a loss of the router.
 
-Here, experts are the feed-forwards inside one model. They have nothing to do with the experts of this project.
+Here, experts are feed-forwards inside one model. They have nothing to do with the experts of this project.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -62,9 +62,9 @@ def router_loss_weight(net: "PreTrainedModel", where: str) -> float:
     expected = plain + (0 if router is None else weight * router)
     if not torch.isclose(out.loss.float(), expected.float(), rtol=_TOLERANCE):
         raise ValueError(
-            f"{where}: output_router_logits is true, and its loss {float(out.loss):.4f} has a part that is not "
-            f"known. Expected {float(expected):.4f}, with the router's loss. Set output_router_logits to false "
-            "in its config."
+            f"{where}: output_router_logits is true, and its loss {float(out.loss):.4f} has a part that is "
+            f"not known. Expected {float(expected):.4f}, with the router's loss. Set output_router_logits to "
+            "false in its config."
         )
     return 0.0 if router is None else weight
 
