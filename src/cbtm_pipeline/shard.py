@@ -27,6 +27,7 @@ from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import content, encoding, heldout, repeated_ids, shard_block, shard_files
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus.quarantine import Quarantine
 from cbtm_pipeline.corpus.rows import BadRow
 from cbtm_pipeline.corpus.shard_block import Block, Entry, Made, Setup, Split
@@ -250,10 +251,13 @@ def _check_quarantine(read: Read, quarantine: Quarantine, path: Path, max_bad_sh
 
 
 def _about_ids(quarantine: Quarantine) -> str:
-    """What to do where most of the rows in the quarantine repeat an id."""
-    if 2 * quarantine.kinds["duplicate id"] < quarantine.n_rows:
-        return ""
-    return " Where each file counts from 0, set corpus.id_field: null: then file and row name a document."
+    """What to do where most of the rows in the quarantine repeat an id, or have one that is none."""
+    whole = "set corpus.id_field: null: then file and row name a document."
+    if 2 * quarantine.kinds["duplicate id"] >= quarantine.n_rows:
+        return f" Where each file counts from 0, {whole}"
+    if 2 * quarantine.kinds[corpus_rows.NO_ID] >= quarantine.n_rows:
+        return f" Where a document has no other id, {whole}"
+    return ""
 
 
 def _log_passed_over(patterns: list[str], outdir: Path) -> None:

@@ -15,7 +15,7 @@ from cbtm_pipeline.provenance import kept, records, stale, task_files
 from cbtm_pipeline.base import cli, lock, printable, read_yaml, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.ops import terminal
+from cbtm_pipeline.ops import planned, terminal
 from cbtm_pipeline.slurm import request
 
 try:
@@ -23,6 +23,7 @@ try:
         read_yaml.read(
             path
         )  # a key that stands twice is an error, which Snakemake does not see
+    planned.check_given_once(sys.argv)
     CONFIG = schema.validate(config)
     CORPUS_FILES = corpus_files.find(
         CONFIG.corpus.train, CONFIG.corpus.eval, CONFIG.outdir

@@ -23,7 +23,7 @@ _SPACE = re.compile(rb"(?<=\S)(?= \S)")
 _CACHE_BYTES = 1 << 28
 # Text between two checks of the memory. If no word repeats, the cache takes ten times the size of the text.
 _CHECK_BYTES = 1 << 24
-DRAWS = ("dropout", "alpha", "nbest_size")  # of a model in tokenizer.json: of BPE and Unigram, by chance
+_DRAWS = "dropout"  # of a BPE in tokenizer.json: merges are left out by chance
 _STATM = Path("/proc/self/statm")  # exists on Linux
 _PROBES = (
     "It's  the fox's\tdog\r\n\r\nwe'll\n \n  x=1234567.89; // #$%^&*() __init__ HTTPServer I'M",
@@ -59,9 +59,8 @@ def always_alike(tokenizer: tokenizers.Tokenizer) -> None:
 
     With it, the same text would get other ids each time it is read.
     """
-    for name in DRAWS:
-        if getattr(tokenizer.model, name, None):
-            setattr(tokenizer.model, name, None)
+    if getattr(tokenizer.model, _DRAWS, None):
+        setattr(tokenizer.model, _DRAWS, None)
 
 
 def n_ids(tokenizer: tokenizers.Tokenizer, separator_id: int) -> int:
@@ -106,7 +105,8 @@ class TokenEncoder:
         self.slow.encode_special_tokens = True
         always_alike(self.slow)
         content = orjson.loads(text) | {"truncation": None, "padding": None}
-        content["model"] |= {name: None for name in DRAWS if content["model"].get(name)}
+        if content["model"].get(_DRAWS):
+            content["model"][_DRAWS] = None
         added = content.get("added_tokens") or []
         content["added_tokens"] = [token for token in added if not token["special"]]
         self._fast_json = orjson.dumps(content)

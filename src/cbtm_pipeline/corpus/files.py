@@ -5,6 +5,7 @@ Imports nothing heavy, because the workflow uses it too.
 
 import errno
 import os
+import shlex
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -95,14 +96,31 @@ def _expected() -> str:
 def _matching(pattern: str, outputs: run_folders.Outputs) -> list[Path]:
     roots = _roots(pattern, outputs)
     if roots == [path := Path(pattern).expanduser()] and not path.is_dir() and format_of(path) is None:
-        raise ValueError(
-            f"{pattern}: unknown format. {_expected()} Convert the file, or correct corpus.train or "
-            "corpus.eval."
-        )
+        todo = _conversion(path) or "Convert the file, or correct corpus.train or corpus.eval."
+        raise ValueError(f"{pattern}: unknown format. {_expected()} {todo}")
     files = [file for root in roots for file in _below(root, outputs) if format_of(file)]
     if not files:
-        raise ValueError(f"{pattern}: no matching file. {_expected()} Correct corpus.train or corpus.eval.")
+        others = [file for root in roots for file in _below(root, outputs)]
+        todo = next(filter(None, map(_conversion, others)), "Correct corpus.train or corpus.eval.")
+        raise ValueError(f"{pattern}: no matching file. {_expected()} {todo}")
     return files
+
+
+def _conversion(path: Path) -> str | None:
+    """What to type to convert a table of text, where no format reads it; None for other files."""
+    suffix = next((s for s in _TABLES if path.name.lower().endswith((s, f"{s}.gz"))), None)
+    if suffix is None:
+        return None
+    to = path.with_name(path.name[: path.name.lower().rindex(suffix)] + ".parquet")
+    code = (
+        "import sys; from pyarrow import csv, parquet; "
+        f"table = csv.read_csv(sys.argv[1], parse_options=csv.ParseOptions(delimiter='{_TABLES[suffix]}', "
+        "newlines_in_values=True)); parquet.write_table(table, sys.argv[2])"
+    )
+    return f"Convert it: python -c {shlex.quote(code)} {shlex.quote(str(path))} {shlex.quote(str(to))}"
+
+
+_TABLES = {".csv": ",", ".tsv": r"\t"}  # by suffix, what separates their columns
 
 
 def _roots(pattern: str, outputs: run_folders.Outputs) -> list[Path]:
@@ -163,6 +181,7 @@ def _below(root: Path, outputs: run_folders.Outputs) -> list[Path]:
             for name in (*subfolders, *names)
             if not name.startswith(".") and (is_asked or outputs.written_by(Path(real, name)) is None)
         }
+        kept -= _no_data(kept)
         subfolders[:] = [name for name in subfolders if name in kept]
         seen_names = [name for name in names if name in kept]
         for name in seen_names:
@@ -170,6 +189,21 @@ def _below(root: Path, outputs: run_folders.Outputs) -> list[Path]:
                 globs.is_folder(Path(folder, name))
         files += [f"{folder}/{name}" for name in seen_names]
     return [Path(file) for file in sorted(files)]
+
+
+# What other programs put beside their data, which is no text: folders, and JSON beside datasets' Arrow files.
+_BOOKKEEPING = frozenset(["_delta_log", "_spark_metadata", "_temporary"])
+_OF_DATASETS = frozenset(["dataset_dict.json", "dataset_info.json", "state.json"])
+
+
+def _no_data(names: set[str]) -> set[str]:
+    """Of the names in a folder, those that hold no data but say what the other files are."""
+    of_datasets = _OF_DATASETS & names
+    if not ("dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)):
+        of_datasets = frozenset()
+    # datasets keeps what it has computed beside the data
+    caches = {name for name in names if name.startswith("cache-") and name.endswith(".arrow") and of_datasets}
+    return (names & _BOOKKEEPING) | of_datasets | caches
 
 
 def _raise(error: OSError) -> None:

@@ -43,7 +43,7 @@ def _tokens(config: Config, source: Pretrained) -> Tokens:
 
 def check_seed(f: Facts) -> Iterator[Line]:
     """Whether the seed model can be loaded, fits the tokenizer, runs, is causal and can be trained."""
-    if f.config is None:
+    if f.config is None or f.model is None:  # it is not here, or check_model has refused it
         return
     from cbtm_pipeline.training import examine  # imports torch
 

@@ -42,7 +42,7 @@ def pretrained(folder: Path, name: str, vocab_size: int, seq_len: int, only: str
 
 
 def scratch(keys: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int, only: str) -> None:
-    """Raise ValueError, as a training does, for a model that cannot be trained. Runs it unless it is large."""
+    """Raise ValueError, as a training does, for a model that cannot be trained. A large one is not run."""
     with torch.device("meta"):
         net = model.scratch(keys, vocab_size, separator_id, seq_len, 0)
     if 4 * model.n_parameters(net) <= WHOLE_BYTES:

@@ -55,8 +55,9 @@ def publish(
 
     try:
         model.save_pretrained(staging, max_shard_size="1000TB")
-    except SafetensorError as error:  # a full disk
-        raise OSError(None, str(error), str(out)) from error
+    except (SafetensorError, OSError) as error:  # a full disk; other libraries do not name the file
+        number = error.errno if isinstance(error, OSError) else None
+        raise OSError(number, getattr(error, "strerror", None) or str(error), str(out)) from error
     card = {**card, "weights": artifact.identity(staging / WEIGHTS)}
     card["identity"] = artifact.fingerprint([card["weights"], artifact.identity(staging / "config.json")])
     artifact.write_sealed(staging / "card.json", card)

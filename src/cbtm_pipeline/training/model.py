@@ -6,6 +6,8 @@ Any model that `AutoModelForCausalLM` knows can be used if it is causal. A test 
 import copy
 import dataclasses
 import difflib
+import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +41,7 @@ def scratch(
         model_type = _check_model_type(keys.pop("model_type", None))
         config_class = CONFIG_MAPPING[model_type]
         fields = {field.name: field.default for field in dataclasses.fields(config_class)}
-        _check_keys(keys, fields, config_class)
+        taken = _check_keys(keys, fields, config_class)
         filled_in = _filled_in(fields, vocab_size, separator_id, seq_len)
         own_names = {
             config_class.attribute_map.get(name, name): value
@@ -47,7 +49,7 @@ def scratch(
         }
         torch.manual_seed(rng_seed % 2**63)
         try:
-            config = config_class(**{name: value for name, value in own_names.items() if name in fields})
+            config = config_class(**{name: value for name, value in own_names.items() if name in taken})
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except Exception as error:  # the type of the error depends on the model
             raise ValueError(
@@ -71,16 +73,40 @@ def _check_model_type(model_type: Any) -> str:
     return model_type
 
 
-def _check_keys(keys: Mapping[str, Any], fields: Mapping[str, Any], config_class: Any) -> None:
-    """Raise ValueError for a key that is neither a field of the class nor another name of one."""
-    known = dict(fields) | dict.fromkeys(config_class.attribute_map)
-    for key in keys:
-        if key not in known:
+def _check_keys(keys: Mapping[str, Any], fields: Mapping[str, Any], config_class: Any) -> set[str]:
+    """The names that the class takes: its fields, and those of `keys` that it takes without declaring them.
+
+    Raises ValueError for a key that is neither of these nor another name of a field.
+    """
+    known, more = dict(fields) | dict.fromkeys(config_class.attribute_map), set()
+    for key, value in keys.items():
+        if key not in known and _is_taken(key, value, config_class):
+            more.add(key)
+        elif key not in known:
             near = difflib.get_close_matches(key, known, 1, 0)[0]
             raise ValueError(
                 f"model.scratch.{key}: unknown key. Expected a key of {config_class.__name__} in "
                 f"transformers. Did you mean {near}?"
             )
+    return {*fields, *more}
+
+
+def _is_taken(key: str, value: Any, config_class: Any) -> bool:
+    """Whether a key has an effect although the class does not declare it.
+
+    Either the model's source reads it from the config, or the class turns it into the value of a field.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    source = Path(inspect.getfile(MODEL_FOR_CAUSAL_LM_MAPPING[config_class])).read_text("utf-8")
+    name = re.escape(key)
+    if re.search(rf"config\.{name}\b|config, ['\"]{name}['\"]", source):
+        return True
+    try:
+        with_key, without = config_class(**{key: value}).to_dict(), config_class().to_dict()
+    except Exception:  # the type of the error depends on the class; building the model says what is wrong
+        return False
+    return any(with_key.get(field) != without.get(field) for field in without)
 
 
 def _filled_in(fields: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int) -> dict[str, Any]:
