@@ -70,7 +70,7 @@ rule shard:
         held_out=(
             ["--held-out", "--called=FILE"]
             if ASKED.get("held_out")
-            else ["--called=--corpus"]
+            else ["--unevaluated", "--called=--corpus"]
         ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {params.tokenizer:q}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.printable import printable
-from cbtm_pipeline.ops import cost, run_checks, slurm_checks
+from cbtm_pipeline.ops import cost, fit_checks, run_checks, slurm_checks
 from cbtm_pipeline.ops.facts import Facts
 from cbtm_pipeline.ops.finding import Line
 
@@ -23,7 +23,10 @@ CHECKS = (  # in this order: later checks use what earlier ones found
     slurm_checks.check_jobs,
     slurm_checks.check_machine,
     slurm_checks.check_records,
+    fit_checks.check_tokenizer,
     run_checks.check_model,
+    fit_checks.check_seed,
+    fit_checks.check_held_out,
     run_checks.check_encoder,
     run_checks.check_tasks,
     run_checks.check_folder,

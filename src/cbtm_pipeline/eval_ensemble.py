@@ -167,9 +167,14 @@ def _complete_rows(
 def _ratios(
     plan: EvalPlan, reported: Scored, nll_DS: np.ndarray, reference_D: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Perplexity of each system relative to the reference, with its 95 % interval."""
+    """Perplexity of each system relative to the reference, with its 95 % interval.
+
+    The interval is None where too few documents are reported.
+    """
     n_tokens_D = reported.n_tokens_D
     ratio_S = bootstrap.perplexity_ratio(nll_DS, reference_D, n_tokens_D)
+    if len(n_tokens_D) < heldout.MIN_REPORTED:
+        return [{"ratio": float(ratio), "ci95": None} for ratio in ratio_S]
     ci95_S2 = bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, plan.bootstrap, plan.rng_seed)
     return [
         {"ratio": float(ratio), "ci95": ci95.tolist()} for ratio, ci95 in zip(ratio_S, ci95_S2, strict=True)

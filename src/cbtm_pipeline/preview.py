@@ -199,7 +199,9 @@ def main() -> None:
     p.add_argument("targets", nargs="*", help="rules or files, as given to snakemake; default: the whole run")
     args = p.parse_args()
     cfg = config.validate(planned.read_config(planned.config_files(args.configfile)))
-    corpus_files.find(cfg.corpus.train, cfg.corpus.eval)  # raises ValueError that names what is missing
+    corpus_files.find(  # raises ValueError that names what is missing
+        cfg.corpus.train, cfg.corpus.eval, cfg.outdir
+    )
     for target in args.targets:
         if target not in OTHERS and not stale.named(cfg, [target]):
             rules = ", ".join(dict.fromkeys(job.rule for job in stale.jobs(cfg)))

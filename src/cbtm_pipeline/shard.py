@@ -25,8 +25,9 @@ from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.printable import shortened
 from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import blocks as corpus_blocks
-from cbtm_pipeline.corpus import content, encoding, repeated_ids, shard_block, shard_files
+from cbtm_pipeline.corpus import content, encoding, heldout, repeated_ids, shard_block, shard_files
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus.quarantine import Quarantine
 from cbtm_pipeline.corpus.rows import BadRow
 from cbtm_pipeline.corpus.shard_block import Block, Entry, Made, Setup, Split
@@ -54,18 +55,20 @@ def make(
     demo: Path | None,
     seen: Path,
     planned: Path | None = None,
+    calibration_share: float | None = None,
 ) -> None:
     """Write the shards of the corpus beside `out`, and `out` (manifest.json) last.
 
     `demo` is the file that `builtin:demo` stands for. `seen` remembers the identities of the corpus's files,
     `planned` which files the start of the run has found. Raises ValueError if more than `max_bad_share` of
     the corpus cannot be used, if a planned file is gone, or if no document is left to train on or to hold
-    out.
+    out. With a `calibration_share`, the held-out documents have to be enough for a result, and a warning says
+    what a result on few of them will lack.
     """
     card = encoding.read_card(tokenizer_json)
-    train, held_out = _input_files(plan, demo)
+    train, held_out = _input_files(plan, demo, seen.parent)
     content.check_planned(planned, [*train, *held_out])
-    _log_passed_over([*plan.train, *(plan.eval or [])])
+    _log_passed_over([*plan.train, *(plan.eval or [])], seen.parent)
     files = corpus_files.name([*held_out, *train])
     folder = out.parent
     _clear(folder)
@@ -89,6 +92,10 @@ def make(
     read = Read(len(files), n.total() + quarantine.n_rows, n_bytes)
     _check_quarantine(read, quarantine, folder / "quarantine.jsonl", plan.max_bad_share)
     _check_split(n, plan)
+    if calibration_share is not None:
+        heldout.check_enough(n["eval"])
+        if few := heldout.warning(n["eval"], calibration_share):
+            cli.log.warning("%s", few)
     _log_splits(shards)
     about = {"separator_id": setup.separator_id, "vocab_size": setup.vocab_size}
     more = {"n_quarantined": quarantine.n_rows, "encoder": encoder, "shards": shards, "files": _files(shards)}
@@ -105,10 +112,10 @@ def _files(shards: list[Entry]) -> list[str]:
     return [*of_shards, "quarantine.jsonl"]
 
 
-def _input_files(plan: ShardPlan, demo: Path | None) -> tuple[list[Path], list[Path]]:
+def _input_files(plan: ShardPlan, demo: Path | None, outdir: Path) -> tuple[list[Path], list[Path]]:
     """The files of corpus.train and of corpus.eval. Raises ValueError for a file in both."""
-    train = corpus_files.input_files(plan.train, demo)
-    held_out = corpus_files.input_files(plan.eval or [], demo)
+    train = corpus_files.input_files(plan.train, demo, outdir)
+    held_out = corpus_files.input_files(plan.eval or [], demo, outdir)
     if both := {path.absolute() for path in train} & {path.absolute() for path in held_out}:
         raise ValueError(
             f"corpus.eval: {min(both)} is also in corpus.train. Expected different files. "
@@ -245,15 +252,18 @@ def _check_quarantine(read: Read, quarantine: Quarantine, path: Path, max_bad_sh
 
 
 def _about_ids(quarantine: Quarantine) -> str:
-    """What to do where most of the rows in the quarantine repeat an id."""
-    if 2 * quarantine.kinds["duplicate id"] < quarantine.n_rows:
-        return ""
-    return " Where each file counts from 0, set corpus.id_field: null: then file and row name a document."
+    """What to do where most of the rows in the quarantine repeat an id, or have one that is none."""
+    whole = "set corpus.id_field: null: then file and row name a document."
+    if 2 * quarantine.kinds["duplicate id"] >= quarantine.n_rows:
+        return f" Where each file counts from 0, {whole}"
+    if 2 * quarantine.kinds[corpus_rows.NO_ID] >= quarantine.n_rows:
+        return f" Where a document has no other id, {whole}"
+    return ""
 
 
-def _log_passed_over(patterns: list[str]) -> None:
+def _log_passed_over(patterns: list[str], outdir: Path) -> None:
     """Warn of files beside those of the corpus that are not read: they may be text, too."""
-    if found := corpus_files.passed_over(patterns):
+    if found := corpus_files.passed_over(patterns, outdir):
         kinds = Counter(path.suffix.lower() or path.name for path in found)
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
         cli.log.warning(
@@ -314,14 +324,16 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--planned", type=Path, help="the list of files that the start of the run has found")
     p.add_argument("--held-out", action="store_true", help="hold out all documents of corpus.train")
     p.add_argument("--called", metavar="OPTION", help="what the command that asks calls its documents")
+    p.add_argument("--unevaluated", action="store_true", help="one held-out document is enough")
     args = p.parse_args(argv)
     cli.start_logging("shard", args.log)
     cfg = config.read(args.config)
     seen, plan = Path(cfg.outdir, content.SEEN), plans.shard(cfg)
     if args.held_out:
         plan = dataclasses.replace(plan, train=(), eval=plan.train, eval_fraction=None)
+    share = None if args.held_out or args.unevaluated else cfg.route.calibration_share
     with worded.worded(args.called):
-        make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned)
+        make(plan, args.tokenizer, args.out, args.workers, args.demo, seen, args.planned, share)
 
 
 if __name__ == "__main__":

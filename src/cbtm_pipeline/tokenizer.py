@@ -19,10 +19,9 @@ import tokenizers
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, hub
-from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import blocks as corpus_blocks
-from cbtm_pipeline.corpus import content, encoding
+from cbtm_pipeline.corpus import content, encoding, pretrained_tokenizer
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.plan import TokenizerPlan
@@ -93,12 +92,12 @@ class Saved(NamedTuple):
     commit: str | None  # of the repository, if the tokenizer is from the hub
 
 
-def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path) -> Saved:
-    """Train a tokenizer on the corpus and save it to `folder`.
+def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path, outdir: Path) -> Saved:
+    """Train a tokenizer on the corpus and save it to `folder`. The run's outputs lie in `outdir`.
 
     Raises ValueError if no text is left to train on.
     """
-    files = corpus_files.name(corpus_files.input_files(plan.train, demo))
+    files = corpus_files.name(corpus_files.input_files(plan.train, demo, outdir))
     progress = cli.Progress("read", corpus_files.n_bytes(files) / 1e6, "MB")
 
     def documents() -> Iterator[bytes]:
@@ -139,31 +138,12 @@ def save_pretrained(key: str, source: str, revision: str | None, folder: Path) -
     repository on the hub; None is its main branch. Raises ValueError for a tokenizer that cannot be had, is
     not fast, or has neither a bos nor an eos token.
     """
-    from transformers import AutoTokenizer  # takes seconds, which a trained tokenizer does not need
-
     cli.log.info("loading %s", source)
     found = hub.fetch(key, source, revision, hub.lacks_tokenizer, hub.TOKENIZER, "a tokenizer.json")
-    try:
-        tokenizer = hub.load(AutoTokenizer, found)
-    except Exception as error:  # format errors have many types
-        raise ValueError(
-            f"{key}: {source} cannot be loaded ({first_sentence(error)}). "
-            "Expected a folder or a repository with tokenizer.json. Choose another one."
-        ) from error
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{key}: {source} has no tokenizer.json. Expected a fast tokenizer. "
-            "Convert it, or choose another."
-        )
-    ids = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
-    if not ids:
-        raise ValueError(
-            f"{key}: {source} has neither a bos nor an eos token. Expected one to separate documents. "
-            "Set bos_token in its tokenizer_config.json."
-        )
+    tokenizer = pretrained_tokenizer.load(key, source, found)
     tokenizer.save_pretrained(folder)
-    vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    return Saved(ids[0], vocab_size, hub.commit(found))
+    vocab_size = pretrained_tokenizer.vocab_size(tokenizer)
+    return Saved(pretrained_tokenizer.separators(tokenizer)[0], vocab_size, hub.commit(found))
 
 
 def make(plan: TokenizerPlan, out: Path, demo: Path | None, seen: Path) -> None:
@@ -183,7 +163,7 @@ def make(plan: TokenizerPlan, out: Path, demo: Path | None, seen: Path) -> None:
             key = "tokenizer.pretrained" if plan.pretrained else "model.pretrained"
             saved = save_pretrained(key, source, plan.revision, made)
         else:
-            saved = save_trained(plan, demo, made)
+            saved = save_trained(plan, demo, made, seen.parent)
         for name in ("tokenizer.json", "card.json", *_SIDE_FILES):
             (out.parent / name).unlink(missing_ok=True)
         for path in made.iterdir():

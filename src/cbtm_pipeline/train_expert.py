@@ -79,7 +79,8 @@ def start_from(
     if isinstance(plan, SeedPlan):
         vocab_size = data.manifest["vocab_size"]
         if plan.pretrained is not None:
-            net, commit = model.pretrained(plan.pretrained, plan.revision, vocab_size, plan.seq_len)
+            n_ids = min(vocab_size, encoding.n_ids_of(files.tokenizer, data.manifest["separator_id"]))
+            net, commit = model.pretrained(plan.pretrained, plan.revision, n_ids, plan.seq_len)
             return Start(net, None, commit)
         separator_id = data.manifest["separator_id"]
         net = model.scratch(plan.scratch, vocab_size, separator_id, plan.seq_len, plan.rng_seed)

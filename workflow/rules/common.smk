@@ -1,6 +1,7 @@
 # What all rules share: the validated config, the experts, the environment of the jobs.
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from cbtm_pipeline.provenance import kept, records, stale
 from cbtm_pipeline.base import cli, lock, printable, read_yaml, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.ops import terminal
+from cbtm_pipeline.ops import planned, terminal
 from cbtm_pipeline.slurm import request
 
 try:
@@ -23,14 +24,17 @@ try:
         read_yaml.read(
             path
         )  # a key that stands twice is an error, which Snakemake does not see
+    planned.check_given_once(sys.argv)
     CONFIG = schema.validate(config)
-    CORPUS_FILES = corpus_files.find(CONFIG.corpus.train, CONFIG.corpus.eval)
+    CORPUS_FILES = corpus_files.find(
+        CONFIG.corpus.train, CONFIG.corpus.eval, CONFIG.outdir
+    )
     STATES = stale.look(CONFIG)
     harness.check_at_start(CONFIG, STATES)
 except (ValueError, OSError) as error:
     sys.exit(cli.explain(error))
 
-OUT = CONFIG.outdir.rstrip("/")
+OUT = re.sub("/+", "/", CONFIG.outdir).rstrip("/")
 RUN_CONFIG = f"{OUT}/config.json"
 PLANNED = f"{OUT}/{content.PLANNED}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"

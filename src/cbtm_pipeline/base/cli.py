@@ -59,7 +59,20 @@ def _command() -> str | None:
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):
-    """A log file that is made again when it was deleted. Snakemake may delete the log of a running job."""
+    """A log file that is made again when it was deleted. Snakemake may delete the log of a running job.
+
+    If it cannot be written any more, one line on stderr says so, and the work goes on.
+    """
+
+    is_broken = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.is_broken:
+            self.is_broken = True
+            print(f"{self.baseFilename}: {error.strerror}. Lines are missing there.", file=sys.stderr)
 
     def _open(self) -> TextIOWrapper:
         path = Path(self.baseFilename)
@@ -142,6 +155,9 @@ def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         advice = "Check the path, its rights and the free space."
         return f"{error.filename}: {error.strerror}. Expected to read or write it. {advice}"
+    if isinstance(error, OSError) and error.errno is not None:  # the library did not say which file
+        advice = "Check the free space of the outdir and of the folder for temporary files."
+        return f"a file: {error.strerror}. Expected to read or write it. {advice}"
     return str(error) or type(error).__name__
 
 

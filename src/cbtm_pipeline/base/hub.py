@@ -152,6 +152,12 @@ def check(folder: Path) -> None:
         raise ValueError(f"its attention is {kernel}, code on the hub. Expected one of transformers")
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a model's config says that its weights are quantized."""
+    config = _json(folder / "config.json")
+    return isinstance(config, dict) and "quantization_config" in config
+
+
 def _kernel(value: Any) -> str | None:
     """The name of code on the hub that a config gives for the attention, at any depth."""
     if isinstance(value, list):

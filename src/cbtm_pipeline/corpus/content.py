@@ -15,9 +15,10 @@ from typing import Any
 
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import run_folders
 
-PLANNED = ".corpus-files.json"  # in the folder of the outputs: the files that a start has found
-SEEN = ".corpus.json"  # in the folder of the outputs: the identities of corpus files, remembered
+PLANNED = run_folders.PLANNED  # in the folder of the outputs: the files that a start has found
+SEEN = run_folders.SEEN  # in the folder of the outputs: the identities of corpus files, remembered
 _THREADS = 4  # one thread hashes about 1 GB/s
 _SETTLED_NS = 3_000_000_000  # file systems count time in steps of up to two seconds
 _CTIME = 2  # index of the time of change, which nobody can set, in what is remembered of a file
@@ -37,8 +38,8 @@ def of_corpus(
     It depends on the order of the files and on their short names, which may be part of documents' ids.
     """
     files = {
-        "train": corpus_files.input_files(train, demo),
-        "eval": corpus_files.input_files(held_out or [], demo),
+        "train": corpus_files.input_files(train, demo, seen.parent),
+        "eval": corpus_files.input_files(held_out or [], demo, seen.parent),
     }
     named = corpus_files.name([*files["eval"], *files["train"]])
     hashes = _identities([file.path for file in named], seen, remember)
@@ -48,7 +49,7 @@ def of_corpus(
 
 def of_training_text(train: Iterable[str], demo: Path | None, seen: Path) -> str:
     """The identity of the training text, as `tokenizer` reads it: the order of the files has no effect."""
-    return artifact.fingerprint(sorted(_identities(corpus_files.input_files(train, demo), seen)))
+    return artifact.fingerprint(sorted(_identities(corpus_files.input_files(train, demo, seen.parent), seen)))
 
 
 def write_planned(files: Iterable[str], path: Path) -> None:

@@ -23,6 +23,7 @@ _SPACE = re.compile(rb"(?<=\S)(?= \S)")
 _CACHE_BYTES = 1 << 28
 # Text between two checks of the memory. If no word repeats, the cache takes ten times the size of the text.
 _CHECK_BYTES = 1 << 24
+_DRAWS = "dropout"  # of a BPE in tokenizer.json: merges are left out by chance
 _STATM = Path("/proc/self/statm")  # exists on Linux
 _PROBES = (
     "It's  the fox's\tdog\r\n\r\nwe'll\n \n  x=1234567.89; // #$%^&*() __init__ HTTPServer I'M",
@@ -53,6 +54,43 @@ def pieces(text: bytes) -> Iterator[bytes]:
     yield text[start:]
 
 
+def always_alike(tokenizer: tokenizers.Tokenizer) -> None:
+    """Switch off what makes a tokenizer draw numbers, which is for training a model on text.
+
+    With it, the same text would get other ids each time it is read.
+    """
+    if getattr(tokenizer.model, _DRAWS, None):
+        setattr(tokenizer.model, _DRAWS, None)
+
+
+def n_ids(tokenizer: tokenizers.Tokenizer, separator_id: int) -> int:
+    """One more than the largest id that a document may have. An embedding needs so many rows.
+
+    Special tokens are no part of it, but for the separator: in a text they are ordinary characters.
+    """
+    of_text = tokenizer.get_vocab(with_added_tokens=False).values()
+    added = (i for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special)
+    return 1 + max(separator_id, *of_text, *added)
+
+
+def n_ids_of(tokenizer_json: Path, separator_id: int) -> int:
+    """`n_ids` of a file. Raises ValueError for a file that is no tokenizer."""
+    return n_ids(_read(tokenizer_json)[1], separator_id)
+
+
+def _read(tokenizer_json: Path) -> tuple[str, tokenizers.Tokenizer]:
+    """The content of tokenizer.json, and the tokenizer. Raises ValueError if it is none."""
+    content = tokenizer_json.read_bytes()
+    try:
+        text = content.decode("utf-8")
+        return text, tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no narrower type
+        raise ValueError(
+            f"{tokenizer_json}: not a tokenizer ({error}). Expected tokenizer.json. "
+            "Run the rule tokenizer again."
+        ) from error
+
+
 class TokenEncoder:
     """Turns text into token ids, and reads special tokens in the text as ordinary characters.
 
@@ -61,19 +99,14 @@ class TokenEncoder:
     """
 
     def __init__(self, tokenizer_json: Path):
-        content = tokenizer_json.read_bytes()
-        try:
-            text = content.decode("utf-8")
-            self.slow = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises no narrower type
-            raise ValueError(
-                f"{tokenizer_json}: not a tokenizer ({error}). Expected tokenizer.json. "
-                "Run the rule tokenizer again."
-            ) from error
+        text, self.slow = _read(tokenizer_json)
         self.slow.no_truncation()
         self.slow.no_padding()
         self.slow.encode_special_tokens = True
+        always_alike(self.slow)
         content = orjson.loads(text) | {"truncation": None, "padding": None}
+        if content["model"].get(_DRAWS):
+            content["model"][_DRAWS] = None
         added = content.get("added_tokens") or []
         content["added_tokens"] = [token for token in added if not token["special"]]
         self._fast_json = orjson.dumps(content)

@@ -5,6 +5,7 @@ Imports nothing heavy, because the workflow uses it too.
 
 import errno
 import os
+import shlex
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cbtm_pipeline.corpus import patterns as globs
+from cbtm_pipeline.corpus import run_folders
 from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS
 
 DEMO = "builtin:demo"  # stands for the built-in corpus in corpus.train
@@ -49,30 +51,36 @@ class File(NamedTuple):
     name: str
 
 
-def find(train: Iterable[str], held_out: Iterable[str] | None) -> list[str]:
+def find(train: Iterable[str], held_out: Iterable[str] | None, outdir: str | Path | None = None) -> list[str]:
     """Every file of the corpus, as the inputs of the workflow.
 
-    `builtin:demo` stays: the workflow makes that file.
+    `builtin:demo` stays: the workflow makes that file. `outdir` as for `input_files`.
     """
-    return [str(file) for file in input_files([*train, *(held_out or [])], DEMO)]
+    outdir = None if outdir is None else Path(outdir)
+    return [str(file) for file in input_files([*train, *(held_out or [])], DEMO, outdir)]
 
 
-def input_files(patterns: Iterable[str], demo: str | Path | None = None) -> list[Path]:
+def input_files(
+    patterns: Iterable[str], demo: str | Path | None = None, outdir: Path | None = None
+) -> list[Path]:
     """The files that match the patterns: in the order of the patterns, sorted within a pattern, each file
     once.
 
     A pattern is a file, a folder (all corpus files below it, except hidden ones), a glob, or `builtin:demo`.
-    The file `demo` replaces `builtin:demo` and need not exist yet. Raises ValueError for a pattern without a
-    matching file, OSError for an unreadable folder, and for a link in a folder that leads nowhere.
+    The file `demo` replaces `builtin:demo` and need not exist yet. What runs have written below a folder is
+    left out, and what the run at `outdir` writes there. Raises ValueError for a pattern without a matching
+    file or for one that names outputs of that run, OSError for an unreadable folder, and for a link in a
+    folder that leads nowhere.
     """
     files: dict[Path, Path] = {}
+    outputs = run_folders.Outputs(outdir)
     for pattern in patterns:
         if pattern == DEMO and demo is None:
             raise ValueError(
                 f"{DEMO}: no file given for it. Expected --demo FILE. "
                 "Write one: python -m cbtm_pipeline.demo_corpus --out FILE"
             )
-        for file in [Path(str(demo))] if pattern == DEMO else _matching(pattern):
+        for file in [Path(str(demo))] if pattern == DEMO else _matching(pattern, outputs):
             files.setdefault(file.absolute(), file)
     return list(files.values())
 
@@ -85,44 +93,75 @@ def _expected() -> str:
     )
 
 
-def _matching(pattern: str) -> list[Path]:
-    roots = _roots(pattern)
+def _matching(pattern: str, outputs: run_folders.Outputs) -> list[Path]:
+    roots = _roots(pattern, outputs)
     if roots == [path := Path(pattern).expanduser()] and not path.is_dir() and format_of(path) is None:
-        raise ValueError(
-            f"{pattern}: unknown format. {_expected()} Convert the file, or correct corpus.train or "
-            "corpus.eval."
-        )
-    files = [file for root in roots for file in _below(root) if format_of(file)]
+        todo = _conversion(path) or "Convert the file, or correct corpus.train or corpus.eval."
+        raise ValueError(f"{pattern}: unknown format. {_expected()} {todo}")
+    files = [file for root in roots for file in _below(root, outputs) if format_of(file)]
     if not files:
-        raise ValueError(f"{pattern}: no matching file. {_expected()} Correct corpus.train or corpus.eval.")
+        others = [file for root in roots for file in _below(root, outputs)]
+        todo = next(filter(None, map(_conversion, others)), "Correct corpus.train or corpus.eval.")
+        raise ValueError(f"{pattern}: no matching file. {_expected()} {todo}")
     return files
 
 
-def _roots(pattern: str) -> list[Path]:
-    """The files and folders that a pattern names. Raises ValueError for a path that is not there."""
+def _conversion(path: Path) -> str | None:
+    """What to type to convert a table of text, where no format reads it; None for other files."""
+    suffix = next((s for s in _TABLES if path.name.lower().endswith((s, f"{s}.gz"))), None)
+    if suffix is None:
+        return None
+    to = path.with_name(path.name[: path.name.lower().rindex(suffix)] + ".parquet")
+    code = (
+        "import sys; from pyarrow import csv, parquet; "
+        f"table = csv.read_csv(sys.argv[1], parse_options=csv.ParseOptions(delimiter='{_TABLES[suffix]}', "
+        "newlines_in_values=True)); parquet.write_table(table, sys.argv[2])"
+    )
+    return f"Convert it: python -c {shlex.quote(code)} {shlex.quote(str(path))} {shlex.quote(str(to))}"
+
+
+_TABLES = {".csv": ",", ".tsv": r"\t"}  # by suffix, what separates their columns
+
+
+def _roots(pattern: str, outputs: run_folders.Outputs) -> list[Path]:
+    """The files and folders that a pattern names. Raises ValueError for a path that is not there.
+
+    Of a glob, those that a run has written are left out, unless it names that run's folder.
+    """
     if not pattern.strip():  # else it would be the current folder
         raise ValueError(
             "corpus: an empty path. Expected a file, a folder or a glob. Name one, or leave it out."
         )
     path = Path(pattern).expanduser()
     if path.exists() or path.is_symlink():
+        outputs.refuse_own(pattern, path)
         return [path]
     if globs.is_glob(pattern):
-        return globs.match(path)
+        start = globs.start(path)
+        outputs.refuse_own(pattern, start)
+        found = globs.match(path)
+        is_asked = outputs.written_by(start) is not None
+        return found if is_asked else [p for p in found if outputs.written_by(p) is None]
     raise ValueError(
         f"{pattern}: no such file. Expected a file, a folder or a glob. Correct corpus.train or corpus.eval."
     )
 
 
-def passed_over(patterns: Iterable[str]) -> list[Path]:
-    """The files that the patterns match and that are not read, because their names say no format."""
-    roots = [root for pattern in patterns if pattern != DEMO for root in _roots(pattern)]
-    found = (file for root in roots for file in _below(root) if format_of(file) is None)
+def passed_over(patterns: Iterable[str], outdir: Path | None = None) -> list[Path]:
+    """The files that the patterns match and that are not read, because their names say no format.
+
+    What a run has written, or the run at `outdir` writes, does not count.
+    """
+    outputs = run_folders.Outputs(outdir)
+    roots = [root for pattern in patterns if pattern != DEMO for root in _roots(pattern, outputs)]
+    found = (file for root in roots for file in _below(root, outputs) if format_of(file) is None)
     return list({file.absolute(): file for file in found}.values())
 
 
-def _below(root: Path) -> list[Path]:
+def _below(root: Path, outputs: run_folders.Outputs) -> list[Path]:
     """`root` itself if it is no folder, else all files below it that are not hidden, sorted.
+
+    What a run has written there is left out, unless `root` is part of that.
 
     A dangling link to a corpus file is listed, so that reading it fails and nothing is left out silently.
     Raises OSError for another one, which may have led to a folder.
@@ -131,18 +170,40 @@ def _below(root: Path) -> list[Path]:
         return [root]
     files: list[str] = []
     seen: set[Path] = set()
+    is_asked = outputs.written_by(root) is not None
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
         if (real := Path(folder).resolve()) in seen:  # a link leads back here
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        seen_names = [name for name in names if not name.startswith(".")]
+        kept = {
+            name
+            for name in (*subfolders, *names)
+            if not name.startswith(".") and (is_asked or outputs.written_by(Path(real, name)) is None)
+        }
+        kept -= _no_data(kept)
+        subfolders[:] = [name for name in subfolders if name in kept]
+        seen_names = [name for name in names if name in kept]
         for name in seen_names:
             if format_of(name) is None:
                 globs.is_folder(Path(folder, name))
         files += [f"{folder}/{name}" for name in seen_names]
     return [Path(file) for file in sorted(files)]
+
+
+# What other programs put beside their data, which is no text: folders, and JSON beside datasets' Arrow files.
+_BOOKKEEPING = frozenset(["_delta_log", "_spark_metadata", "_temporary"])
+_OF_DATASETS = frozenset(["dataset_dict.json", "dataset_info.json", "state.json"])
+
+
+def _no_data(names: set[str]) -> set[str]:
+    """Of the names in a folder, those that hold no data but say what the other files are."""
+    of_datasets = _OF_DATASETS & names
+    if not ("dataset_dict.json" in names or any(name.endswith(".arrow") for name in names)):
+        of_datasets = frozenset()
+    # datasets keeps what it has computed beside the data
+    caches = {name for name in names if name.startswith("cache-") and name.endswith(".arrow") and of_datasets}
+    return (names & _BOOKKEEPING) | of_datasets | caches
 
 
 def _raise(error: OSError) -> None:

@@ -29,6 +29,12 @@ def _cut_parquet(source: Source) -> Iterator[Batch]:
     return parquet.cut(source)
 
 
+def _cut_arrow(source: Source) -> Iterator[Batch]:
+    from cbtm_pipeline.corpus import arrow_file
+
+    return arrow_file.cut(source)
+
+
 def _parse_parquet(found: Any, text_field: str, id_field: str | None) -> Iterator[tuple[Any, Any]]:
     from cbtm_pipeline.corpus import parquet
 
@@ -40,5 +46,6 @@ FORMATS: dict[str, Format] = {
     ".json": Format(records.cut_json, rows.parse_json, compressible=True, unpacked=1),
     ".txt": Format(records.cut_text, rows.parse_text, compressible=True, unpacked=1),
     ".parquet": Format(_cut_parquet, _parse_parquet, compressible=False, unpacked=3),
+    ".arrow": Format(_cut_arrow, _parse_parquet, compressible=False, unpacked=1),
 }
 COMPRESSIONS: dict[str, Compression] = {".gz": GZIP, ".zst": ZSTD}

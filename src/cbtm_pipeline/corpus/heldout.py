@@ -22,6 +22,8 @@ from cbtm_pipeline.corpus import shard_files, token_files
 
 VALIDATION_FILE = "validation.arrow"  # beside manifest.json of the assignments
 MAX_VALIDATION_DOCUMENTS = 10_000
+MIN_DOCUMENTS = 2  # held out: one to choose the router's settings, one to report
+MIN_REPORTED = 10  # with fewer reported documents, resampling them says nothing of the text they stand for
 
 Selection = list[tuple[shard_files.Entry, np.ndarray]]  # held-out shards, and the rows selected in each
 
@@ -49,6 +51,33 @@ def documents(
             yield entry["name"], document
 
 
+def check_enough(n_documents: int) -> None:
+    """Raise ValueError if so many held-out documents are too few for a result."""
+    if n_documents < MIN_DOCUMENTS:
+        raise ValueError(
+            f"corpus.eval: {n_documents} held-out document{'s' * (n_documents != 1)}. Expected at least "
+            f"{MIN_DOCUMENTS}: one to choose the router's settings and one to report. Give more held-out "
+            "documents or raise corpus.eval_fraction."
+        )
+
+
+def warning(n_documents: int, calibration_share: float) -> str | None:
+    """What a result of so many held-out documents will lack; None if it lacks nothing."""
+    n_reported = n_documents - n_calibration(n_documents, calibration_share)
+    if n_reported >= MIN_REPORTED:
+        return None
+    return (
+        f"{n_documents} held-out documents, of which {n_reported} are reported: the result will have no "
+        f"intervals and no verdict. Expected at least {MIN_REPORTED} reported ones. Give more held-out "
+        "documents or raise corpus.eval_fraction."
+    )
+
+
+def n_calibration(n_documents: int, share: float) -> int:
+    """How many of the held-out documents choose settings: at least one, and not all."""
+    return min(max(1, round(share * n_documents)), n_documents - 1)
+
+
 def calibration_documents(doc_ids: Iterable[str], share: float, rng_seed: int) -> np.ndarray:
     """Mask (bool, (D,)) of the calibration documents: the `share` of all documents that choose settings.
 
@@ -57,14 +86,11 @@ def calibration_documents(doc_ids: Iterable[str], share: float, rng_seed: int) -
     """
     key = str(rng_seed).encode()
     hashes = [hashlib.blake2b(str(doc_id).encode(), digest_size=16, key=key).digest() for doc_id in doc_ids]
-    if len(hashes) < 2:
-        raise ValueError(
-            f"corpus.eval: {len(hashes)} held-out document. Expected at least 2: one to choose the router's "
-            "settings and one to report. Give more held-out documents or raise corpus.eval_fraction."
-        )
-    n_calibration = min(max(1, round(share * len(hashes))), len(hashes) - 1)
+    check_enough(len(hashes))
     mask_D = np.zeros(len(hashes), bool)
-    mask_D[sorted(range(len(hashes)), key=lambda i: (hashes[i], i))[:n_calibration]] = True
+    mask_D[sorted(range(len(hashes)), key=lambda i: (hashes[i], i))[: n_calibration(len(hashes), share)]] = (
+        True
+    )
     return mask_D
 
 

@@ -1,5 +1,7 @@
 """The text and id columns of Parquet files, as batches of rows."""
 
+import re
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,11 @@ import pyarrow.parquet as pq
 from cbtm_pipeline.corpus.records import Batch, Source
 
 _MAX_ROWS = 1024  # of a batch
+_BINARY = (
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary),
+    *([pa.types.is_binary_view] if hasattr(pa.types, "is_binary_view") else []),
+)
+_ZEROS = re.compile(r"(?<=:\d\d)(\.\d*[1-9])?\.?0*(?=Z?$)")  # at the end of the fraction of a second
 
 
 def cut(source: Source) -> Iterator[Batch]:
@@ -22,7 +29,7 @@ def cut(source: Source) -> Iterator[Batch]:
     path = source.path
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
-            takes, wanted = _columns(path, file.schema_arrow, source.text_field, source.id_field)
+            takes, wanted = columns(path, file.schema_arrow, source.text_field, source.id_field)
             n_bytes_file, n_rows_file, n_read = path.stat().st_size, file.metadata.num_rows, 0
             for group in range(file.metadata.num_row_groups):
                 about = file.metadata.row_group(group)
@@ -35,26 +42,24 @@ def cut(source: Source) -> Iterator[Batch]:
             if n_read != n_rows_file:
                 raise pa.ArrowInvalid(f"{n_read} rows, of {n_rows_file} by its metadata")
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise _unreadable(
-            path, error
-        ) from error  # pyarrow reports damaged pages as an OSError without number
+        raise unreadable(path, error) from error  # pyarrow reports damaged pages as an OSError without number
 
 
 def parse(records: pa.RecordBatch, text_field: str, id_field: str | None) -> Iterator[tuple[Any, Any]]:
     """The (text, id) of each row. The fields do not matter here, as `cut` has chosen the columns."""
     texts = _values(records.column("text"))
-    ids = _values(records.column("id")) if "id" in records.schema.names else [None] * len(texts)
+    ids = _ids(records.column("id")) if "id" in records.schema.names else [None] * len(texts)
     return zip(texts, ids, strict=True)
 
 
 _Take = Callable[[pa.RecordBatch], pa.Array]
 
 
-def _columns(
+def columns(
     path: Path, schema: pa.Schema, text_field: str, id_field: str | None
 ) -> tuple[dict[str, _Take], list[str]]:
     """How to take `text` and `id` out of a batch, and the fields to read.
@@ -91,14 +96,51 @@ def _column(schema: pa.Schema, field: str) -> _Take | None:
     return (lambda batch: pc.struct_field(batch.column(top), path)) if found else None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _values(column: pa.Array) -> list[Any]:
-    """Python values; strings as bytes, because a Parquet file may hold invalid UTF-8."""
+def _ids(column: pa.Array) -> list[Any]:
+    """Python values of ids, where those that are no text or number are the usual strings of their type."""
+    column, found = _plain(column)
+    if found == "uuid" or (found == "binary" and pa.types.is_fixed_size_binary(column.type)):
+        make = _uuid if found == "uuid" else bytes.hex
+        return [None if value is None else make(value) for value in column.to_pylist()]
+    if found == "binary":
+        return [None if value is None else _text_or_hex(value) for value in column.to_pylist()]
+    if pa.types.is_temporal(column.type) and not pa.types.is_duration(column.type):
+        return [v and _ZEROS.sub(r"\1", v) for v in column.cast(pa.string()).to_pylist()]
+    return _values(column)
+
+
+def _plain(column: pa.Array) -> tuple[pa.Array, str]:
+    """The stored values of a column, and what they are: `uuid`, `binary` or the name of another type."""
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
+    if isinstance(column, pa.ExtensionArray):
+        name = column.type.extension_name
+        return column.storage, "uuid" if name == "arrow.uuid" else str(column.storage.type)
+    is_binary = any(is_type(column.type) for is_type in _BINARY)
+    return column, "binary" if is_binary else str(column.type)
+
+
+def _uuid(value: bytes) -> str:
+    return str(uuid.UUID(bytes=value))
+
+
+def _text_or_hex(value: bytes) -> str:
+    """Bytes as text if they are printable UTF-8, as of old Spark, else in hexadecimal digits."""
+    try:
+        text = value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.hex()
+    return text if text.isprintable() else value.hex()
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Python values; strings as bytes, because a Parquet file may hold invalid UTF-8."""
+    column, _ = _plain(column)
     if str(column.type) in ("string", "large_string", "string_view"):
         column = column.cast(pa.large_binary())
     return column.to_pylist()
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: unreadable ({error}). Expected Parquet. Mend the file or leave it out.")
+def unreadable(path: Path, error: Exception, expected: str = "Parquet") -> ValueError:
+    """What to raise for a file that is not `expected`, or damaged."""
+    return ValueError(f"{path}: unreadable ({error}). Expected {expected}. Mend the file or leave it out.")

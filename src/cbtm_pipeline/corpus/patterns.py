@@ -17,6 +17,12 @@ def is_glob(pattern: str) -> bool:
     return any(sign in pattern for sign in _MAGIC)
 
 
+def start(pattern: Path) -> Path:
+    """The folder in which a glob begins to search."""
+    parts = pattern.parts
+    return Path(*parts[: next(i for i, part in enumerate(parts) if is_glob(part))])
+
+
 def match(pattern: Path) -> list[Path]:
     """The paths that match, sorted. `**` stands for any folders; hidden names need a dot in the pattern.
 

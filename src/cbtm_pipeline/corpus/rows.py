@@ -16,6 +16,7 @@ import orjson
 
 from cbtm_pipeline.corpus.records import Defect, Part
 
+NO_ID = "id is neither a string nor a number"  # a reason
 NO_TOKENS = "no tokens: the tokenizer drops every character of the text"  # a reason
 
 
@@ -187,7 +188,7 @@ def _id(value: Any) -> str | None:
     if isinstance(value, bytes):
         return _decoded(value, "id")
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        raise Defect(f"id is neither a string nor a number: {_type_name(value)}")
+        raise Defect(f"{NO_ID}: {_type_name(value)}")
     found = str(value)
     _encoded(found, "id")
     return found

@@ -147,19 +147,19 @@ def legend(series: Sequence[Series]) -> Html:
 
 
 class Estimate(NamedTuple):
-    """A row of a forest plot: a ratio with its interval."""
+    """A row of a forest plot: a ratio with its interval, None where there is none."""
 
     label: str
     ratio: float
-    ci95: Sequence[float]
+    ci95: Sequence[float] | None
     colour: str
 
 
 def forest(title: str, rows: Sequence[Estimate]) -> Html:
     """Ratios with their intervals on a logarithmic axis, with a line at 1."""
     bottom = TOP + ROW_HEIGHT * len(rows)
-    low = 0.98 * min(1.0, *(row.ci95[0] for row in rows))
-    high = 1.02 * max(1.0, *(row.ci95[1] for row in rows))
+    ends = [end for row in rows for end in row.ci95 or [row.ratio]]
+    low, high = 0.98 * min(1.0, *ends), 1.02 * max(1.0, *ends)
     x = _scale(low, high, FOREST_LEFT, WIDTH - RIGHT, log=True)
     parts = [tag("title", title)]
     for tick in nice_ticks(low, high):
@@ -175,11 +175,14 @@ def forest(title: str, rows: Sequence[Estimate]) -> Html:
 
 def _estimate(row: Estimate, y: float, x: Scale) -> list[Html]:
     """The name of a row at height y, its interval, and its ratio as a dot."""
+    name = tag("text", row.label, x=0, y=f"{y + 4:.1f}", class_="name")
+    if row.ci95 is None:
+        return [name, _dot(x(row.ratio), y, f"{row.label}: {row.ratio:.3f}", row.colour, 3)]
     low, high = row.ci95
     whiskers = f"M{x(low):.1f} {y - 4:.1f}v8m0 -4H{x(high):.1f}m0 -4v8"
     numbers = f"{row.label}: {row.ratio:.3f} [{low:.3f}, {high:.3f}]"
     return [
-        tag("text", row.label, x=0, y=f"{y + 4:.1f}", class_="name"),
+        name,
         tag("path", d=whiskers, class_=f"line {row.colour}"),
         _dot(x(row.ratio), y, numbers, row.colour, 3),
     ]

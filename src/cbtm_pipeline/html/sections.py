@@ -39,7 +39,8 @@ def _claim(metrics: Metrics) -> Html:
     """Whether the best mixture of experts or the strongest dense model wins, and by how much."""
     best, name = verdict.headline(metrics), verdict.strongest_dense(metrics)
     ratio = best["ratios"][name]
-    low, high = ratio["ci95"]
+    ci95 = ratio["ci95"]
+    known = f"95 % interval {ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else "without an interval"
     how = HOW[verdict.dense_kind(metrics, name)]
     compute = verdict.compute_of(metrics, name).replace(" x", " times")
     return tag(
@@ -50,7 +51,7 @@ def _claim(metrics: Metrics) -> Html:
         tag("strong", f"{ratio['ratio']:.3f} times"),
         f" that of {name}, the strongest dense model of equal compute ",
         f"({how}, {compute} the training FLOPs), ",
-        f"95 % interval {low:.3f} to {high:.3f}. {verdict.outcome(metrics)}",
+        f"{known}. {verdict.outcome(metrics)}",
         class_="claim",
     )
 

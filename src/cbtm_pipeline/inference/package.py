@@ -74,7 +74,8 @@ def write(parts: Parts, out: Path, meta: dict[str, Any], link: bool = True) -> N
                 place(source / file, folder / "experts" / name / file, link)
     for path in tokenizer_files(parts.tokenizer):
         place(path, folder / path.name, link=False)
-    tokenizer_config.write(folder, tokenizer_config.n_positions(config(parts)))
+    n_positions = tokenizer_config.n_positions(config(parts))
+    tokenizer_config.write(folder, n_positions, _n_rows(parts), parts.separator_id)
     if parts.top_terms:
         place(parts.top_terms, folder / TERMS, link=False)
     tensors = {"embedding": parts.embedding_VD, "centres": parts.centres_KD}
@@ -122,6 +123,12 @@ def config(parts: Parts) -> dict[str, Any]:
         **sizes,
         **parts.settings,
     }
+
+
+def _n_rows(parts: Parts) -> int:
+    """The rows of the experts' embeddings: fewer than the tokenizer has tokens, where some have none."""
+    first = artifact.read_json(next(iter(parts.experts.values())) / CONFIG)
+    return first.get("vocab_size", parts.vocab_size)
 
 
 def _roles(separator_id: int) -> dict[str, int]:

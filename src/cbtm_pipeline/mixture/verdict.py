@@ -11,6 +11,7 @@ Row = dict[str, Any]  # an entry of `systems` in metrics.json
 WIDTH = 110  # of the table, at most; of its notes 100 characters
 EQUAL = 1.05  # so many times the compute still counts as equal: batches and steps are whole numbers
 DENSE_KINDS = {"batch": "k x batch", "steps": "k x steps"}
+TOO_FEW = "too few documents for a verdict"
 METRICS_ONLY = ("oracle", "random, uniform", "random, posterior")  # their comparisons get no sentence
 
 
@@ -32,8 +33,10 @@ def stays(row: Row) -> bool:
     return (row.get("hysteresis") or 1) > 1 or row.get("fix_after") is not None
 
 
-def interval(ratio: float, ci95: list[float]) -> str:
-    """`0.912 [0.904, 0.921]`"""
+def interval(ratio: float, ci95: list[float] | None) -> str:
+    """`0.912 [0.904, 0.921]`, or `0.912 [-]` where too few documents were reported."""
+    if ci95 is None:
+        return f"{ratio:.3f} [-]"
     return f"{ratio:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]"
 
 
@@ -78,7 +81,10 @@ def compute_of(metrics: dict[str, Any], name: str) -> str:
 def outcome(metrics: dict[str, Any]) -> str:
     """Who wins, the headline ensemble or the strongest dense model of equal compute, in one sentence."""
     name = strongest_dense(metrics)
-    low, high = headline(metrics)["ratios"][name]["ci95"]
+    ci95 = headline(metrics)["ratios"][name]["ci95"]
+    if ci95 is None:
+        return f"{TOO_FEW.capitalize()}."
+    low, high = ci95
     if low <= 1 <= high:
         return "There is no clear difference."
     return "The ensemble wins." if high < 1 else f"{name.capitalize()} wins."
@@ -165,8 +171,10 @@ def _merged(merge: dict[str, Any]) -> str:
     )
 
 
-def _outcome(ci95: list[float], below: str, above: str) -> str:
+def _outcome(ci95: list[float] | None, below: str, above: str) -> str:
     """`below` if the whole interval lies below 1, `above` if it lies above, else no clear difference."""
+    if ci95 is None:
+        return TOO_FEW
     return below if ci95[1] < 1 else above if ci95[0] > 1 else "no clear difference"
 
 

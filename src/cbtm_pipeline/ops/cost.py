@@ -18,6 +18,7 @@ from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus import tokenizer_config
 from cbtm_pipeline.provenance import stale
 
 MFU = 0.4  # the share of a GPU's peak that we assume for a training
@@ -92,9 +93,9 @@ def text_bytes(files: Iterable[str]) -> float:
 
 def corpus(config: Config) -> TextBytes:
     """The split that rule `shard` will make. Raises what corpus_files.find raises."""
-    train = text_bytes(corpus_files.find(config.corpus.train, None))
+    train = text_bytes(corpus_files.find(config.corpus.train, None, config.outdir))
     if config.corpus.eval:
-        return TextBytes(train, text_bytes(corpus_files.find(config.corpus.eval, None)))
+        return TextBytes(train, text_bytes(corpus_files.find(config.corpus.eval, None, config.outdir)))
     return TextBytes((1 - config.corpus.eval_fraction) * train, config.corpus.eval_fraction * train)
 
 
@@ -148,8 +149,9 @@ def seconds_to_stop(model: Size, batch_tokens: int, machine: Machine | None, wri
     return 2 * (step + seconds_to_save(model, write_rate))
 
 
-def size(config: Config, folder: Path | None) -> Size:
+def size(config: Config, folder: Path | None, n_tokens: int | None = None) -> Size:
     """The size of the seed model: of config.json in `folder`, or without a folder of model.scratch.
+    `n_tokens` are those of a pretrained tokenizer, where that is known.
 
     Makes and reads no weights. Takes seconds, as it imports torch and transformers. Raises ValueError for a
     model that the rule train_expert would refuse.
@@ -158,7 +160,7 @@ def size(config: Config, folder: Path | None) -> Size:
 
     from cbtm_pipeline.training import model
 
-    seq_len, vocab_size = config.train.seq_len, config.tokenizer.vocab_size
+    seq_len, vocab_size = config.train.seq_len, n_tokens or config.tokenizer.vocab_size
     with torch.device("meta"):
         if folder is None:
             net = model.scratch(plan.scratch(config), vocab_size, 0, seq_len, 0)
@@ -173,7 +175,7 @@ def size(config: Config, folder: Path | None) -> Size:
                     f"model: {folder} has no size ({found}). Expected a causal language model. Correct it."
                 ) from error
     text = net.config.get_text_config()
-    n_positions = getattr(text, "max_position_embeddings", None)
+    n_positions = tokenizer_config.n_positions(text)
     if n_positions is not None and n_positions < seq_len:
         expected = f"at most {n_positions}, the positions of the model"
         raise ValueError(f"train.seq_len: {seq_len}. Expected {expected}. Lower train.seq_len.")

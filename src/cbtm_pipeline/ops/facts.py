@@ -1,6 +1,7 @@
 """What the checks of `cbtm doctor` have found so far. Each check leaves here what later ones need."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.ops import cost, site
@@ -8,6 +9,14 @@ from cbtm_pipeline.ops.planned import PlannedJob
 from cbtm_pipeline.slurm import commands
 
 TIMEOUT_S = 10.0  # of a Slurm command
+
+
+class Tokens(NamedTuple):
+    """What a model has to know of a tokenizer: its size, the separator, and rows that the embedding needs."""
+
+    vocab_size: int
+    separator_id: int
+    n_ids: int
 
 
 @dataclass
@@ -25,6 +34,7 @@ class Facts:
     partitions: dict[str, dict[str, str]] = field(default_factory=dict)
     nodes: list[site.Nodes] = field(default_factory=list)
     machine: cost.Machine | None = None  # of a training
+    tokens: Tokens | None = None  # of a pretrained tokenizer
     model: cost.Size | None = None
     n_dimensions: int | None = None  # of the vectors of an encoder
     write_rate: float = 0.0  # bytes/s under outdir

@@ -90,6 +90,16 @@ def config_files(named: Sequence[str]) -> list[str]:
     return [*([DEFAULT] if Path(DEFAULT).exists() else []), *named]
 
 
+def check_given_once(argv: Sequence[str]) -> None:
+    """Raise ValueError if a command line of Snakemake has --configfile twice: it drops all but the last."""
+    given = [word for word in argv if re.fullmatch(r"--configfiles?(=.*)?", word, re.DOTALL)]
+    if len(given) > 1:
+        raise ValueError(
+            f"--configfile: given {len(given)} times, of which Snakemake reads the last. Expected it once, "
+            "with all files. Write --configfile FILE FILE."
+        )
+
+
 def profile_file(name: str) -> Path | None:
     """The file of a profile as Snakemake finds it: by path, else in the user's or the site's folder."""
     homes = [

@@ -36,7 +36,7 @@ def check_config(f: Facts) -> Iterator[Line]:
     """Whether the config is valid and its corpus is there."""
     paths = planned.config_files(f.configfiles)
     config = validate(planned.read_config(paths))
-    files = corpus_files.find(config.corpus.train, config.corpus.eval)
+    files = corpus_files.find(config.corpus.train, config.corpus.eval, config.outdir)
     corpus_files.n_bytes(corpus_files.name([Path(file) for file in files if file != corpus_files.DEMO]))
     f.config = config
     corpus = f"{len(files)} corpus files" if len(files) > 1 else files[0]
@@ -44,7 +44,7 @@ def check_config(f: Facts) -> Iterator[Line]:
     yield "ok", f"config: {' + '.join(paths)}; {corpus}, about {text} of text"
 
 
-def _pretrained(config: Config) -> tuple[Pretrained | None, Pretrained | None, Pretrained | None]:
+def pretrained(config: Config) -> tuple[Pretrained | None, Pretrained | None, Pretrained | None]:
     """The seed model, the tokenizer and the encoder, where these are pretrained."""
     m, t, e = config.model, config.tokenizer, config.embed
     model = Pretrained(m.pretrained, m.revision) if m.pretrained else None
@@ -59,14 +59,14 @@ def check_model(f: Facts) -> Iterator[Line]:
     """
     if f.config is None:
         return
-    model, tokenizer, _ = _pretrained(f.config)
+    model, tokenizer, _ = pretrained(f.config)
     for source in dict.fromkeys(source for source in (model, tokenizer) if source):
         needs = {"train_expert": hub.lacks_weights} if source == model else {}
         needs |= {"tokenizer": hub.lacks_tokenizer} if source == tokenizer else {}
         yield _can_be_had(f, source, needs)
     folder = model.folder if model else None
     if not (model and hub.lacks_weights(folder)):
-        f.model = cost.size(f.config, folder)
+        f.model = cost.size(f.config, folder, f.tokens.vocab_size if f.tokens else None)
         yield "ok", f"model: {cost.units(f.model.n_parameters)} parameters"
 
 
@@ -94,7 +94,7 @@ def check_folder(f: Facts) -> Iterator[Line]:
 
 def check_encoder(f: Facts) -> Iterator[Line]:
     """Whether the rules `embed` and `route` will have the encoder. Also finds the size of its vectors."""
-    encoder = _pretrained(f.config)[2] if f.config else None
+    encoder = pretrained(f.config)[2] if f.config else None
     if encoder is None:
         return
     from cbtm_pipeline.embedding import encoder_files  # imports torch
@@ -134,10 +134,10 @@ def check_files(f: Facts) -> Iterator[Line]:
         return
     outdir = Path(f.config.outdir)
     paths = {"outdir": outdir, "this folder": Path(), "Python": Path(sys.prefix)}
-    names = corpus_files.find(f.config.corpus.train, f.config.corpus.eval)
+    names = corpus_files.find(f.config.corpus.train, f.config.corpus.eval, f.config.outdir)
     files = [Path(file).absolute() for file in names if file != corpus_files.DEMO]
     paths |= {"the corpus": Path(os.path.commonpath(files))} if files else {}
-    on_the_hub = any(source and not source.local for source in _pretrained(f.config))
+    on_the_hub = any(source and not source.local for source in pretrained(f.config))
     paths |= {"the hub's cache": hub.cache()} if on_the_hub else {}
     mounts = {name: file_systems.mount_of(path) for name, path in paths.items()}
     if f.jobs:

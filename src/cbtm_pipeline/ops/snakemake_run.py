@@ -106,7 +106,7 @@ def _differences(folder: Path, asked: dict[str, Any]) -> list[str]:
 def _write(folder: Path, asked: dict[str, Any], cfg: config.Config) -> None:
     artifact.write_sealed(folder / REQUEST, asked)
     config.write(cfg, folder / CONFIG)
-    content.write_planned(corpus_files.find(cfg.corpus.train, None), folder / content.PLANNED)
+    content.write_planned(corpus_files.find(cfg.corpus.train, None, cfg.outdir), folder / content.PLANNED)
 
 
 def _bytes(path: Path) -> bytes | None:

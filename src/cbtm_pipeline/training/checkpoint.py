@@ -116,7 +116,7 @@ def save(folder: Path, step: int, fingerprint: str, tensors: Tensors) -> None:
         try:
             save_file(tensors, tmp, {"cbtm": meta})
         except SafetensorError as error:  # a full disk
-            raise OSError(None, str(error)) from error
+            raise OSError(None, str(error), str(path)) from error
     try:
         _read(path)
     except ValueError as error:

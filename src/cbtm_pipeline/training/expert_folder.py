@@ -55,8 +55,9 @@ def publish(
 
     try:
         model.save_pretrained(staging, max_shard_size="1000TB")
-    except SafetensorError as error:  # a full disk
-        raise OSError(None, str(error), str(out)) from error
+    except (SafetensorError, OSError) as error:  # a full disk; other libraries do not name the file
+        number = error.errno if isinstance(error, OSError) else None
+        raise OSError(number, getattr(error, "strerror", None) or str(error), str(out)) from error
     card = {**card, "weights": artifact.identity(staging / WEIGHTS)}
     card["identity"] = artifact.fingerprint([card["weights"], artifact.identity(staging / "config.json")])
     artifact.write_sealed(staging / "card.json", card)
@@ -88,7 +89,8 @@ def _write_for_others(
 ) -> None:
     """Write the model card, and what other programs read of the tokenizer and of how texts are generated."""
     n_positions = tokenizer_config.n_positions(model.config.get_text_config())
-    tokenizer_config.write(folder, n_positions)
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    tokenizer_config.write(folder, n_positions, n_rows, separator_id)
     padding = tokenizer_config.padding_id(folder)
     pad_token_id = separator_id if padding is None else padding
     _write_generation_config(folder / "generation_config.json", model.config, pad_token_id)

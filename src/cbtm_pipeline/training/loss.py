@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cbtm_pipeline.training import sparse
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -94,20 +96,30 @@ def cross_entropy(
 
 
 class NextToken(torch.nn.Module):
-    """A causal language model whose output is its loss. The parameters are the model's own."""
+    """A causal language model whose output is its loss. The parameters are the model's own.
+
+    While it trains, the loss has the auxiliary loss of a router, if the model's config asks for that. It is
+    that of one forward pass, as in transformers, and weighs as much for each token.
+    """
 
     def __init__(self, net: "PreTrainedModel"):
         super().__init__()
         self.net: PreTrainedModel = net
         self.chunk: Callable = _chunk
         self.in_chunks = _has_plain_head(net)
+        self.router_weight = sparse.router_loss_weight(net, "model")
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """The sum over B (T - 1) tokens of -log p(token | earlier tokens of its sequence) (nats, float32)."""
         ids_BT, target_N = tokens_BT[:, :-1], tokens_BT[:, 1:].flatten()
-        if not self.in_chunks:
-            logits_NV = self.net(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
-            return torch.nn.functional.cross_entropy(logits_NV.float(), target_N, reduction="sum")
+        with_router = self.training and self.router_weight > 0
+        if with_router or not self.in_chunks:
+            out = self.net(input_ids=ids_BT, use_cache=False)
+            loss = torch.nn.functional.cross_entropy(
+                out.logits.flatten(0, 1).float(), target_N, reduction="sum"
+            )
+            router_loss = sparse.router_loss(out) if with_router else None
+            return loss if router_loss is None else loss + self.router_weight * len(target_N) * router_loss
         hidden_ND = self.net.base_model(input_ids=ids_BT, use_cache=False)[0].flatten(0, 1)
         head: Any = self.net.get_output_embeddings()
         n_rows = chunk_rows(head.weight.shape[0], hidden_ND.device.type)

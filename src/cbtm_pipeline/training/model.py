@@ -6,6 +6,8 @@ Any model that `AutoModelForCausalLM` knows can be used if it is causal. A test 
 import copy
 import dataclasses
 import difflib
+import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ import torch
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.base.lean import assume_unpacked_sequences, lean_imports
+from cbtm_pipeline.corpus import tokenizer_config
+from cbtm_pipeline.training import sparse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +41,7 @@ def scratch(
         model_type = _check_model_type(keys.pop("model_type", None))
         config_class = CONFIG_MAPPING[model_type]
         fields = {field.name: field.default for field in dataclasses.fields(config_class)}
-        _check_keys(keys, fields, config_class)
+        taken = _check_keys(keys, fields, config_class)
         filled_in = _filled_in(fields, vocab_size, separator_id, seq_len)
         own_names = {
             config_class.attribute_map.get(name, name): value
@@ -45,14 +49,14 @@ def scratch(
         }
         torch.manual_seed(rng_seed % 2**63)
         try:
-            config = config_class(**{name: value for name, value in own_names.items() if name in fields})
+            config = config_class(**{name: value for name, value in own_names.items() if name in taken})
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except Exception as error:  # the type of the error depends on the model
             raise ValueError(
                 f"model.scratch: no {model_type} model ({first_sentence(error)}). Expected sizes that fit "
                 "together. Change model.scratch."
             ) from error
-        _check(model, "model.scratch", vocab_size, seq_len)
+        check(model, "model.scratch", vocab_size, seq_len)
         return model
 
 
@@ -69,16 +73,40 @@ def _check_model_type(model_type: Any) -> str:
     return model_type
 
 
-def _check_keys(keys: Mapping[str, Any], fields: Mapping[str, Any], config_class: Any) -> None:
-    """Raise ValueError for a key that is neither a field of the class nor another name of one."""
-    known = dict(fields) | dict.fromkeys(config_class.attribute_map)
-    for key in keys:
-        if key not in known:
+def _check_keys(keys: Mapping[str, Any], fields: Mapping[str, Any], config_class: Any) -> set[str]:
+    """The names that the class takes: its fields, and those of `keys` that it takes without declaring them.
+
+    Raises ValueError for a key that is neither of these nor another name of a field.
+    """
+    known, more = dict(fields) | dict.fromkeys(config_class.attribute_map), set()
+    for key, value in keys.items():
+        if key not in known and _is_taken(key, value, config_class):
+            more.add(key)
+        elif key not in known:
             near = difflib.get_close_matches(key, known, 1, 0)[0]
             raise ValueError(
                 f"model.scratch.{key}: unknown key. Expected a key of {config_class.__name__} in "
                 f"transformers. Did you mean {near}?"
             )
+    return {*fields, *more}
+
+
+def _is_taken(key: str, value: Any, config_class: Any) -> bool:
+    """Whether a key has an effect although the class does not declare it.
+
+    Either the model's source reads it from the config, or the class turns it into the value of a field.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    source = Path(inspect.getfile(MODEL_FOR_CAUSAL_LM_MAPPING[config_class])).read_text("utf-8")
+    name = re.escape(key)
+    if re.search(rf"config\.{name}\b|config, ['\"]{name}['\"]", source):
+        return True
+    try:
+        with_key, without = config_class(**{key: value}).to_dict(), config_class().to_dict()
+    except Exception:  # the type of the error depends on the class; building the model says what is wrong
+        return False
+    return any(with_key.get(field) != without.get(field) for field in without)
 
 
 def _filled_in(fields: Mapping[str, Any], vocab_size: int, separator_id: int, seq_len: int) -> dict[str, Any]:
@@ -106,8 +134,8 @@ def pretrained(
     with lean_imports():
         expected = "config.json and safetensors weights"
         folder = hub.fetch("model.pretrained", name, revision, hub.lacks_weights, hub.WEIGHTS, expected)
-        model = _load(folder, where)
-        _check(model, where, vocab_size, seq_len)
+        model = load_whole(folder, where)
+        check(model, where, vocab_size, seq_len)
         return model, hub.commit(folder)
 
 
@@ -117,26 +145,36 @@ def load(folder: Path, whole: bool = False) -> "PreTrainedModel":
     With `whole`, weights for which its config has no place are an error, too.
     """
     with lean_imports():
-        return _load(folder, str(folder), whole)
+        return load_whole(folder, str(folder), whole)
 
 
-def _load(folder: Path, where: str, whole: bool = False) -> "PreTrainedModel":
-    """Load a model (float32). Raises ValueError, which names `where`, if it is damaged or lacks a weight.
+def load_whole(folder: Path, where: str, whole: bool = False, **more: Any) -> "PreTrainedModel":
+    """Load a model (float32), with `more` options of `from_pretrained`.
 
-    With `whole`, all weights have to be used.
+    Raises ValueError, which names `where`, if it is damaged or lacks a weight. With `whole`, all weights have
+    to be used.
     """
     from transformers import AutoModelForCausalLM
 
     assume_unpacked_sequences()
-    options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **more}
     options["ignore_mismatched_sizes"] = True  # they are in `info`, and refused below
     try:
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
+        todo = (
+            "Choose the model that it was made from"
+            if hub.is_quantized(folder)
+            else "Save or download it again"
+        )
         raise ValueError(
-            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. "
-            "Save or download it again."
+            f"{where}: cannot be loaded ({first_sentence(error)}). Expected a causal language model. {todo}."
         ) from error
+    if rounded := next((n for n, p in model.named_parameters() if not p.dtype.is_floating_point), None):
+        raise ValueError(
+            f"{where}: {rounded} is quantized, and cannot be trained. Expected weights of floating point. "
+            "Choose the model that it was made from."
+        )
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if wrong:
         raise ValueError(
@@ -151,16 +189,18 @@ def _load(folder: Path, where: str, whole: bool = False) -> "PreTrainedModel":
     return model
 
 
-def _check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
+def check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
     """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and is causal."""
     embeddings: Any = model.get_input_embeddings()
     n_rows = embeddings.weight.shape[0]
     if n_rows < vocab_size:
         raise ValueError(
             f"{where}: a vocabulary of {n_rows}. Expected room for the tokenizer's {vocab_size} tokens. "
-            "Use the model's own tokenizer: leave tokenizer.pretrained out, or name the same model there."
+            "Use the model's own tokenizer: leave tokenizer.pretrained out, or name the same model there. If "
+            "it is that, give the model rows for all tokens, with transformers' "
+            f"resize_token_embeddings({vocab_size})."
         )
-    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    n_positions = tokenizer_config.n_positions(model.config.get_text_config())
     if n_positions is not None and n_positions < seq_len:
         raise ValueError(
             f"{where}: {n_positions} positions. Expected at least train.seq_len, {seq_len}. "
@@ -185,6 +225,7 @@ def check_runs(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: i
             f"{where}: does not run ({first_sentence(error)}). Expected sizes that fit together. Change them."
         ) from error
     model.train(was_training)
+    sparse.router_loss_weight(model, where)
     if logits[0].is_meta:  # a model on the meta device runs, but its logits have no values to compare
         return
     changed_T = (logits[0] - logits[1]).abs().amax(1)
@@ -196,9 +237,15 @@ def check_runs(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: i
 
 
 def layers(model: "PreTrainedModel") -> torch.nn.ModuleList:
-    """The model's layers, from the first to the last."""
-    n = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    """The model's layers, from the first to the last. Raises ValueError for a model without such a list."""
+    n = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    if (found := next(lists, None)) is None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no list of its {n} layers. Expected a decoder of layers that "
+            "follow one another. Choose another model."
+        )
+    return found
 
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "fc1", "fc2")  # what models call it in a layer
@@ -231,12 +278,13 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> int:
     """Training FLOPs of one token: 6 N + 12 L d T (Chowdhery et al. 2022, appendix B).
 
     N counts the parameters but for embedding tables that are only looked up (tokens and positions). A token
-    table that is also the output layer counts. L is the number of layers, d the hidden size, T is seq_len. A
-    forward pass alone takes a third of this.
+    table that is also the output layer counts. Of the experts in a layer of a mixture-of-experts model, those
+    count that read a token. L is the number of layers, d the hidden size, T is seq_len. A forward pass alone
+    takes a third of this.
     """
     head = model.get_output_embeddings()
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     tables -= {head.weight} if head is not None else set()
-    n = n_parameters(model) - sum(table.numel() for table in tables)
+    n = n_parameters(model) - sum(table.numel() for table in tables) - sparse.n_idle_parameters(model)
     config = model.config.get_text_config()
     return 6 * n + 12 * config.num_hidden_layers * config.hidden_size * seq_len

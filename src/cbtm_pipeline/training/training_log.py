@@ -5,7 +5,8 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,23 +66,35 @@ class Metrics:
             )
         with artifact.publish(path) as tmp:
             tmp.write_text("".join(_line(row) for row in rows), "utf-8")
+        self.path = path
         self._file = os.fdopen(open_file(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
 
     def add(self, row: Row) -> None:
         """Append a row."""
-        self._file.write(_line(row))
+        with self._named():
+            self._file.write(_line(row))
 
     def sync(self, durable: bool = True) -> None:
         """Let readers see every row. With `durable`, wait until the rows are on the disk."""
-        self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
+        with self._named():
+            self._file.flush()
+            if durable:
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the file in an error: of a full disk, the system does not say it."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def _line(row: Row) -> str:
