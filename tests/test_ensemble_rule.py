@@ -177,3 +177,17 @@ def test_sizes_of_a_model_with_other_names_for_them(tmp_path: Path) -> None:
     sizes = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
     config = modeling_cbtm.CBTMConfig.from_pretrained(made.make(tmp_path / "results", sizes=sizes))
     assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (32, 1, 32)
+
+
+def test_a_model_that_is_saved_in_place_leaves_the_kept_one_as_it_was(outdir: Path) -> None:
+    """A start keeps what it replaces: its weights are a second link, and all else a copy."""
+    kept.keep(outdir, [stale.Job("train_expert", "1")])
+    (folder,) = kept.replaced(outdir)
+    weights = outdir / "experts/1/model.safetensors"
+    assert (folder / weights.name).samefile(weights)
+    before = {path.name: artifact.identity(path) for path in folder.iterdir()}
+    assert before == {path.name: artifact.identity(path) for path in weights.parent.iterdir()}
+    for path in weights.parent.glob("*.json"):
+        with path.open("w") as file:  # as transformers writes
+            file.write("{}")
+    assert before == {path.name: artifact.identity(path) for path in folder.iterdir()}

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import made_ensemble as made
 from cbtm_pipeline import export
-from cbtm_pipeline.inference import package
+from cbtm_pipeline.inference import moe_folder, package
 from damaged import flipped, replaced
 
 
@@ -62,3 +64,39 @@ def test_a_mixture_of_experts_needs_the_run_for_its_routers(outdir: Path, tmp_pa
     (run / "assignments/manifest.json").unlink()
     assert made.command(export.main, tmp_path / "moe", "--moe", "--outdir", run) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--steps", "3"], "--steps: without --moe. Expected both. Add --moe, or leave --steps out.\n"),
+        (["--measure"], "--measure: without --moe. Expected both. Add --moe, or leave --measure out.\n"),
+        (["--moe", "--steps=-1"], "--steps: -1. Expected a whole number of at least 0. Change it.\n"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused_in_one_line(
+    outdir: Path, tmp_path: Path, capsys, options: list[str], line: str
+) -> None:
+    assert made.command(export.main, tmp_path / "copy", "--outdir", outdir, *options) == 1
+    assert capsys.readouterr().err == line and not (tmp_path / "copy").exists()
+
+
+def test_a_mixture_of_experts_within_the_ensemble_is_refused(outdir: Path, capsys) -> None:
+    to = outdir / "ensemble/moe"
+    assert made.command(export.main, to, "--moe", "--outdir", outdir) == 1
+    line = f"{to}: within {outdir}/ensemble. Expected a folder elsewhere. Give another name.\n"
+    assert capsys.readouterr().err == line and not to.exists()
+
+
+def test_a_mixture_of_experts_is_there_whole_or_not_at_all(outdir: Path, tmp_path: Path) -> None:
+    net = AutoModelForCausalLM.from_config(AutoConfig.for_model(**made.SIZES, vocab_size=made.VOCAB_SIZE))
+    (tmp_path / "empty").mkdir()
+    for to in (tmp_path / "new", tmp_path / "empty"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(TypeError):  # it ends after the weights, where it writes the card
+            moe_folder.save(net, outdir / "ensemble", None, to)  # type: ignore
+        assert sorted(tmp_path.rglob("*")) == before
+        moe_folder.save(net, outdir / "ensemble", "A card.", to)
+        assert (to / "README.md").read_text() == "A card." and (to / "tokenizer.json").exists()
+        again = AutoModelForCausalLM.from_pretrained(to)
+        assert torch.equal(again.lm_head.weight, net.lm_head.weight)

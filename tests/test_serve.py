@@ -24,7 +24,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import cbtm_pipeline
 import made_server
+from cbtm_pipeline import serve
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.inference import modeling_cbtm  # noqa: F401, registers the model
 from made_server import Server
@@ -129,6 +131,20 @@ def token_ids(folder: Path, names: list[str]) -> list[int]:
         by_name["".join(known[x] for x in re.findall(r"\\x..", name)) if name[:6] == "bytes:" else name]
         for name in names
     ]
+
+
+def test_an_empty_key_in_the_environment_is_none_on_this_machine_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CBTM_API_KEY", "")
+    assert serve.read_key(None, "127.0.0.1") is None
+    with pytest.raises(ValueError, match=r"^CBTM_API_KEY: empty"):
+        serve.read_key(None, "0.0.0.0")
+
+
+def test_the_description_of_the_api_has_the_version_of_the_package(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.url}/openapi.json") as reply:
+        assert json.load(reply)["info"]["version"] == cbtm_pipeline.__version__
 
 
 def test_a_stream_shows_the_same_text_as_it_comes(server: Server) -> None:
@@ -482,6 +498,7 @@ def test_a_bad_start_is_one_line(folder: Path, tmp_path: Path) -> None:
             (run("--model", folder / "experts/garden"), "garden: one model (llama). Expected an ensemble."),
             (run(*model, "--host", "0.0.0.0"), "--host: 0.0.0.0 without a key"),
             (run(*model, "--host", "0.0.0.0", CBTM_API_KEY=""), "CBTM_API_KEY: empty"),
+            (run(*model, "--api-key", ""), "CBTM_API_KEY: empty"),
             (run(*model, "--api-key", "a b"), "CBTM_API_KEY: empty, or with other characters"),
             (run(*model, "--port", port), f"127.0.0.1 port {port}: Address already in use"),
             (run(*model, "--port", "70000"), "--port: '70000'. Expected a whole number from 0 to 65535"),

@@ -32,6 +32,8 @@ def export_moe(outdir: Path, to: Path, n_steps: int, measure: bool) -> None:
         cfg = config.read(outdir / "config.json")
         metrics = artifact.read_sealed(outdir / "eval/metrics.json", "metrics")
         rows = [("average of all experts", mean), ("mixture-of-experts model", made)]
+        cli.start_logging("export", None)
+        cli.log.info("measures both models on the reported documents, which takes minutes")
         share = cfg.route.calibration_share
         found = [(name, moe_folder.perplexity(net, outdir, cfg, share)) for name, net in rows]
         shown = [row for row in metrics["systems"] if row["system"] in ("dense", "seed") or row["headline"]]
@@ -40,21 +42,33 @@ def export_moe(outdir: Path, to: Path, n_steps: int, measure: bool) -> None:
             printable.show(f"{name:26}{value:10.2f}", end="\n")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not fit together."""
+    for option, is_given in (("--steps", args.steps is not None), ("--measure", args.measure)):
+        if is_given and not args.moe:
+            raise ValueError(f"{option}: without --moe. Expected both. Add --moe, or leave {option} out.")
+    if args.moe and args.model:
+        expected = "the run that trained the experts, for their routers"
+        raise ValueError(f"--model: with --moe. Expected {expected}. Give --outdir instead.")
+    if args.steps is not None and args.steps < 0:
+        raise ValueError(f"--steps: {args.steps}. Expected a whole number of at least 0. Change it.")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dir", metavar="DIR", type=Path, help="a folder that does not exist or is empty")
     p.add_argument(
         "--moe", action="store_true", help="write one stock mixture-of-experts model for plain transformers"
     )
-    p.add_argument("--steps", type=int, default=0, help="with --moe: train the routers for so many steps")
-    p.add_argument("--measure", action="store_true", help="with --moe: its perplexity on held-out text")
+    p.add_argument("--steps", type=int, help="with --moe: train the routers for so many steps (0)")
+    p.add_argument(
+        "--measure", action="store_true", help="with --moe: its perplexity on held-out text, in minutes"
+    )
     where.add_options(p)
     args = p.parse_args()
-    if args.moe and args.model:
-        expected = "the run that trained the experts, for their routers"
-        raise ValueError(f"--model: with --moe. Expected {expected}. Give --outdir instead.")
+    check(args)
     if args.moe:
-        return export_moe(which_run.named(args), args.dir, args.steps, args.measure)
+        return export_moe(which_run.named(args), args.dir, args.steps or 0, args.measure)
     folder = where.named(args)
     package.copy(folder, args.dir)
     n_bytes = sum(path.stat().st_size for path in package.files(args.dir))

@@ -43,8 +43,13 @@ def check_extra() -> None:
 
 
 def read_key(given: str | None, host: str) -> str | None:
-    """The key of the option or the environment. Raises ValueError if it is needed and not there."""
+    """The key of the option or the environment, where an empty one counts as none on this machine alone.
+
+    Raises ValueError if it is needed and not there.
+    """
     key = os.environ.get(KEY) if given is None else given
+    if key == "" and given is None and keys.is_loopback(host):
+        key = None
     if key is None and not keys.is_loopback(host):
         todo = f"Set {KEY}, or leave --host out"
         raise ValueError(f"--host: {host} without a key. Expected a key where others can reach it. {todo}.")

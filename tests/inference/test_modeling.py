@@ -22,7 +22,7 @@ import made_tiny_ensemble
 import made_training
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.embedding import tfidf
-from cbtm_pipeline.inference import modeling_cbtm
+from cbtm_pipeline.inference import modeling_cbtm, package
 from cbtm_pipeline.inference.modeling_cbtm import CBTMCache, CBTMConfig, CBTMForCausalLM
 from cbtm_pipeline.mixture import ensemble
 from made_tiny_ensemble import Ensemble, text
@@ -195,12 +195,9 @@ N_TOKENS, N_PROMPT = 45, 12
 
 
 def mixture(
-    made: Ensemble, ids: torch.Tensor, settings: dict[str, Any], n_prompt: int = N_PROMPT, unheard: int = -1
+    made: Ensemble, ids: torch.Tensor, settings: dict[str, Any], n_prompt: int = N_PROMPT
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities (T, V) after each token and log weights (T, K), from `mixture.ensemble`.
-
-    What experts say after token `unheard` corrects no belief.
-    """
+    """Log-probabilities (T, V) after each token and log weights (T, K), from `mixture.ensemble`."""
     config = CBTMConfig(**{"router_temperature": 0.3, "epsilon": 0.1, "beta": 0.5, **settings})
     with torch.no_grad():
         logits = [load_expert(path)(ids).logits[0] for path in made.experts]
@@ -210,7 +207,7 @@ def mixture(
     d2_TK[~h_TD.any(1)] = 1
     next_T = np.append(ids[0, 1:], 0)  # the last prediction has no token yet
     said_TK = np.take_along_axis(logprob_KTV, next_T[None, :, None], 2)[..., 0].T
-    said_TK[unheard] = 0  # the same for all
+    said_TK[-1] = 0  # the same for all
     fix_after = n_prompt - 1 if config.route == "once" else config.fix_after
     logw_TK = ensemble.filter_log_weights(
         said_TK,
@@ -331,7 +328,7 @@ def test_experts_of_every_architecture_are_mixed(tmp_path: Path, kind: str) -> N
 
 
 def test_padding_on_the_right_and_between_changes_nothing(different: Ensemble) -> None:
-    """A turn of a chat in a batch: both sequences go on after a gap. No belief is corrected across it."""
+    """A turn of a chat in a batch: both sequences go on after a gap, which is as if it were not there."""
     settings = {"n_active": 2, "hysteresis": 1.5}
     model, ids, other = load(different, **settings), text(30, 24), text(38, 26)
     gap, more = torch.full((1, 8), 7), torch.ones(2, 12, dtype=torch.long)
@@ -339,7 +336,7 @@ def test_padding_on_the_right_and_between_changes_nothing(different: Ensemble) -
     mask = torch.cat([torch.ones_like(ids), torch.zeros_like(gap)], 1)
     mask = torch.cat([torch.cat([mask, torch.ones_like(other)]), more], 1)
     columns = torch.cat([columns, text(24, 25).reshape(2, 12)], 1)
-    expected_TV, logw_TK = mixture(different, columns[:1, mask[0] > 0], settings, unheard=29)
+    expected_TV, logw_TK = mixture(different, columns[:1, mask[0] > 0], settings)
     for ends in ([50], [38, 39, 40, 50], [33, 50]):
         logits, weights, _ = feed(model, {"input_ids": columns, "attention_mask": mask}, ends)
         assert_same(logits[0, mask[0] > 0], expected_TV)
@@ -505,7 +502,7 @@ def test_a_saved_ensemble_is_the_same(different: Ensemble, tmp_path: Path) -> No
     assert again.config.to_dict() == {**model.config.to_dict(), "_name_or_path": again.config._name_or_path}
     assert_same(again(ids).logits, model(ids).logits)
     again.save_pretrained(tmp_path / "saved")  # onto itself
-    assert not (tmp_path / "saved/files.json").exists()
+    assert package.verify(tmp_path / "saved")["changes"][-1]["saved"] == list("0123")
     auto = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", n_active=1, beta=0.25)
     assert (auto.config.n_active, auto.config.beta, auto.config.hysteresis) == (1, 0.25, 3.0)
     assert auto.generation_config.eos_token_id == 0
@@ -560,7 +557,7 @@ def test_merged_weights_are_the_mean(different: Ensemble) -> None:
 
 
 def test_merging_for_two_texts_is_refused(different: Ensemble) -> None:
-    expected = "^mode merge: 2 sequences. Expected one, as each has its own model. Change it.$"
+    expected = "^mode merge: 2 sequences. Expected one prompt, as each has its own model. Change it.$"
     with pytest.raises(ValueError, match=expected):
         load(different, mode="merge")(torch.cat([text(9, 1), text(9, 2)]))
 

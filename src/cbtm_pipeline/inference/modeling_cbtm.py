@@ -17,20 +17,25 @@ folders of transformers.
 Shapes: B sequences, T new columns, C columns of a block, K experts, D dimensions of the embedding, V tokens.
 """
 
+import contextlib
 import copy
+import difflib
 import functools
+import hashlib
 import inspect
+import json
 import logging
 import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -39,10 +44,30 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 BLOCK = 128  # columns that are mixed at once: bounds the memory of a long text
 FIRST_BLOCKS = (8, 64)  # ends of the first blocks: a text's first weights change fast, and waste little there
-ROUTER, RECORD = "router.safetensors", "files.json"
+ROUTER, RECORD, TERMS = "router.safetensors", "files.json", "top_terms.json"
 NO_EVIDENCE = 1.0  # squared distance of a prefix without a usable term: equally far from all centres
 MERGED = -1  # the number under which a cache keeps the merged model
 FAR = 0.2  # experts whose spread is larger do not average: those of a young seed lie 0.5 to 0.7 away
+OF_EXPERTS = ("dtype", "attn_implementation", "device_map")  # arguments that each expert gets
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+# arguments of transformers that a folder of safetensors needs not, or that have done their work before
+PASSED_OVER = ("trust_remote_code", "code_revision", "low_cpu_mem_usage", "adapter_kwargs", "_commit_hash")
+PASSED_OVER += ("_from_auto", "_from_pipeline", "tqdm_class", "weights_only")
+# arguments of transformers that the ensemble does not have, and what they are where they ask for nothing
+REFUSED: dict[str, tuple[Any, ...]] = {
+    **{"use_safetensors": (True,), "adapter_name": ("default",), "gguf_file": ()},
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit", "quantization_config", "subfolder", "state_dict"), ()),
+    **dict.fromkeys(("output_loading_info", "ignore_mismatched_sizes", "variant", "key_mapping"), ()),
+    **dict.fromkeys(("max_memory", "offload_folder", "offload_buffers", "offload_state_dict", "mirror"), ()),
+    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config", "fusion_config"), ()),
+    **dict.fromkeys(("use_kernels", "kernel_config", "allow_all_kernels", "disable_mmap", "proxies"), ()),
+    **dict.fromkeys(("from_tf", "from_flax", "use_flash_attention_2", "experts_implementation"), ()),
+}
+SAVING = ("max_shard_size", "safe_serialization", "token", "save_peft_format", "save_original_format")
+NOT_SAVING = ("state_dict", "push_to_hub", "variant", "distributed_checkpoint", "save_function")
+NOT_READ = ("position_ids", "token_type_ids", "inputs_embeds", "cache")  # looked at, but no input
+NOT_GIVEN = ("output_attentions", "output_hidden_states", "num_items_in_batch", "cache_position")
+NO_MODEL = "Expected nothing: the ensemble does not have it. Leave it out."
 log = logging.getLogger("cbtm")
 # transformers 5.24 has renamed the argument
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -52,9 +77,10 @@ class CBTMConfig(PretrainedConfig):
     """What the ensemble is, and how it is run.
 
     `experts` are the names of their folders, `exclude` those that are left out, by name or as
-    `tag:licence=cc-by`; `tags` has the tags of each expert. Router `paper` weighs by the
-    prefix alone, `filter` also by what the experts said of it. `n_active` experts run for each token; None is
-    all. `hysteresis`: an active expert is replaced only by one that weighs more than so many times as much.
+    `tag:licence=cc-by` (a text, a list, a set, or None); `tags` has the tags of each expert. Router `paper`
+    weighs by the prefix alone, `filter` also by what the experts said of it. `n_active` experts run for each
+    token; None is all. `hysteresis`: an active expert is replaced only by one that weighs more than so many
+    times as much.
     `route="once"` fixes the active experts at the end of the prompt, `fix_after` after so many tokens behind
     the first. `max_loaded` experts stay in memory; None is no bound. The least recently used goes first, and
     what it has read is forgotten unless it is active.
@@ -65,7 +91,7 @@ class CBTMConfig(PretrainedConfig):
     def __init__(
         self,
         experts: Sequence[str] = (),
-        exclude: Sequence[str] | str = (),
+        exclude: Sequence[str] | set[str] | str | None = (),
         n_components: int = 0,
         vocab_size: int = 0,
         router: str = "filter",
@@ -82,13 +108,16 @@ class CBTMConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         self.experts, self.tags = list(experts), dict(tags or {})
-        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.exclude = exclude
         self.n_components, self.vocab_size = n_components, vocab_size
         self.router, self.n_active, self.router_temperature = router, n_active, router_temperature
         self.epsilon, self.beta, self.hysteresis = epsilon, beta, hysteresis
         self.route, self.fix_after, self.mode, self.max_loaded = route, fix_after, mode, max_loaded
         self.check()
         super().__init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _listed(value) if name == "exclude" else value)
 
     def check(self) -> None:
         """Raise ValueError, with one line, for a value that the ensemble cannot run with."""
@@ -120,8 +149,7 @@ class CBTMConfig(PretrainedConfig):
 
     def excluded(self) -> set[str]:
         """The experts that `exclude` leaves out. Raises ValueError if it names none, or leaves none."""
-        given: Any = self.exclude
-        wanted = {given} if isinstance(given, str) else {str(name) for name in given}
+        wanted = set(cast(list[str], self.exclude))
         tags = {name: self.tags.get(name, {}).items() for name in self.experts}
         own = {name: {name, *(f"tag:{key}={value}" for key, value in tags[name])} for name in self.experts}
         known = list(dict.fromkeys([*self.experts, *sorted(set().union(*own.values()) - set(self.experts))]))
@@ -135,6 +163,33 @@ class CBTMConfig(PretrainedConfig):
 
 def _wrong(name: str, found: Any, expected: str) -> str:
     return f"{name}: {found}. Expected {expected}. Change it."
+
+
+def _listed(exclude: Any) -> list[str]:
+    """The names that `exclude` gives. Raises ValueError for what gives none."""
+    if exclude is None or isinstance(exclude, str):
+        return [] if exclude is None else [exclude]
+    is_list = isinstance(exclude, list | tuple | set | frozenset)
+    if not is_list or not all(isinstance(name, str) or type(name) is int for name in exclude):
+        raise ValueError(_wrong("exclude", repr(exclude), "a list of names of experts"))
+    names = [str(name) for name in exclude]
+    return sorted(names) if isinstance(exclude, set | frozenset) else names
+
+
+def _unexpected(function: str, name: str, known: Sequence[str]) -> TypeError:
+    """As Python itself says it, with the name that was meant."""
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    return TypeError(f"CBTMForCausalLM.{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def _refuse(name: str, value: Any, harmless: Sequence[Any] = ()) -> None:
+    """Raise ValueError for an argument of transformers, unless its value asks for nothing."""
+    asks_nothing = value in harmless if harmless else isinstance(value, bool | str | dict) and not value
+    if value is None or asks_nothing:
+        return
+    shown = repr(value) if isinstance(value, bool | str | int | float) else f"a {type(value).__name__}"
+    raise ValueError(f"{name}: {shown}. {NO_MODEL}")
 
 
 @dataclass
@@ -156,6 +211,7 @@ class State:
     def __init__(self, batch_size: int, n_components: int, n_experts: int):
         self.sum_BD = np.zeros((batch_size, n_components))
         self.n_B = np.zeros(batch_size, int)  # columns so far, padding not counted
+        self.last_B = np.full(batch_size, -1)  # the last column with a token; -1 before there is one
         self.trail_BCK2 = np.empty((batch_size, 64, n_experts, 2))
 
     def before(self, column: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,13 +230,14 @@ class State:
     def take(self, rows: np.ndarray) -> None:
         """Keep these sequences, in this order."""
         self.sum_BD, self.n_B, self.trail_BCK2 = self.sum_BD[rows], self.n_B[rows], self.trail_BCK2[rows]
+        self.last_B = self.last_B[rows]
 
 
 class CBTMCache(Cache):
     """The text so far, the router's state, and one KV cache per expert that has run.
 
-    `n_seen[j]` columns have gone through expert j; `tail[j]` has its log-probabilities after the last one,
-    (B, V). `n_prompt`: columns of the prompt; None: those of the first call.
+    `n_seen[j]` columns have gone through expert j; `tail[j]` has its log-probabilities after the last token
+    among them, (B, V). `n_prompt`: columns of the prompt; None: those of the first call.
     """
 
     def __init__(self, n_prompt: int | None = None):
@@ -192,16 +249,19 @@ class CBTMCache(Cache):
         self.kv: dict[int, DynamicCache] = {}
         self.n_seen: dict[int, int] = {}
         self.tail: dict[int, torch.Tensor] = {}
-        self.merged: tuple[PreTrainedModel, np.ndarray] | None = None  # and the experts' logw_BK
+        self.merged: tuple[PreTrainedModel, np.ndarray] | None = None  # and the experts' logw_K
 
-    def append(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Add columns. `mask` covers all columns, or the new ones."""
+    def joined(
+        self, ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids and mask with new columns (None: no padding). `mask` covers all columns, or the new ones."""
+        whole = self.mask
         if mask is not None:
             mask = mask[:, -ids.shape[1] :].to(ids.device, torch.long)
         if self.mask is not None or (mask is not None and not bool(mask.all())):
             old = torch.ones_like(self.ids) if self.mask is None else self.mask
-            self.mask = _joined(old, torch.ones_like(ids) if mask is None else mask)
-        self.ids = _joined(self.ids, ids)
+            whole = _joined(old, torch.ones_like(ids) if mask is None else mask)
+        return _joined(self.ids, ids), whole
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.ids.shape[1]
@@ -248,11 +308,15 @@ class CBTMCache(Cache):
         self.ids, self.mask = self.ids[:, :n], None if self.mask is None else self.mask[:, :n]
         self.state.n_B[:] = -1 if n else 0  # forward counts again
         self.state.sum_BD = np.zeros_like(self.state.sum_BD)
+        self.state.last_B[:] = -1
         if self.n_prompt is not None and n < self.n_prompt:
             self.n_prompt = None
+        last_B = _last_columns(self.mask) if self.mask is not None and n else np.array([n - 1])
+        again = int(last_B[last_B >= 0].min(initial=n))
         for j, n_seen in list(self.n_seen.items()):
-            if n_seen > n - 1:  # what it said after column n - 1 is needed again
-                self.n_seen[j] = max(n - 1, 0)
+            if n_seen > again:  # what it said after this column is needed again
+                self.n_seen[j] = again
+                self.tail.pop(j, None)
                 try:
                     self.kv[j].crop(self.n_seen[j] - n_seen)
                 except (RuntimeError, ValueError, NotImplementedError):
@@ -264,6 +328,12 @@ class CBTMCache(Cache):
         """Forget what expert j has read."""
         for table in (self.kv, self.n_seen, self.tail):
             table.pop(j, None)
+
+
+def _last_columns(mask: torch.Tensor) -> np.ndarray:
+    """The last column of each sequence that has a token, (B); -1 without one."""
+    has_BC = mask.cpu().numpy() > 0
+    return np.where(has_BC, np.arange(has_BC.shape[1]), -1).max(1)
 
 
 def _joined(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -293,8 +363,6 @@ class Router:
 
     def sums(self, state: State, ids_BC: np.ndarray, mask_BC: np.ndarray | None) -> np.ndarray:
         """Sum of the term vectors up to each column, float64 (B, C, D); `state.sum_BD` is moved on."""
-        if ids_BC.max() >= len(self.embedding):
-            raise ValueError(_wrong("input_ids", ids_BC.max(), f"ids below {len(self.embedding)}"))
         sum_BCD = self.embedding[ids_BC].astype(np.float64)
         if mask_BC is not None:
             sum_BCD[mask_BC == 0] = 0
@@ -346,21 +414,20 @@ class Router:
         column: int,
         logprior_BK: np.ndarray,
         gain_BK: np.ndarray | None,
-        rows: tuple[np.ndarray, np.ndarray] | None,
+        here_B: np.ndarray | None,
         fixed: bool,
     ) -> np.ndarray:
         """Move the state on by a column; returns the logarithm of the weights, (B, K).
 
-        `gain_BK` has the log-probability that each active expert gave the column's token. `rows`: which
-        sequences have a token there (bool), and which had one in the column before; None: all have.
+        `gain_BK` has the log-probability that each active expert gave the column's token, after the token
+        before it. `here_B`: which sequences have a token there (bool); None: all have.
         """
         config, (logb_BK, before_BK) = self.config, state.before(column)
         started_B1 = (state.n_B > 0)[:, None]
         value_BK = logprior_BK
         if config.router == "filter":
             if gain_BK is not None:
-                heard_B1 = started_B1 if rows is None else started_B1 & rows[1][:, None]
-                logb_BK = np.where(heard_B1, self._credited(logb_BK, before_BK, gain_BK), logb_BK)
+                logb_BK = np.where(started_B1, self._credited(logb_BK, before_BK, gain_BK), logb_BK)
             logb_BK = np.where(started_B1, logb_BK, logprior_BK)
             value_BK = _log_add(np.log1p(-config.epsilon) + logb_BK, np.log(config.epsilon) + logprior_BK)
         fix_after = math.inf if config.fix_after is None else config.fix_after
@@ -370,13 +437,12 @@ class Router:
         logw_BK -= _log_sum_exp(logw_BK)
         new_BK2 = state.trail_BCK2[:, column]
         new_BK2[..., 0], new_BK2[..., 1] = value_BK, logw_BK
-        if rows is None:
+        if here_B is None:
             state.n_B += 1
             return logw_BK
-        here_B1 = rows[0][:, None]
-        new_BK2[~rows[0]] = np.stack(state.before(column), 2)[~rows[0]]  # padding changes nothing
-        state.n_B += rows[0]
-        return np.where(here_B1, logw_BK, -np.inf)
+        new_BK2[~here_B] = np.stack(state.before(column), 2)[~here_B]  # padding changes nothing
+        state.n_B += here_B
+        return np.where(here_B[:, None], logw_BK, -np.inf)
 
     def _credited(self, logb_BK: np.ndarray, logw_BK: np.ndarray, gain_BK: np.ndarray) -> np.ndarray:
         """The belief after a token that expert j gave the log-probability `gain_BK`.
@@ -456,6 +522,71 @@ def _arguments(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)  # pyright: ignore
 
 
+class _Heard:
+    """What experts said of the tokens of a block: `gain_BCK`, log-probabilities, -inf where one said nothing.
+
+    A token's prediction stands at the token before it, which is not the column before where padding lies
+    between. `first`: the first column whose prediction is needed. `goes_on_B`: which sequences have begun and
+    have a token in the block; None: all.
+    """
+
+    def __init__(self, cache: CBTMCache, begin: int, end: int, n_experts: int):
+        self.cache, self.begin, self.end = cache, begin, end
+        self.ids_BC = cache.ids[:, begin:end]
+        self.gain_BCK = np.full((*self.ids_BC.shape, n_experts), -np.inf)
+        self.first, self.goes_on_B, self.before_BC = max(begin - 1, 0), None, None
+        state = cast(State, cache.state)
+        if cache.mask is None:
+            state.last_B = np.full(len(self.ids_BC), end - 1)
+            return
+        here_BC = cache.mask[:, begin:end].cpu().numpy() > 0
+        own_BC = np.where(here_BC, np.arange(begin, end), -1)
+        last_BC = np.maximum.accumulate(np.concatenate([state.last_B[:, None], own_BC], 1), 1)
+        self.before_BC, state.last_B = last_BC[:, :-1], last_BC[:, -1]
+        self.next_B = here_BC.argmax(1)  # the first token of each sequence in the block
+        has_begun_B = self.before_BC[:, 0] >= 0
+        self.goes_on_B = has_begun_B & here_BC.any(1)
+        self.first = int(self.before_BC[has_begun_B, 0].min(initial=self.first))
+
+    def from_tail(self, j: int) -> None:
+        """Take what expert j said before the block of the first token in it."""
+        tail_B1V = self.cache.tail[j][:, None]
+        if self.goes_on_B is None:
+            self.gain_BCK[:, 0, j] = _of_tokens(tail_B1V, self.ids_BC[:, :1])[:, 0]
+            return
+        rows_B, next_B = np.arange(len(self.next_B)), self.next_B
+        ids_B1 = self.ids_BC.gather(1, torch.from_numpy(next_B[:, None]).to(self.ids_BC.device))
+        gain_B = _of_tokens(tail_B1V, ids_B1)[:, 0]
+        self.gain_BCK[rows_B, next_B, j] = np.where(self.goes_on_B, gain_B, -np.inf)
+
+    def listen(self, j: int, logits_BCV: torch.Tensor, said_BCV: torch.Tensor) -> None:
+        """Take what expert j said in its last columns up to `end`; its tail moves on."""
+        cache, start = self.cache, self.end - logits_BCV.shape[1]
+        if self.before_BC is None:
+            heard_BCV = logits_BCV[:, :-1]
+            if start + 1 < self.end:
+                gain_BC = _of_tokens(heard_BCV, cache.ids[:, start + 1 : self.end])
+                gain_BC -= heard_BCV.logsumexp(-1).cpu().numpy()
+                self.gain_BCK[:, start + 1 - self.begin :, j] = gain_BC
+            cache.tail[j] = said_BCV[:, -1].clone() if said_BCV.shape[1] > 1 else said_BCV[:, -1]
+            return
+        if j in cache.tail:
+            self.from_tail(j)
+        device = logits_BCV.device
+        rows_B1 = torch.arange(len(logits_BCV), device=device)[:, None]
+        at_BC = torch.from_numpy(np.maximum(self.before_BC - start, 0)).to(device)
+        gain_BC = (
+            logits_BCV[rows_B1, at_BC, self.ids_BC.to(device)] - logits_BCV.logsumexp(-1)[rows_B1, at_BC]
+        )
+        is_new_BC = self.before_BC >= start
+        self.gain_BCK[..., j] = np.where(is_new_BC, gain_BC.cpu().numpy(), self.gain_BCK[..., j])
+        last_B = torch.from_numpy(cast(State, cache.state).last_B).to(device)[:, None]
+        tail_BV = logits_BCV[rows_B1, (last_B - start).clamp_min(0)][:, 0].log_softmax(-1)
+        if j in cache.tail:  # of a sequence that has no token here, what was said before stays
+            tail_BV = torch.where(last_B >= start, tail_BV, cache.tail[j])
+        cache.tail[j] = tail_BV
+
+
 class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     """The ensemble. `names` are its experts, in the order of the router's centres."""
 
@@ -466,60 +597,175 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_cache_class = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, config: CBTMConfig, folder: str | Path | None = None, **expert_kwargs: Any):
+    def __init__(
+        self,
+        config: CBTMConfig,
+        folder: str | Path | None = None,
+        dtype: Any = None,
+        attn_implementation: Any = None,
+        device_map: Any = None,
+    ):
         config.check()
         super().__init__(config)
         excluded = config.excluded()
         self.names = [name for name in config.experts if name not in excluded]
-        self.folder, self.expert_kwargs = Path(folder or config._name_or_path), expert_kwargs
-        self.device_map = expert_kwargs.pop("device_map", None)
-        if isinstance(self.device_map, dict) and (unknown := set(self.device_map) - {"", *config.experts}):
-            raise ValueError(_wrong("device_map", ", ".join(sorted(unknown)), ", ".join(config.experts)))
+        self.folder = Path(folder or config._name_or_path).resolve()
+        given = {"dtype": _checked_dtype(dtype), "attn_implementation": attn_implementation}
+        self.expert_kwargs = {name: value for name, value in given.items() if value is not None}
+        self.device_map = _checked_map(device_map, config.experts)
         self.router: Router | None = None
-        self.register_buffer(
-            "anchor", torch.empty(0), persistent=False
-        )  # shows where `to` has moved the model
+        # they show where `to` has moved the model; of one dtype, that it has cast it, too
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.register_buffer("anchor16", torch.empty(0, dtype=torch.float16), persistent=False)
         self.experts = nn.ModuleDict()  # those in memory, the least recently used first
         self.latest = ""  # the name of the last
         self.spread = 0.0  # of the experts that were merged last
-        self.n_passes = 0  # columns that went through an expert, over all sequences: the cost
+        self.n_passes = 0  # columns that went through an expert, over all sequences, since loading: the cost
+        self._about = {name: _about(self.folder / "experts" / name) for name in self.names}
+        self._record = _read_json(self.folder / RECORD)  # as it is now: the folder may be replaced later
         self.eval()
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, config: Any = None, **kwargs: Any
     ) -> "CBTMForCausalLM":
-        """Load the router; experts load when they first run.
+        """Load the router; experts load when they first run, from the folder as it is now.
 
-        Further arguments: those of CBTMConfig; and for the experts `dtype`, `attn_implementation` and
-        `device_map`, which is a device, `auto` (all GPUs in turn), or a device for each expert's name.
+        Further arguments: those of CBTMConfig, which replace those of `config` or of the folder; and for the
+        experts `dtype`, `attn_implementation` and `device_map`, which is a device, `auto` (all GPUs in turn),
+        or a device for each expert's name. Raises TypeError for an argument that nobody knows, and
+        ValueError, with one line, for one of transformers that the ensemble does not have.
         """
-        config: Any = kwargs.pop("config", None)
-        known = ("dtype", "torch_dtype", "attn_implementation", "device_map")
-        for_experts = {name: kwargs.pop(name) for name in known if kwargs.get(name) is not None}
-        if not isinstance(config, CBTMConfig):
-            config, kwargs = CBTMConfig.from_pretrained(  # pyright: ignore
-                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
-            )
+        if args:
+            raise TypeError("CBTMForCausalLM.from_pretrained() takes 1 positional argument: name the others")
+        for_experts, hub, settings, generation = _sorted_out(kwargs)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(str(folder), revision=kwargs.get("revision")))
+            folder = Path(snapshot_download(str(folder), **hub))
+        config = _configured(folder if config is None else config, settings)
+        config._name_or_path = str(pretrained_model_name_or_path)
+        if (chosen := config._attn_implementation) is not None:  # AutoModelForCausalLM puts it there
+            for_experts.setdefault("attn_implementation", chosen)
+        config.check()
+        tensors, known = load_file(folder / ROUTER), _read_json(folder / "config.json").get("experts")
+        if config.experts != known or tensors["centres"].shape != (len(known), config.n_components):
+            raise ValueError(_wrong("experts", ", ".join(config.experts), f"those of {folder}/config.json"))
         model = cls(config, folder, **for_experts)
-        tensors = load_file(folder / ROUTER)
         rows = [config.experts.index(name) for name in model.names]
         model.router = Router(config, tensors["embedding"].numpy(), tensors["centres"][rows].numpy())
-        if (folder / "generation_config.json").exists():
+        if generation is not None:
+            model.generation_config = generation
+        elif (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.to(model._devices()[0])  # pyright: ignore[reportArgumentType]
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Copy the ensemble's folder, with this config and without its record, which knows another one."""
-        if Path(save_directory).resolve() != self.folder.resolve():
-            left_out = shutil.ignore_patterns(RECORD)
-            shutil.copytree(self.folder, save_directory, dirs_exist_ok=True, ignore=left_out)
-        self.config.save_pretrained(save_directory)
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Copy the ensemble's folder, with this config, the experts that are not excluded, and a record.
+
+        The record (files.json) is written if the folder that was loaded has one. Raises ValueError if an
+        expert in memory has other weights than its folder: they would be lost.
+        """
+        for name, value in kwargs.items():
+            if name in NOT_SAVING:
+                _refuse(name, value)
+            elif name not in SAVING:
+                raise _unexpected("save_pretrained", name, (*SAVING, *NOT_SAVING))
+        to = Path(save_directory).resolve()
+        self._check_target(to)
+        for name in self.names:
+            self._check_files(name)
+            if name in self.experts and not self._is_unchanged(name):
+                expected = "those of its folder, as nothing trains in an ensemble"
+                raise ValueError(
+                    f"experts.{name}: other weights than its folder has. Expected {expected}. Save the "
+                    f"expert itself: model.experts[{name!r}].save_pretrained(FOLDER)."
+                )
+        if is_main_process:
+            self._save(to)
+
+    def _check_target(self, to: Path) -> None:
+        """Raise ValueError for a folder that the ensemble cannot be saved into."""
+        if to != self.folder and to.is_relative_to(self.folder):
+            raise ValueError(f"{to}: within {self.folder}. Expected a folder elsewhere. Give another name.")
+        if to.exists() and not to.is_dir():
+            raise ValueError(f"{to}: a file. Expected a folder. Give another name.")
+        others = sorted(path.name for path in to.glob("experts/*") if path.name not in self.names)
+        if others:  # what was left out must not be shipped after all
+            found = f"{to}: holds experts that are not saved ({', '.join(others)})"
+            raise ValueError(f"{found}. Expected a new folder. Give another name.")
+
+    def _is_unchanged(self, name: str) -> bool:
+        """Whether an expert in memory has the weights of its folder."""
+        now = cast(nn.Module, self.experts[name]).state_dict()
+        before = self._read(self.names.index(name)).state_dict()
+        return now.keys() == before.keys() and all(
+            torch.equal(now[key].cpu(), before[key].cpu()) for key in now
+        )
+
+    def _save(self, to: Path) -> None:
+        """Write the folder, the record last."""
+        config, excluded = copy.deepcopy(self.config), sorted(self.config.excluded())
+        known: dict[str, str] = self._record.get("files", {})
+        hashes = dict(known) if to == self.folder else {name: known.get(name) for name in self._copy(to)}
+        if excluded:
+            hashes |= dict.fromkeys(self._leave_out(to, config))
+        if hasattr(config, "auto_map"):  # the code is in the folder, wherever it came from
+            config.auto_map = {kind: name.rpartition("--")[2] for kind, name in config.auto_map.items()}
+        with _new_file(to / "config.json") as file:
+            file.write(config.to_json_string().encode())
+        if not self._record:
+            return
+        hashes["config.json"] = None
+        before = self._record["seal"]
+        own = {"tokenizer", *(f"expert-{name}" for name in self.names)}
+        origin = {name: value for name, value in self._record["made_from"].items() if name in own}
+        change = {"saved": config.experts, "excluded": excluded, "from": before}
+        record = {
+            **{
+                "format": self._record["format"],
+                "kind": "ensemble",
+                "made_from": {**origin, "ensemble": before},
+            },
+            "changes": [*self._record.get("changes", []), change],
+            # what is copied has the hash that it had: damage shows where it is read, there as here
+            "files": {name: found or _hash(to / name) for name, found in hashes.items()},
+        }
+        _write_sealed(to / RECORD, record)
+        if to == self.folder:
+            self._record = _read_json(to / RECORD)
+
+    def _copy(self, to: Path) -> list[str]:
+        """Copy the files of the folder, but for the record and experts that are left out. Returns names."""
+        names = []
+        for path in sorted(self.folder.rglob("*")):
+            inner = path.relative_to(self.folder)
+            is_left_out = (
+                len(inner.parts) > 1 and inner.parts[0] == "experts" and inner.parts[1] not in self.names
+            )
+            is_hidden = any(part.startswith(".") for part in inner.parts)
+            if path.is_file() and not is_left_out and not is_hidden and inner != Path(RECORD):
+                with _new_file(to / inner) as file, path.open("rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 24)
+                names.append(inner.as_posix())
+        return names
+
+    def _leave_out(self, to: Path, config: CBTMConfig) -> list[str]:
+        """Take excluded experts out of the config, the router and the terms. Returns names of files."""
+        rows, router = [config.experts.index(name) for name in self.names], self._router()
+        config.experts, config.exclude = list(self.names), []
+        config.tags = {name: own for name, own in config.tags.items() if name in self.names}
+        tensors = {"embedding": router.embedding, "centres": router.centres}
+        with _new_file(to / ROUTER) as file:
+            file.write(save({name: torch.from_numpy(value) for name, value in tensors.items()}))
+        terms = _read_json(to / TERMS)
+        if len(terms.get("top_terms", ())) <= max(rows):
+            return [ROUTER]
+        _write_sealed(to / TERMS, {**terms, "top_terms": [terms["top_terms"][row] for row in rows]})
+        return [ROUTER, TERMS]
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -543,24 +789,53 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         return [self.device if where is None else torch.device(where)] * len(self.names)
 
     def expert(self, j: int, active: Sequence[int] = ()) -> PreTrainedModel:
-        """Expert j, from memory or from its folder. The least recently used inactive one makes room."""
+        """Expert j, from memory or from its folder. The least recently used inactive one makes room.
+
+        Raises ValueError if the folder is another one than when the ensemble was loaded.
+        """
         name = self.names[j]
         if name in self.experts:
             if name != self.latest:
                 self.experts[name] = self.experts.pop(name)
             self.latest = name
             return cast(PreTrainedModel, self.experts[name])
+        self._check_files(name)
         limit = self.config.max_loaded
         while limit is not None and len(self.experts) >= limit:
             needed = {self.names[i] for i in active}
             del self.experts[min(self.experts, key=lambda other: other in needed)]  # min takes the first
-        # an expert is one of transformers' own models: no code of its folder is run, nor is anybody asked
-        options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-        folder = self.folder / "experts" / name
-        expert = AutoModelForCausalLM.from_pretrained(folder, **options, **self.expert_kwargs)
-        self.experts[name] = expert.to(self._devices()[j]).eval()  # pyright: ignore[reportArgumentType]
+        self.experts[name] = expert = self._read(j)
         self.latest = name
         return expert
+
+    def _read(self, j: int) -> PreTrainedModel:
+        """Expert j from its folder, where and in what dtype it belongs."""
+        # an expert is one of transformers' own models: no code of its folder is run, nor is anybody asked
+        options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        folder = self.folder / "experts" / self.names[j]
+        expert: Any = AutoModelForCausalLM.from_pretrained(folder, **options, **self.expert_kwargs)
+        anchors = cast(torch.Tensor, self.anchor), cast(torch.Tensor, self.anchor16)
+        if anchors[0].dtype == anchors[1].dtype:  # the whole model was cast
+            expert = expert.to(anchors[0].dtype)
+        return expert.to(self._devices()[j]).eval()
+
+    def _check_files(self, name: str) -> None:
+        """Raise ValueError unless an expert's files are those of the time when the ensemble was loaded.
+
+        Sizes, times and inodes are compared; files where they differ are hashed and compared with the record.
+        """
+        folder, known = self.folder / "experts" / name, self._record.get("files", {})
+        now, before = _about(folder), self._about[name]
+        for file in sorted(now.keys() | before.keys()):
+            if now.get(file) == before.get(file):
+                continue
+            expected = known.get(f"experts/{name}/{file}")
+            if file not in now or expected is None or _hash(folder / file) != expected:
+                found = f"{folder / file}: {'another file than' if file in now else 'missing, but not'}"
+                raise ValueError(
+                    f"{found} when the ensemble was loaded. Expected the same. Load the ensemble again."
+                )
+        self._about[name] = now
 
     def _run(self, net: Any, cache: CBTMCache, j: int, end: int, n_keep: int) -> torch.Tensor:
         """Let expert j read columns up to `end`. Returns its last logits, float32 (B, <= n_keep, V)."""
@@ -589,13 +864,13 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         """Mix columns `begin` to `end`: log-probabilities from `keep_from` on, and all weights (B, C, K)."""
         router, state = self._router(), cast(State, cache.state)
         ids_BC = cache.ids[:, begin:end].cpu().numpy()
-        mask_BC = None if cache.mask is None else cache.mask[:, max(begin - 1, 0) : end].cpu().numpy() > 0
-        here_BC = None if mask_BC is None else mask_BC[:, -ids_BC.shape[1] :]
+        here_BC = None if cache.mask is None else cache.mask[:, begin:end].cpu().numpy() > 0
         logprior_BCK = router.log_prior(router.sums(state, ids_BC, here_BC))
-        logw_BCK, gain_BCK = np.empty_like(logprior_BCK), np.full_like(logprior_BCK, -np.inf)
+        logw_BCK = np.empty_like(logprior_BCK)
+        heard = _Heard(cache, begin, end, len(self.names))
         said: dict[int, torch.Tensor] = {}  # by expert: the log-probabilities that end at column `end`
         first = max(begin, keep_from)
-        heard_from = max(begin - 1, 0) if router.listens else first
+        heard_from = heard.first if router.listens else first
 
         def run(j: int, active: Sequence[int]) -> None:
             net = self.expert(j, active)
@@ -606,22 +881,18 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             logits_BCV = self._run(net, cache, j, end, end - heard_from)
             said[j] = logits_BCV[:, -max(end - first, 1) :].log_softmax(-1)
             if router.listens:
-                heard_BCV, start = logits_BCV[:, :-1], end - logits_BCV.shape[1] + 1
-                if start < end:
-                    gain_BC = _of_tokens(heard_BCV, cache.ids[:, start:end])
-                    gain_BCK[:, start - begin :, j] = gain_BC - heard_BCV.logsumexp(-1).cpu().numpy()
-                cache.tail[j] = said[j][:, -1].clone() if said[j].shape[1] > 1 else said[j][:, -1]
+                heard.listen(j, logits_BCV, said[j])
 
         if router.listens and begin:
             logw_BK = state.before(begin)[1]
-            active = _active(logw_BK if mask_BC is None else logw_BK[mask_BC[:, 0] & mask_BC[:, 1]])
+            active = _active(logw_BK if heard.goes_on_B is None else logw_BK[heard.goes_on_B])
             for j in active:
                 if j in cache.tail and cache.n_seen[j] == begin:
-                    gain_BCK[:, 0, j] = _of_tokens(cache.tail[j][:, None], cache.ids[:, begin, None])[:, 0]
+                    heard.from_tail(j)
                 else:  # after a crop, it has to speak again
                     run(j, active)
         fixed_from = math.inf if self.config.route == "token" or cache.n_prompt is None else cache.n_prompt
-        if mask_BC is None and not router.listens and self.config.hysteresis == 1:
+        if here_BC is None and not router.listens and self.config.hysteresis == 1:
             after = math.inf if self.config.fix_after is None else self.config.fix_after + 1
             logw_BCK = router.block(state, begin, logprior_BCK, min(fixed_from, after))
             active = _active(logw_BCK[:, first - begin :])
@@ -629,13 +900,9 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
                 run(j, active)
             return self._mixed(cache, said, logw_BCK[:, first - begin :], end), logw_BCK
         for c, column in enumerate(range(begin, end)):
-            rows = None
-            if here_BC is not None and mask_BC is not None:
-                rows = here_BC[:, c], mask_BC[:, c if begin else max(c - 1, 0)]
-            gain_BK = gain_BCK[:, c] if router.listens and column else None
-            logw_BCK[:, c] = router.step(
-                state, column, logprior_BCK[:, c], gain_BK, rows, column >= fixed_from
-            )
+            gain_BK = heard.gain_BCK[:, c] if router.listens and column else None
+            here_B, fixed = None if here_BC is None else here_BC[:, c], column >= fixed_from
+            logw_BCK[:, c] = router.step(state, column, logprior_BCK[:, c], gain_BK, here_B, fixed)
             if router.listens or column >= keep_from:
                 active = _active(logw_BCK[:, c])
                 for j in active:
@@ -682,35 +949,34 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         output_router_weights: bool = False,
         prompt_length: int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CBTMOutput:
+    ) -> CBTMOutput | tuple[Any, ...]:
         """Log-probabilities of the next token, (B, T, V), after the last `logits_to_keep` columns (0: all).
 
-        `past_key_values` is the cache of the call before. An empty one, as `generate` makes it, is left out.
-        `prompt_length`: the columns at whose end `route="once"` fixes the experts, for calls without a cache.
+        A tensor of `logits_to_keep` has the numbers of the columns. `attention_mask` (1: a token) has the
+        shape of `input_ids`, or of all columns so far. `past_key_values` is the cache of the call before. An
+        empty one, as `generate` makes it, is left out. `prompt_length`: the columns at whose end
+        `route="once"` fixes the experts, for calls without a cache. Raises ValueError, with one line, for
+        input that the ensemble does not take, and TypeError for an argument that nobody knows.
         """
         given = kwargs.get("cache") if past_key_values is None else past_key_values
-        if not isinstance(given, CBTMCache):
-            _check_new(given, input_ids, kwargs)
-        cache = given if isinstance(given, CBTMCache) else CBTMCache(prompt_length)
-        first = cache.get_seq_length()
-        cache.append(input_ids, attention_mask)
+        _refuse_embeddings(kwargs)
+        _check_ids(input_ids)
+        input_ids, n_new = cast(torch.Tensor, input_ids).long(), cast(torch.Tensor, input_ids).shape[1]
+        columns, n_keep = _kept(logits_to_keep, n_new)
+        cache = self._begin(given, input_ids, attention_mask, labels, prompt_length, kwargs)
         last = cache.get_seq_length()
-        if cache.state is None:
-            cache.state = State(len(cache.ids), self.config.n_components, len(self.names))
-        cache.state.reserve(last)
-        if first and cache.state.n_B[0] < 0:
-            self._recount(cache, first)
-        keep_from = first if labels is not None or not logits_to_keep else max(first, last - logits_to_keep)
+        first = last - n_new
+        keep_from = first if labels is not None else last - n_keep
         if self.config.mode == "merge":
             logits, logw_BTK = self._merged(cache, first, last - keep_from)
         else:
@@ -729,7 +995,10 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = nn.functional.nll_loss(
                 logits[:, :-1].flatten(0, 1), target_BT.flatten(), ignore_index=-100
             )
-        return CBTMOutput(
+            logits = logits[:, -n_keep:]
+        if columns is not None:
+            logits = logits[:, (columns - (n_new - n_keep)).to(logits.device)]
+        output = CBTMOutput(
             loss=loss,  # pyright: ignore[reportArgumentType]
             logits=logits,  # pyright: ignore[reportArgumentType]
             router_log_weights=torch.from_numpy(logw_BTK).to(logits.device)
@@ -737,6 +1006,40 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             else None,
             **{CACHE: cache if use_cache is None or use_cache else None},  # pyright: ignore[reportArgumentType]
         )
+        return output.to_tuple() if return_dict is False else output
+
+    def _begin(
+        self,
+        given: Any,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        prompt_length: int | None,
+        more: Mapping[str, Any],
+    ) -> CBTMCache:
+        """The cache with the new columns. Raises before it changes if the input is not what it takes."""
+        if not isinstance(given, CBTMCache):
+            _check_new(given)
+        cache = given if isinstance(given, CBTMCache) else CBTMCache(prompt_length)
+        first, shape = cache.get_seq_length(), tuple(input_ids.shape)
+        _check_arguments(more, list(inspect.signature(self.forward).parameters))
+        if first and len(cache.ids) != shape[0]:
+            expected = f"{len(cache.ids)}, as its cache has"
+            raise ValueError(_wrong("input_ids", f"{shape[0]} sequences", expected))
+        if (largest := int(input_ids.max())) >= (n := len(self._router().embedding)):
+            raise ValueError(_wrong("input_ids", largest, f"ids below {n}"))
+        _check_mask(mask, shape, first)
+        if labels is not None and tuple(labels.shape) != shape:
+            raise ValueError(_wrong("labels", f"shape {tuple(labels.shape)}", f"that of input_ids, {shape}"))
+        ids, whole = cache.joined(input_ids, mask)
+        _check_positions(more.get("position_ids"), whole, first, ids.shape[1])
+        cache.ids, cache.mask = ids, whole
+        if cache.state is None:
+            cache.state = State(len(ids), self.config.n_components, len(self.names))
+        cache.state.reserve(ids.shape[1])
+        if first and cache.state.n_B[0] < 0:
+            self._recount(cache, first)
+        return cache
 
     def _recount(self, cache: CBTMCache, n: int) -> None:
         """The router's sums and counts over the first n columns, after a crop."""
@@ -748,24 +1051,30 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             )
             self._router().sums(state, ids_BC, mask)
         state.n_B[:] = n if cache.mask is None else cache.mask[:, :n].sum(1).cpu().numpy()
+        state.last_B[:] = n - 1 if cache.mask is None else _last_columns(cache.mask[:, :n])
 
     def _merged(self, cache: CBTMCache, first: int, n_keep: int) -> tuple[torch.Tensor, np.ndarray]:
-        """The same with one model: the mean of the experts' weights by the prompt's router weights (TTMM)."""
+        """The same with one model: the mean of the experts' weights by the prompt's router weights (TTMM).
+
+        The sequences of a batch have one prompt. Raises ValueError for several.
+        """
         router, n_columns = self._router(), cache.get_seq_length() - first
         if cache.merged is None or not first:
-            if len(cache.ids) > 1:
+            n_prompt = min(cache.n_prompt or n_columns, n_columns)
+            tables = [table[:, :n_prompt] for table in (cache.ids, cache.mask) if table is not None]
+            if not all(bool((table == table[:1]).all()) for table in tables):
                 found = f"{len(cache.ids)} sequences"
-                raise ValueError(_wrong("mode merge", found, "one, as each has its own model"))
-            self._recount(cache, n_columns)
-            logprior_BK = router.log_prior(cast(State, cache.state).sum_BD[:, None])[:, 0]
-            largest_K = np.argsort(-logprior_BK[0], kind="stable")[: router.n_active]
-            logw_BK = np.full_like(logprior_BK, -np.inf)
-            logw_BK[:, largest_K] = logprior_BK[:, largest_K]
-            logw_BK -= _log_sum_exp(logw_BK)
-            cache.merged = self.merge(np.exp(logw_BK[0])), logw_BK
-        net, logw_BK = cast(tuple[PreTrainedModel, np.ndarray], cache.merged)
+                raise ValueError(_wrong("mode merge", found, "one prompt, as each has its own model"))
+            self._recount(cache, n_prompt)
+            logprior_K = router.log_prior(cast(State, cache.state).sum_BD[:1, None])[0, 0]
+            largest_K = np.argsort(-logprior_K, kind="stable")[: router.n_active]
+            logw_K = np.full_like(logprior_K, -np.inf)
+            logw_K[largest_K] = logprior_K[largest_K]
+            logw_K -= _log_sum_exp(logw_K)
+            cache.merged = self.merge(np.exp(logw_K)), logw_K
+        net, logw_K = cast(tuple[PreTrainedModel, np.ndarray], cache.merged)
         logits = self._run(net, cache, MERGED, first + n_columns, n_keep).log_softmax(-1)
-        return logits.to(cache.ids.device), np.repeat(logw_BK[:, None], n_columns, 1)
+        return logits.to(cache.ids.device), np.tile(logw_K, (len(cache.ids), n_columns, 1))
 
     @torch.no_grad()
     def merge(self, weight_K: Sequence[float] | np.ndarray) -> PreTrainedModel:
@@ -807,24 +1116,255 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         if kind is not None:
             raise ValueError(_wrong("cache_implementation", kind, "none: each expert has a growing cache"))
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+        _refuse_embeddings(kwargs)
+        if ids is not None:
+            _check_ids(ids)
             if kwargs.get("use_cache", settings.use_cache) is False:
                 kwargs.setdefault("prompt_length", ids.shape[1])
             elif kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
                 kwargs[CACHE] = CBTMCache(ids.shape[1])
         return super().generate(inputs, generation_config, *args, **kwargs)  # pyright: ignore
 
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: torch.Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What `generate` gives to forward. It hands over what it has no use for, too."""
+        known = {*inspect.signature(self.forward).parameters, *NOT_READ, *NOT_GIVEN}
+        found = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return {name: value for name, value in found.items() if name in known}
+
     def _supports_default_dynamic_cache(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
 
-def _check_new(cache: Cache | None, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for input that the ensemble does not take."""
-    if kwargs.get("inputs_embeds") is not None or input_ids is None:
+# What is asked for, and what is refused.
+
+
+def _sorted_out(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Any]:
+    """Arguments of from_pretrained: for the experts, the hub and the config; and the generation config.
+
+    Raises TypeError for one that nobody knows, ValueError for one of transformers that asks for what the
+    ensemble does not have.
+    """
+    known = {*inspect.signature(CBTMConfig.__init__).parameters, *CBTMConfig().to_dict()} - {"self", "kwargs"}
+    for_experts, hub, settings, generation = {}, {}, {}, None
+    for name, value in given.items():
+        if name in OF_EXPERTS or name == "torch_dtype":
+            if value is not None:
+                for_experts[name.removeprefix("torch_")] = value
+        elif name in OF_THE_HUB:
+            hub[name] = value
+        elif name in known:
+            settings[name] = value
+        elif name in REFUSED:
+            _refuse(name, value, REFUSED[name])
+        elif name == "generation_config":
+            generation = value
+        elif name not in PASSED_OVER:
+            raise _unexpected("from_pretrained", name, [*known, *OF_EXPERTS])
+    return (
+        for_experts,
+        {name: value for name, value in hub.items() if value is not None},
+        settings,
+        generation,
+    )
+
+
+def _configured(given: Any, settings: Mapping[str, Any]) -> CBTMConfig:
+    """A copy of a config, or that of a folder, with these settings. Raises ValueError for another model's."""
+    if isinstance(given, str | Path):
+        given = CBTMConfig.from_pretrained(given)
+    elif getattr(given, "model_type", None) != CBTMConfig.model_type:
+        raise ValueError(_wrong("config", f"a {type(given).__name__}", "a CBTMConfig, or a folder"))
+    config: Any = copy.deepcopy(given)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def _checked_dtype(dtype: Any) -> Any:
+    """Raise ValueError unless it is a dtype of numbers with a fraction, its name, `auto` or None."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if (
+        dtype is not None
+        and dtype != "auto"
+        and not (isinstance(found, torch.dtype) and found.is_floating_point)
+    ):
+        raise ValueError(_wrong("dtype", dtype, "auto or one of torch, such as bfloat16"))
+    return dtype
+
+
+def _checked_map(device_map: Any, experts: Sequence[str]) -> Any:
+    """Raise ValueError unless experts can be put where a device map says."""
+    if device_map is None or (isinstance(device_map, str) and device_map in ("auto", "balanced")):
+        return device_map
+    places = device_map if isinstance(device_map, dict) else {"": device_map}
+    if unknown := {str(name) for name in places} - {"", *experts}:
+        raise ValueError(_wrong("device_map", ", ".join(sorted(unknown)), ", ".join(experts)))
+    for place in places.values():
+        try:
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+            place, is_there = f"{place}: no device here", False
+        else:
+            is_there = torch.device(place).type != "meta"
+        if not is_there:
+            expected = "auto, a device of torch, or one for each expert"
+            raise ValueError(_wrong("device_map", place, expected))
+    return device_map
+
+
+def _refuse_embeddings(more: Mapping[str, Any]) -> None:
+    """Raise ValueError for embeddings in the place of ids."""
+    if more.get("inputs_embeds") is not None:
         raise ValueError(_wrong("inputs_embeds", "given", "input_ids, which the router reads"))
-    if cache is not None and (cache.get_seq_length() or getattr(cache, "is_compileable", False)):
+
+
+def _check_ids(ids: Any) -> None:
+    """Raise ValueError unless these are token ids, (B, T), at least one."""
+    found = None
+    if not isinstance(ids, torch.Tensor):
+        found = "missing" if ids is None else f"a {type(ids).__name__}"
+    elif ids.dim() != 2 or not ids.numel():
+        found = f"shape {tuple(ids.shape)}"
+    elif ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        found = f"{ids.dtype}".removeprefix("torch.")
+    elif (least := int(ids.min())) < 0:
+        found = f"{least}"
+    if found is not None:
+        raise ValueError(_wrong("input_ids", found, "a tensor of token ids, a row of at least one each"))
+
+
+def _check_arguments(more: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise TypeError for an argument of forward that nobody knows, ValueError for one that is not read."""
+    for name, value in more.items():
+        if name in NOT_GIVEN:
+            _refuse(name, value)
+        elif name == "token_type_ids":
+            if value is not None and bool(torch.as_tensor(value).any()):
+                raise ValueError(_wrong(name, "others than 0", "0 for each token"))
+        elif name not in NOT_READ and value is not None:  # None: transformers may give more to come
+            raise _unexpected("forward", name, known)
+
+
+def _check_mask(mask: Any, shape: tuple[int, ...], first: int) -> None:
+    """Raise ValueError unless a mask has 0 and 1 for these columns, or for all so far."""
+    if mask is None:
+        return
+    wanted = {shape, (shape[0], first + shape[1])}
+    found = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+    if found not in {f"shape {size}" for size in wanted}:
+        expected = " or ".join(map(str, sorted(wanted)))
+        raise ValueError(_wrong("attention_mask", found, f"shape {expected}"))
+    new = mask[:, -shape[1] :]
+    if not bool(((new == 0) | (new == 1)).all()):
+        raise ValueError(_wrong("attention_mask", "other numbers", "1 for a token, 0 for padding"))
+
+
+def _check_positions(given: Any, mask: torch.Tensor | None, first: int, end: int) -> None:
+    """Raise ValueError for positions other than those that the experts get."""
+    if given is None:
+        return
+    own = torch.arange(end)[None] if mask is None else mask.cpu().cumsum(1) - 1
+    own = own[:, first:]
+    is_padding = torch.zeros_like(own, dtype=torch.bool) if mask is None else mask[:, first:].cpu() == 0
+    given = torch.as_tensor(given).cpu()
+    given = given[None] if given.dim() == 1 else given
+    fits = given.dim() == 2 and given.shape[1] == own.shape[1]
+    if (
+        not fits
+        or (len(own) > 1 and len(given) not in (1, len(own)))
+        or not ((given == own) | is_padding).all()
+    ):
+        expected = "the number of each token in its text, which it gets without them"
+        raise ValueError(f"position_ids: others. Expected {expected}. Leave them out.")
+
+
+def _kept(logits_to_keep: Any, n: int) -> tuple[torch.Tensor | None, int]:
+    """Which of n columns a caller wants (None: the last ones), and how many from the first of them on."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        given = logits_to_keep.cpu()
+        is_number = not given.is_floating_point() and given.dtype != torch.bool
+        if (
+            given.dim() == 1
+            and given.numel()
+            and is_number
+            and -n <= int(given.min()) <= int(given.max()) < n
+        ):
+            columns = given.long() % n
+            return columns, n - int(columns.min())
+        found = f"a tensor of shape {tuple(given.shape)}"
+    elif type(logits_to_keep) is int and logits_to_keep >= 0:
+        return None, min(logits_to_keep or n, n)
+    else:
+        found = repr(logits_to_keep)
+    expected = f"a whole number of at least 0, or the numbers of some of {n} columns"
+    raise ValueError(_wrong("logits_to_keep", found, expected))
+
+
+def _check_new(cache: Any) -> None:
+    """Raise ValueError for a cache that holds a text, or that has a bound."""
+    is_empty = cache is None or (isinstance(cache, Cache) and not cache.get_seq_length())
+    if not is_empty or getattr(cache, "is_compileable", False):
         expected = "the ensemble's own cache, or an empty dynamic one"
         raise ValueError(_wrong("past_key_values", type(cache).__name__, expected))
+
+
+# Files.
+
+
+def _about(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells the files that an expert is loaded from apart from others: inode, size and time of each."""
+    if not folder.is_dir():
+        return {}
+    found = [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")]
+    about = {path.name: path.stat() for path in found if "safetensors" in path.name or path.stem == "config"}
+    return {name: (now.st_ino, now.st_size, now.st_mtime_ns) for name, now in about.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none, or if it is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _new_hash() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=16)
+
+
+def _hash(path: Path) -> str:
+    """The hash of a file, as records have it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _new_hash).hexdigest()
+
+
+def _write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with its seal: the hash of all its other bytes, as cbtm_pipeline reads it."""
+
+    def text(value: Mapping[str, Any]) -> bytes:
+        return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+    rest = {name: value for name, value in content.items() if name != "seal"}
+    digest = _new_hash()
+    digest.update(text(rest))
+    with _new_file(path) as file:
+        file.write(text({**rest, "seal": digest.hexdigest()}))
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Any]:
+    """Write a file that is there whole or not at all. One that is there may be a link to another's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with tmp.open("wb") as file:
+            yield file
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 AutoConfig.register("cbtm", CBTMConfig, exist_ok=True)

@@ -1,5 +1,6 @@
 """Write an ensemble as a mixture-of-experts folder that plain transformers and engines load."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 from cbtm_pipeline.base import artifact, hub
+from cbtm_pipeline.base.cli import Progress
+from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import heldout, token_files
 from cbtm_pipeline.corpus.windows import windows
 from cbtm_pipeline.inference import model_card, moe, package
@@ -58,16 +61,14 @@ def training_texts(outdir: Path, names: Sequence[str], n_context: int) -> dict[i
 
 
 def write(outdir: Path, to: Path, n_steps: int) -> tuple[Any, Any]:
-    """Write the folder `to`. Returns the model, and the average of the experts.
+    """Write the folder `to`, which is there whole or not at all. Returns the model, and the experts' average.
 
-    Raises ValueError if `to` is not empty, or if the architecture has no twin.
+    Raises ValueError if `to` is not empty or lies in the ensemble, or if the architecture has no twin.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ValueError(f"{to}: not empty. Expected a new folder. Give another name.")
     folder = outdir / "ensemble"
+    package.check_new(to, folder)
     package.verify(folder)
     about = artifact.read_json(folder / "config.json")
     names, n_active = about["experts"], about.get("n_active") or len(about["experts"])
@@ -81,17 +82,31 @@ def write(outdir: Path, to: Path, n_steps: int) -> tuple[Any, Any]:
     rng = np.random.default_rng(0)
     order = [rng.choice(len(pool), min(BATCH, len(pool)), replace=False) for _ in range(n_steps)]
     moe.train_routers(made, lambda step: torch.stack([pool[i] for i in order[step]]), n_steps)
-    logging.disable_progress_bar()
-    made.save_pretrained(to)
-    for path in folder.iterdir():
-        if path.name == "generation_config.json" or path.name.startswith(("tokenizer", "vocab", "merges")):
-            shutil.copyfile(path, to / path.name)
     own = next(iter(about.get("tags", {}).values()), {})
     header = card_header.render(model_card.LABELS, own, None)
     sizes = {"k": len(names), "n_active": n_active, "n_steps": n_steps}
-    card = CARD.format(header=header, kind=made.config.model_type, **sizes)
-    (to / "README.md").write_text(card, "utf-8")
+    save(made, folder, CARD.format(header=header, kind=made.config.model_type, **sizes), to)
     return made, mean
+
+
+def save(made: Any, folder: Path, card: str, to: Path) -> None:
+    """Write a model with its card and the tokenizer of the ensemble in `folder`, whole or not at all."""
+    from transformers.utils import logging
+
+    to = to.resolve()
+    staging = fresh(to.with_name(f".{to.name}.{os.getpid()}.tmp"))
+    try:
+        logging.disable_progress_bar()
+        made.save_pretrained(staging)
+        for path in folder.iterdir():
+            if path.name == "generation_config.json" or path.name.startswith(
+                ("tokenizer", "vocab", "merges")
+            ):
+                shutil.copyfile(path, staging / path.name)
+        (staging / "README.md").write_text(card, "utf-8")
+        staging.replace(to)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def perplexity(net: Any, outdir: Path, cfg: Any, calibration_share: float) -> float:
@@ -100,14 +115,15 @@ def perplexity(net: Any, outdir: Path, cfg: Any, calibration_share: float) -> fl
     found = list(heldout.documents(outdir / "shards", manifest, cfg.eval.max_document_tokens))
     arrays, _ = artifact.read_npz(outdir / "route/distances.npz", "distances")  # the ids in the same order
     is_calibration_D = heldout.calibration_documents(arrays["doc_id"], calibration_share, cfg.seed)
+    reported = [doc for (_, doc), skip in zip(found, is_calibration_D.tolist(), strict=True) if not skip]
+    progress = Progress("measured", sum(len(document) - 1 for document in reported), "tokens")
     total, n = 0.0, 0
-    for (_, document), skip in zip(found, is_calibration_D.tolist(), strict=True):
-        if skip:
-            continue
+    for document in reported:
         for start, first, stop in windows(len(document) - 1, cfg.train.seq_len, cfg.eval.stride):
             ids = torch.from_numpy(document[start : stop + 1].astype(np.int64))[None]
             with torch.inference_mode():
                 logprob = net(input_ids=ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
             total -= float(logprob.gather(1, ids[0, 1:, None])[first - start :].sum())
             n += stop - first
+            progress.add(stop - first)
     return float(np.exp(total / n))

@@ -7,8 +7,8 @@
     tokenizer files, generation_config.json, README.md
     files.json                        the record, with the hash of every file
 
-Files of the run are hard links where the file system has them, so the folder costs no space. No file knows
-where it lies: the folder can be moved and copied.
+Weights of the run are hard links where the file system has them, so the folder costs almost no space. All
+other files are its own. No file knows where it lies: the folder can be moved and copied.
 """
 
 import os
@@ -250,10 +250,13 @@ def _is_ours(folder: Path) -> bool:
 
 
 def place(path: Path, to: Path, link: bool) -> None:
-    """Put a hard link to the file at `to`, or a copy."""
+    """Put a hard link to a file of weights at `to`, or a copy.
+
+    Other files are always copied: transformers writes JSON in place, and would change both ends of a link.
+    """
     with artifact.publish(to) as tmp:
         try:
-            if not link:
+            if not link or path.suffix != ".safetensors":
                 raise OSError
             os.link(path, tmp)
         except OSError:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from cbtm_pipeline import __version__
 from cbtm_pipeline.inference import metrics as metrics_module
 from cbtm_pipeline.inference import prompts, replies
 from cbtm_pipeline.inference.answer import Piece
@@ -177,7 +178,7 @@ def create_app(service: Service, metrics: Metrics, key: str | None) -> Any:
         service.worker.close(hurry=True)  # nobody is connected any more
         await asyncio.to_thread(service.worker.join)
 
-    app = FastAPI(title="cbtm serve", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="cbtm serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     text = page()
 
     @app.post("/v1/completions")

@@ -124,7 +124,10 @@ def replaced(outdir: Path) -> list[Path]:
 
 
 def _keep_expert(outdir: Path, folder: Path) -> None:
-    """Link all files of an expert; move the folder where the file system has no hard links."""
+    """Link the weights of an expert and copy the rest; move the folder where there are no hard links.
+
+    The rest is copied because transformers writes JSON in place, which would change both ends of a link.
+    """
     if not (folder / WEIGHTS).exists():
         return
     kept = outdir / FOLDER / "experts" / _name(folder)
@@ -136,7 +139,11 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
         for path in files:
             other = partial / path.relative_to(folder)
             other.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, other)
+            if path.name == WEIGHTS:
+                os.link(path, other)
+            else:
+                with artifact.publish(other) as tmp:
+                    shutil.copyfile(path, tmp)
     except OSError:
         shutil.rmtree(partial)
         _move(folder, kept)
