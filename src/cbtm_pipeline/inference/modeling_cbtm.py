@@ -28,7 +28,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -176,9 +176,9 @@ def _listed(exclude: Any) -> list[str]:
     return sorted(names) if isinstance(exclude, set | frozenset) else names
 
 
-def _unexpected(function: str, name: str, known: Sequence[str]) -> TypeError:
+def _unexpected(function: str, name: str, known: Iterable[str]) -> TypeError:
     """As Python itself says it, with the name that was meant."""
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, sorted(known), 1)
     hint = f". Did you mean {near[0]!r}?" if near else ""
     return TypeError(f"CBTMForCausalLM.{function}() got an unexpected keyword argument {name!r}{hint}")
 
@@ -1022,7 +1022,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
             _check_new(given)
         cache = given if isinstance(given, CBTMCache) else CBTMCache(prompt_length)
         first, shape = cache.get_seq_length(), tuple(input_ids.shape)
-        _check_arguments(more, list(inspect.signature(self.forward).parameters))
+        _check_arguments(more, _arguments(type(self)))
         if first and len(cache.ids) != shape[0]:
             expected = f"{len(cache.ids)}, as its cache has"
             raise ValueError(_wrong("input_ids", f"{shape[0]} sequences", expected))
@@ -1129,7 +1129,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: torch.Tensor, **kwargs: Any
     ) -> dict[str, Any]:
         """What `generate` gives to forward. It hands over what it has no use for, too."""
-        known = {*inspect.signature(self.forward).parameters, *NOT_READ, *NOT_GIVEN}
+        known = {*_arguments(type(self)), *NOT_READ, *NOT_GIVEN}
         found = super().prepare_inputs_for_generation(input_ids, **kwargs)
         return {name: value for name, value in found.items() if name in known}
 
@@ -1235,7 +1235,7 @@ def _check_ids(ids: Any) -> None:
         raise ValueError(_wrong("input_ids", found, "a tensor of token ids, a row of at least one each"))
 
 
-def _check_arguments(more: Mapping[str, Any], known: Sequence[str]) -> None:
+def _check_arguments(more: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise TypeError for an argument of forward that nobody knows, ValueError for one that is not read."""
     for name, value in more.items():
         if name in NOT_GIVEN:
