@@ -160,20 +160,23 @@ def test_a_bad_task_stops_a_dry_run_a_preview_and_doctor_before_anything_is_trai
     (project / "name.yaml").write_text("eval: {tasks: [lambada_openia]}\n")
     path.with_name("bad.yaml").write_text(yaml.safe_dump({**TASK, "task": "bad", "output_typ": "x"}))
     (project / "bad.yaml").write_text(yaml.safe_dump({"eval": {"tasks": [str(path.with_name("bad.yaml"))]}}))
-    for name, line in {
-        "good": "",
-        "name": "eval.tasks: lambada_openia. Expected a task",
-        "bad": f"{path.with_name('bad.yaml')}: TypeError: ",
-    }.items():
-        files = ("small.yaml", f"{name}.yaml")
-        for words in (
-            snakemake_command("-n", "--quiet", "all", configfiles=files),
-            [sys.executable, "-m", "cbtm_pipeline", "preview", "--configfile", *files],
-            [sys.executable, "-m", "cbtm_pipeline", "doctor", "--configfile", *files],
-        ):
-            run = subprocess.run(words, cwd=project, capture_output=True, text=True)
-            assert line in run.stdout + run.stderr and "Traceback" not in run.stderr, run
-            assert (run.returncode == 0) == (name == "good"), run
+    bad = f"{path.with_name('bad.yaml')}: TypeError: "
+    doctor, preview = (
+        [sys.executable, "-m", "cbtm_pipeline", name, "--configfile"] for name in ("doctor", "preview")
+    )
+    for words, name, line in (
+        (
+            snakemake_command("-n", configfiles=["small.yaml"]),
+            "name",
+            "eval.tasks: lambada_openia. Expected a task",
+        ),
+        ([*preview, "small.yaml"], "bad", bad),
+        ([*doctor, "small.yaml"], "bad", f"FAIL  {bad}"),
+        ([*doctor, "small.yaml"], "good", f"ok    tasks: {path}."),
+    ):
+        run = subprocess.run([*words, f"{name}.yaml"], cwd=project, capture_output=True, text=True)
+        assert line in run.stdout + run.stderr and "Traceback" not in run.stderr, run
+        assert run.returncode, run  # doctor finds no Slurm, too
     assert not (project / "results").exists()
 
 
@@ -405,6 +408,10 @@ def test_a_run_with_a_task_shows_it_everywhere_and_reruns_it_alone(finished: Pat
         for value, stderr in row["results"].values():
             assert f"{value:.3f} ± {stderr:.3f}" in page
     assert jobs(snakemake(project, "-n", configfiles=files)) == set()
+
+    (project / "tags.yaml").write_text("tags: {licence: cc-by, experts: {1: {licence: mit}}}\n")
+    planned = snakemake(project, "-n", configfiles=[*files, "tags.yaml"])
+    assert jobs(planned) == {"ensemble"} and re.search(r"(?m): 1 of \d+ jobs: ensemble$", planned)
 
     with (project / "mine/test.jsonl").open("a") as file:
         file.write(json.dumps({"text": "mast", "label": 0}) + "\n")
