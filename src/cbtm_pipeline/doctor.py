@@ -8,7 +8,7 @@ nothing and leaves nothing behind. It is also `python -m cbtm_pipeline.doctor`.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.printable import printable
@@ -16,6 +16,7 @@ from cbtm_pipeline.ops import cost, fit_checks, run_checks, slurm_checks
 from cbtm_pipeline.ops.facts import Facts
 from cbtm_pipeline.ops.finding import Line
 
+Check = Callable[[Facts], Iterator[Line]]
 CHECKS = (  # in this order: later checks use what earlier ones found
     run_checks.check_config,
     slurm_checks.check_slurm,
@@ -36,9 +37,12 @@ CHECKS = (  # in this order: later checks use what earlier ones found
 )
 
 
-def run(facts: Facts) -> Iterator[Line]:
-    """All findings. A check that cannot be done is a finding, too; the others still run."""
-    for check in CHECKS:
+def run(facts: Facts, checks: Sequence[Check] = ()) -> Iterator[Line]:
+    """All findings, of `checks` or of CHECKS.
+
+    A check that cannot be done is a finding, too; the others still run.
+    """
+    for check in checks or CHECKS:
         try:
             yield from check(facts)
         except ValueError as error:

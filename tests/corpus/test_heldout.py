@@ -29,7 +29,7 @@ def test_both_sides_have_a_document(n: int, share: float, expected: int) -> None
 
 @pytest.mark.parametrize("ids", [[], ["a"]])
 def test_one_document_cannot_be_split(ids: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"corpus\.eval: . held-out document\. Expected at least 2"):
+    with pytest.raises(ValueError, match=r"corpus\.eval: . held-out documents?\. Expected at least 2"):
         heldout.calibration_documents(ids, 0.5, 0)
 
 

@@ -22,6 +22,7 @@ from cbtm_pipeline.base import artifact, device, hub
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.base.lean import be_quiet
+from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.embedding import encoder, sentence_modules
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def _load(folder: Path, where: str) -> tuple["PreTrainedModel", "PreTrainedToken
         auto: Any = AutoModelForTextEncoding if has_own_class else AutoModel
         loaded = hub.load(auto, folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         tokenizer = hub.load(AutoTokenizer, folder)
+        if tokenizer.is_fast:
+            encoding.always_alike(tokenizer.backend_tokenizer)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
         raise ValueError(
             f"{where}: cannot be loaded ({first_sentence(error)}). Expected an encoder of text. "
