@@ -88,7 +88,8 @@ def test_the_last_expert_runs_alone_and_the_card_says_so(less: Path, tmp_path: P
 
 def test_the_new_folder_may_be_here_or_behind_a_link(outdir: Path, tmp_path: Path, monkeypatch) -> None:
     here, behind = tmp_path / "here", tmp_path / "behind"
-    here.mkdir(), behind.mkdir()
+    here.mkdir()
+    behind.mkdir()
     (tmp_path / "link").symlink_to(behind)
     (tmp_path / "to_nothing").symlink_to(tmp_path / "new")
     monkeypatch.chdir(here)
@@ -138,8 +139,10 @@ def test_an_expert_is_called_an_expert_and_no_damaged_ensemble(outdir: Path, cap
 def test_a_folder_of_texts_is_scored_as_corpus_folders_are_read(outdir: Path, tmp_path: Path, capsys) -> None:
     law = tmp_path / "law"
     (law / "more").mkdir(parents=True)
-    (law / "a.txt").write_text(made.text(20)), (law / "more/b.jsonl").write_text('{"text": "butter ship"}\n')
-    (law / "notes.pdf").write_text("x"), (law / ".hidden.txt").write_text("x")
+    (law / "a.txt").write_text(made.text(20))
+    (law / "more/b.jsonl").write_text('{"text": "butter ship"}\n')
+    for name in ("notes.pdf", ".hidden.txt"):
+        (law / name).write_text("x")
     assert made.command(score.main, law, "--outdir", outdir) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "documents" in line] == [
         str(law / "a.txt"),

@@ -368,7 +368,8 @@ def test_a_key_of_scratch_that_the_class_takes_but_does_not_declare(key: str, va
     config = net.config.to_dict()
     assert value in (config.get(key), (config.get("rope_parameters") or {}).get(key))
     if key == "head_dim":
-        assert net.base_model.layers[0].self_attn.q_proj.weight.shape[0] == 2 * value
+        layers: Any = net.base_model.layers
+        assert layers[0].self_attn.q_proj.weight.shape[0] == 2 * value
     with pytest.raises(ValueError, match=r"model\.scratch\.hed_dim: unknown key\. .*Did you mean"):
         model.scratch({**SCRATCH_KEYS[key], "hed_dim": value}, 300, 0, 32, 0)
 
@@ -426,9 +427,8 @@ def of_datasets(folder: Path, **options: Any) -> Any:
 def of_splits(folder: Path) -> None:
     from datasets import Dataset, DatasetDict
 
-    DatasetDict(a=Dataset.from_list(ROWS[:3]), b=Dataset.from_list(ROWS[3:])).save_to_disk(
-        str(folder / "saved")
-    )
+    parts = {"a": Dataset.from_list(ROWS[:3]), "b": Dataset.from_list(ROWS[3:])}
+    DatasetDict(parts).save_to_disk(str(folder / "saved"))
 
 
 def shuffled(folder: Path) -> None:

@@ -245,11 +245,13 @@ def test_several_answers_to_one_prompt_are_merged(made: Ensemble) -> None:
     model, ids = CBTMForCausalLM.from_pretrained(made.folder, mode="merge"), text(20, 7)
     settings: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None}
     one = model.generate(ids, do_sample=False, **settings)
-    for way in ({"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3, "num_return_sequences": 3}):
+    ways: list[dict[str, Any]] = [{"num_return_sequences": 3, "do_sample": True}]
+    for way in (*ways, {"num_beams": 3, "num_return_sequences": 3}):
         found = model.generate(ids, **settings, **way)
         assert found.shape == (3, 28)
     # without a cache, and with a prompt that comes in parts, weights are those of the prompt
-    for way in ({"use_cache": False}, {"prompt_lookup_num_tokens": 3}):
+    ways = [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}]
+    for way in ways:
         assert model.generate(ids, do_sample=False, **settings, **way).tolist() == one.tolist()
     out = model(ids.repeat(2, 1), output_router_weights=True)
     assert out.router_log_weights.shape == (2, 20, 4)
@@ -269,7 +271,8 @@ def test_a_cast_of_the_model_holds_for_experts_that_load_later(made: Ensemble, c
         "to": torch.float32,
         "double": torch.float64,
     }
-    model = model.to(torch.float32) if cast == "to" else getattr(model, cast)()
+    casts: Any = model
+    model = casts.to(torch.float32) if cast == "to" else getattr(model, cast)()
     assert {model.expert(j).dtype for j in range(4)} == {expected[cast]}
     assert model(text(9, 1)).logits.dtype == torch.float32
 

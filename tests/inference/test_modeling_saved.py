@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_weights_that_were_changed_are_not_lost_without_a_word(made: Ensemble, t
     with pytest.raises(ValueError, match=r"^experts\.2: other weights than its folder has\. .*\)\.$"):
         model.save_pretrained(tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
-    model.experts["2"].save_pretrained(tmp_path / "expert")  # as the line says
+    expert: Any = model.experts["2"]
+    expert.save_pretrained(tmp_path / "expert")  # as the line says
     assert (tmp_path / "expert/model.safetensors").exists()
 
 
@@ -88,7 +90,7 @@ def test_places_that_would_do_harm_are_refused_in_one_line(made: Ensemble, tmp_p
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match=r"file: a file\. "):
         model.save_pretrained(tmp_path / "file")
-    refused = (("state_dict", {"a": torch.zeros(1)}), ("push_to_hub", True), ("variant", "fp16"))
+    refused: Any = (("state_dict", {"a": torch.zeros(1)}), ("push_to_hub", True), ("variant", "fp16"))
     for name, value in refused:
         with pytest.raises(ValueError, match=rf"^{name}: .*Leave it out\.$"):
             model.save_pretrained(tmp_path / "new", **{name: value})

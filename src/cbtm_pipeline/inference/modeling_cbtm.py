@@ -649,7 +649,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         if (chosen := config._attn_implementation) is not None:  # AutoModelForCausalLM puts it there
             for_experts.setdefault("attn_implementation", chosen)
         config.check()
-        tensors, known = load_file(folder / ROUTER), _read_json(folder / "config.json").get("experts")
+        tensors, known = load_file(folder / ROUTER), _read_json(folder / "config.json").get("experts") or []
         if config.experts != known or tensors["centres"].shape != (len(known), config.n_components):
             raise ValueError(_wrong("experts", ", ".join(config.experts), f"those of {folder}/config.json"))
         model = cls(config, folder, **for_experts)
@@ -710,7 +710,9 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
         """Write the folder, the record last."""
         config, excluded = copy.deepcopy(self.config), sorted(self.config.excluded())
         known: dict[str, str] = self._record.get("files", {})
-        hashes = dict(known) if to == self.folder else {name: known.get(name) for name in self._copy(to)}
+        hashes: dict[str, str | None] = dict(known)
+        if to != self.folder:
+            hashes = {name: known.get(name) for name in self._copy(to)}
         if excluded:
             hashes |= dict.fromkeys(self._leave_out(to, config))
         if hasattr(config, "auto_map"):  # the code is in the folder, wherever it came from
@@ -1130,7 +1132,7 @@ class CBTMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """What `generate` gives to forward. It hands over what it has no use for, too."""
         known = {*_arguments(type(self)), *NOT_READ, *NOT_GIVEN}
-        found = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        found = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
         return {name: value for name, value in found.items() if name in known}
 
     def _supports_default_dynamic_cache(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -89,8 +89,8 @@ def _write_for_others(
 ) -> None:
     """Write the model card, and what other programs read of the tokenizer and of how texts are generated."""
     n_positions = tokenizer_config.n_positions(model.config.get_text_config())
-    n_rows = model.get_input_embeddings().weight.shape[0]
-    tokenizer_config.write(folder, n_positions, n_rows, separator_id)
+    embeddings: Any = model.get_input_embeddings()
+    tokenizer_config.write(folder, n_positions, embeddings.weight.shape[0], separator_id)
     padding = tokenizer_config.padding_id(folder)
     pad_token_id = separator_id if padding is None else padding
     _write_generation_config(folder / "generation_config.json", model.config, pad_token_id)

@@ -98,7 +98,8 @@ def _is_taken(key: str, value: Any, config_class: Any) -> bool:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    source = Path(inspect.getfile(MODEL_FOR_CAUSAL_LM_MAPPING[config_class])).read_text("utf-8")
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    source = Path(inspect.getfile(model_class)).read_text("utf-8")
     name = re.escape(key)
     if re.search(rf"config\.{name}\b|config, ['\"]{name}['\"]", source):
         return True
