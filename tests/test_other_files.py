@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+import made_project
 import made_run
 import made_texts
 from cbtm_pipeline import shard
@@ -563,3 +564,14 @@ def test_a_table_of_text_says_how_to_convert_it(name: str, as_folder: bool, tmp_
     (made,) = corpus_files.input_files([str(path.parent)])
     found = [(row.id, row.text.decode()) for row in documents_of(made)]  # pyright: ignore
     assert found == [(row["id"], row["text"]) for row in ROWS]
+
+
+@pytest.mark.slow
+def test_an_outdir_with_two_slashes_and_a_configfile_given_twice(tmp_path: Path) -> None:
+    folder = made_project.make_project(tmp_path / "project", outdir="a//b/")  # pyright: ignore
+    printed = made_project.snakemake(folder, "--dry-run")
+    assert (
+        "a/b/shards/manifest.json" in printed and "a//b/shards" not in printed and "contains double" not in printed
+    )
+    twice = made_project.snakemake(folder, "-n", "--configfile", "small.yaml", ok=False)
+    assert "--configfile: given 2 times" in twice and "Traceback" not in twice
