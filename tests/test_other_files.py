@@ -428,7 +428,7 @@ def of_datasets(folder: Path, **options: Any) -> Any:
 def of_splits(folder: Path) -> None:
     from datasets import Dataset, DatasetDict
 
-    parts = {"a": Dataset.from_list(ROWS[:3]), "b": Dataset.from_list(ROWS[3:])}
+    parts: Any = {"a": Dataset.from_list(ROWS[:3]), "b": Dataset.from_list(ROWS[3:])}
     DatasetDict(parts).save_to_disk(str(folder / "saved"))
 
 
@@ -571,7 +571,9 @@ def test_an_outdir_with_two_slashes_and_a_configfile_given_twice(tmp_path: Path)
     folder = made_project.make_project(tmp_path / "project", outdir="a//b/")  # pyright: ignore
     printed = made_project.snakemake(folder, "--dry-run")
     assert (
-        "a/b/shards/manifest.json" in printed and "a//b/shards" not in printed and "contains double" not in printed
+        "a/b/shards/manifest.json" in printed
+        and "a//b/shards" not in printed
+        and "contains double" not in printed
     )
     twice = made_project.snakemake(folder, "-n", "--configfile", "small.yaml", ok=False)
     assert "--configfile: given 2 times" in twice and "Traceback" not in twice

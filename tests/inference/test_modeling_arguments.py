@@ -246,7 +246,8 @@ def test_several_answers_to_one_prompt_are_merged(made: Ensemble) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None}
     one = model.generate(ids, do_sample=False, **settings)
     ways: list[dict[str, Any]] = [{"num_return_sequences": 3, "do_sample": True}]
-    for way in (*ways, {"num_beams": 3, "num_return_sequences": 3}):
+    ways.append({"num_beams": 3, "num_return_sequences": 3})
+    for way in ways:
         found = model.generate(ids, **settings, **way)
         assert found.shape == (3, 28)
     # without a cache, and with a prompt that comes in parts, weights are those of the prompt
