@@ -10,6 +10,7 @@ Nothing of the run is an output here. The names of the rules are those of the ru
 
 
 include: "asked.smk"
+include: "asked_shard.smk"
 
 
 WORK = f"{OUT}/work/{NAME}"

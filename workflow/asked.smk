@@ -1,4 +1,4 @@
-# What the workflows of commands share: the request and the config that the command has left in its folder, and rule shard.
+# What the workflows of commands share: the request and the config that the command has left in its folder, and how a rule starts.
 include: "rules/environment.smk"
 
 
@@ -50,28 +50,3 @@ onstart:
         lock.hold(OUT)
     except ValueError as error:
         sys.exit(cli.explain(error))
-
-
-rule shard:
-    input:
-        REQUEST,
-    output:
-        f"{OUT}/shards/manifest.json",
-    log:
-        f"{OUT}/logs/shard.log",
-    conda:
-        CONDA
-    threads: 2
-    params:
-        launch=launch("shard"),
-        config=RUN_CONFIG,
-        planned=f"{OUT}/{content.PLANNED}",
-        tokenizer=ASKED["tokenizer"],
-        held_out=(
-            ["--held-out", "--called=FILE"]
-            if ASKED.get("held_out")
-            else ["--unevaluated", "--called=--corpus"]
-        ),
-    shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {params.tokenizer:q}"
-        " {params.held_out:q} --workers {threads} --planned {params.planned:q} --out {output:q} --log {log:q}"

@@ -11,6 +11,7 @@ those of the run, so a profile holds for both.
 
 
 include: "asked.smk"
+include: "asked_shard.smk"
 
 
 wildcard_constraints:
