@@ -1,7 +1,6 @@
 # What all rules share: the validated config, the experts, the environment of the jobs.
 import functools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ try:
 except (ValueError, OSError) as error:
     sys.exit(cli.explain(error))
 
-OUT = re.sub("/+", "/", CONFIG.outdir).rstrip("/")
+OUT = str(Path(CONFIG.outdir))  # Snakemake warns of double slashes in names
 RUN_CONFIG = f"{OUT}/config.json"
 PLANNED = f"{OUT}/{content.PLANNED}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
@@ -169,6 +168,14 @@ def expert_inputs(wildcards):
     if wildcards.expert != "seed":
         inputs["seed_model"] = "experts/seed/model.safetensors"
     return {name: made(output)(wildcards) for name, output in inputs.items()}
+
+
+def task_model(wildcards):
+    """The model that is given the tasks. It may be packed again without being another one (stale.spares)."""
+    weights, *_ = TASK_MODELS[wildcards.expert].outputs
+    if stale.Job("eval_task", wildcards.expert) in start().run:
+        return made(weights)(wildcards)
+    return ancient(f"{OUT}/{weights}")
 
 
 def state_folder(wildcards):

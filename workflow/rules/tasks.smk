@@ -1,11 +1,3 @@
-def task_model(wildcards):
-    """The model that is given the tasks. It may be packed again without being another one (stale.spares)."""
-    weights, *_ = TASK_MODELS[wildcards.expert].outputs
-    if stale.Job("eval_task", wildcards.expert) in start().run:
-        return made(weights)(wildcards)
-    return ancient(f"{OUT}/{weights}")
-
-
 # Run only if eval.tasks names tasks: `report` asks for their table then.
 rule eval_task:
     input:
