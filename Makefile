@@ -25,7 +25,7 @@ demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into re
 # Those on a real Slurm wait more than they compute, so they run beside the others; what they print comes last.
 test: setup  ## all tests; those on a real Slurm where its packages are or can be installed (root, apt-get)
 	@$(BIN)/python -m pytest tests/slurm >slurm-tests.log 2>&1 & slurm=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/slurm; status=$$?; \
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore=tests/slurm; status=$$?; \
 	wait $$slurm || status=1; cat slurm-tests.log; exit $$status
 
 test-fast: setup  ## the fast tests, in parallel: under two minutes
