@@ -133,7 +133,8 @@ def timeless(page: bytes) -> bytes:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """All files of a results folder whose bytes do not depend on time or place; the report without times."""
-    times = {"metrics.jsonl", "files.json", ".corpus.json", "config.json", ".lock"}
+    times = {"metrics.jsonl", "files.json", ".corpus.json", ".corpus-files.json"}
+    times |= {"config.json", ".lock"}
     return {
         str(path.relative_to(folder)): timeless(path.read_bytes())
         if path.name == "report.html"
