@@ -34,13 +34,19 @@ def outcomes(box: Box, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ou
     return {outcome.fault: outcome for outcome in faults.all_faults(box, tmp_path_factory.mktemp("faults"))}
 
 
+def job_logs(outcome: Outcome) -> str:
+    return "".join(path.read_text() for path in (outcome.run.project / "results/slurm").rglob("*_log.*"))
+
+
 @pytest.mark.parametrize("name", [*NAMES, *AWAY])
 def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
     o = outcomes[name]
     history = o.run.project / "results/slurm" / f"expert-{o.run.expert}" / "events.jsonl"
     story = f"{o}\n{o.run.printed()}\n{history.read_text()}"
     assert o.same, story
-    assert o.n_jobs == (2 if name in SUBMITTED_AGAIN else 1), story
+    # Slurm 22.05 may start a job on a node whose GPUs its new controller does not know yet; that job fails.
+    extra = {1} if name == AWAY[1] and "Invalid generic resource" in job_logs(o) else set()
+    assert o.n_jobs - (name in SUBMITTED_AGAIN) in {1} | {1 + n for n in extra}, story
     assert o.n_starts == (1 if name in STARTED_ONCE else 2) or ("time limits" in name and o.n_starts >= 4), (
         story
     )
@@ -58,6 +64,6 @@ def test_the_time_limits_were_slurms(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_a_second_training_of_a_lost_node_waits_for_the_first(outcomes: dict[str, Outcome]) -> None:
-    run = outcomes["node cut off, training lives on"].run
-    logs = "".join(path.read_text() for path in (run.project / "results/slurm").rglob("*_log.out"))
-    assert "waiting" in logs, "two trainings of one expert at the same time"
+    assert "waiting" in job_logs(outcomes["node cut off, training lives on"]), (
+        "two trainings of one expert at the same time"
+    )
