@@ -184,10 +184,10 @@ def test_one_expert_of_a_run_has_another_licence(outdir: Path, tmp_path: Path) -
 
 
 def test_add_expert_says_which_option_names_the_file(outdir: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "a.csv").write_text("court")
+    (tmp_path / "a.doc").write_text("court")
     config.write(config.validate(changed(outdir=str(outdir), cluster__k=3)), outdir / "config.json")
-    line = error(capsys, add_expert.main, "law", "--corpus", tmp_path / "a.csv", "--outdir", outdir)
-    assert "a.csv: unknown format." in line and line.endswith("Convert the file, or correct --corpus.\n")
+    line = error(capsys, add_expert.main, "law", "--corpus", tmp_path / "a.doc", "--outdir", outdir)
+    assert "a.doc: unknown format." in line and line.endswith("Convert the file, or correct --corpus.\n")
 
 
 def test_score_says_which_option_names_the_column(outdir: Path, tmp_path: Path, capsys) -> None:
