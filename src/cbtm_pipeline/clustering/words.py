@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import sparse
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 PATTERN = r"(?<![^\W_])[^\W\d_]{3,30}(?![^\W_])"  # three letters or more, in any script
 _WORD = re.compile(PATTERN)
@@ -21,6 +20,8 @@ def distinctive(texts: Sequence[str], labels_N: np.ndarray, k: int, n: int) -> l
 
     Words have small letters. `labels_N` are the groups of the texts, 0 to k - 1.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second, which few commands need
+
     vectorizer = TfidfVectorizer(token_pattern=PATTERN, min_df=MIN_TEXTS if len(texts) >= 20 else 1)
     try:
         rows_NW = sparse.csr_array(vectorizer.fit_transform(texts))

@@ -27,11 +27,13 @@ class Outputs:
     def __init__(self, outdir: Path | None):
         self.outdir = None if outdir is None else outdir.resolve()
         self._known: dict[Path, Path | None] = {}
+        self._folders: dict[Path, Path] = {}  # resolved, once for all files in one
 
     def written_by(self, path: Path) -> Path | None:
         """The outdir of the run that has written a file or folder, or the folder it lies in; else None."""
-        folder = path.parent.resolve()
-        return self._find(folder / path.name)
+        if (folder := path.parent) not in self._folders:
+            self._folders[folder] = folder.resolve()
+        return self._find(self._folders[folder] / path.name)
 
     def _find(self, path: Path) -> Path | None:
         if path.parent == path:
