@@ -10,7 +10,7 @@ import torch
 import made_ensemble as made
 from cbtm_pipeline import config, ensemble
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.inference import modeling_cbtm, package
+from cbtm_pipeline.inference import model_card, modeling_cbtm, moe_folder, package
 from cbtm_pipeline.provenance import kept, made_from, records, stale
 from changed_config import changed
 from resealed import change_json
@@ -191,3 +191,17 @@ def test_a_model_that_is_saved_in_place_leaves_the_kept_one_as_it_was(outdir: Pa
         with path.open("w") as file:  # as transformers writes
             file.write("{}")
     assert before == {path.name: artifact.identity(path) for path in folder.iterdir()}
+
+
+def test_a_changed_ensemble_claims_only_the_licence_that_all_its_experts_have() -> None:
+    cards = {"0": {"n_parameters": 1}, "law": {"n_parameters": 1}}
+    row = made.row(3.0, top_k=1)
+    before = model_card.render(row, made.TABLE, {"0": cards["0"]}, [[]], {"0": {"licence": "cc-by"}}, None)
+    assert "license: cc-by\n" in before and "states it: cc-by. The licences of these" in before
+    tags = {"0": {"licence": "cc-by"}, "law": {"licence": "cc-by-nc"}}
+    mixed = model_card.changed(before, cards, [[], []], tags, "law was added.")
+    assert "license: unknown\n" in mixed and "states it" not in mixed
+    alike = model_card.changed(mixed, cards, [[], []], dict.fromkeys(cards, tags["law"]), "tags.")
+    assert "license: cc-by-nc\n" in alike and "states it: cc-by-nc. The licences of these" in alike
+    about = {"experts": list(cards), "tags": tags}
+    assert "license: unknown\n" in moe_folder.header(about)

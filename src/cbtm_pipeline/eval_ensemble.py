@@ -117,18 +117,13 @@ def _shown(metrics: dict[str, Any], reported: Scored, row_D: np.ndarray) -> dict
     """
     best, names = verdict.headline(metrics), metrics["matrix"]["experts"]
     held_out = HeldOut(reported.experts(names), reported.d2_NK, reported.offsets)
-    logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting_of(best))
+    logw_NK = ROUTERS[best["router"]].log_weights(held_out, Setting.of(best))
     about = reported.offsets, reported.cluster_D, reported.doc_id_D
     texts = switches.examples(logw_NK, reported.offsets, reported.doc_id_D)
     clusters = switches.typical(reported.d2_NK, *about)
     for one in [*texts, *(one for found in clusters for one in found)]:
         one["row"] = int(row_D[one["row"]])
     return {"texts": texts, "typical": clusters, "use": switches.use(logw_NK)}
-
-
-def setting_of(row: Row) -> Setting:
-    """The setting of an ensemble's row."""
-    return Setting(**{name: row[name] for name in Setting._fields})
 
 
 def by_document(cfg: config.Config, held_out: Scored, metrics: dict[str, Any]) -> documents.Columns:
@@ -139,7 +134,7 @@ def by_document(cfg: config.Config, held_out: Scored, metrics: dict[str, Any]) -
     chosen_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
     nll = {name: expert_nll(held_out, name) for name in held_out.logprob}
     return documents.Columns(
-        held_out, chosen_D, {"ensemble": sweep.document_nll(whole, setting_of(best)), **nll}
+        held_out, chosen_D, {"ensemble": sweep.document_nll(whole, Setting.of(best)), **nll}
     )
 
 

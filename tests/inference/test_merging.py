@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cbtm_pipeline.inference import merging
+from cbtm_pipeline.inference import document_scores, merging
 from cbtm_pipeline.mixture.scored import Scored
 
 SIZES = {
@@ -48,7 +48,9 @@ def test_prompts_are_a_quarter_of_a_document_and_at_most_32_tokens():
 def test_one_expert_alone_stays_itself_and_far_ones_have_a_spread(folders: list[Path]):
     merger, document = merging.Merger(folders), np.arange(12)
     assert merger.merge(np.array([0.0, 1.0])) == pytest.approx(0, abs=1e-3)
-    np.testing.assert_allclose(merger.score(document, 16, 8), alone(folders[1], document), atol=1e-5)
+    np.testing.assert_allclose(
+        document_scores.score(merger.net, document, 16, 8), alone(folders[1], document), atol=1e-5
+    )
     assert merger.merge(np.array([0.5, 0.5])) > merging.FAR
 
 
@@ -61,7 +63,7 @@ def test_the_posterior_goes_to_who_predicts_a_document_and_is_averaged_over_docu
 def test_long_documents_are_read_in_windows(folders: list[Path]):
     merger, document = merging.Merger(folders), np.random.default_rng(0).integers(0, 50, 41)
     merger.merge(np.array([1.0, 0.0]))
-    scored = merger.score(document, 16, 8)
+    scored = document_scores.score(merger.net, document, 16, 8)
     np.testing.assert_allclose(scored[:16], alone(folders[0], document[:17]), atol=1e-5)
     np.testing.assert_allclose(scored[-8:], alone(folders[0], document[-17:])[-8:], atol=1e-5)
 
@@ -102,7 +104,9 @@ def test_the_merged_model_stands_beside_the_ensemble(folders: list[Path], caplog
     assert dense["perplexity"] == pytest.approx(expected, rel=1e-4)
     far = merging.Merger(folders)
     far.merge(merging.mean_posterior(np.stack([logprob["0"], logprob["1"]], 1), offsets))
-    scored = [far.score(d, 16, 8)[n // 4 :] for d, n in zip(documents, lengths, strict=True)]
+    scored = [
+        document_scores.score(far.net, d, 16, 8)[n // 4 :] for d, n in zip(documents, lengths, strict=True)
+    ]
     assert average["perplexity"] == pytest.approx(np.exp(-np.concatenate(scored).mean()), rel=1e-4)
     assert found["n_tokens"] == 15 and found["effective"] == pytest.approx(1)
     assert merged["passes"] == pytest.approx(1 + 2 * 5 / 20)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cbtm_pipeline.base.cli import Progress, log
-from cbtm_pipeline.corpus.windows import windows
+from cbtm_pipeline.inference import document_scores
 from cbtm_pipeline.mixture import ensemble, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
@@ -62,20 +62,6 @@ class Merger:
                 target.copy_(mean)
         return math.sqrt(max(square - norm2, 0) / max(norm2, 1e-30))
 
-    def score(self, document: np.ndarray, context: int, stride: int) -> np.ndarray:
-        """Log-probability of each token of `[sep, x_0, ...]`, (n,) float32, in the evaluation's windows."""
-        import torch
-
-        scored = np.empty(len(document) - 1, np.float32)
-        for start, first, stop in windows(len(scored), context, stride):
-            ids = torch.from_numpy(document[start : stop + 1].astype(np.int64))[None]
-            ids = ids.to(self.net.device)
-            with torch.inference_mode():
-                logits = self.net(input_ids=ids[:, :-1], use_cache=False).logits[0].float()
-                logprob_T = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu().numpy()
-            scored[first:stop] = logprob_T[first - start :]
-        return scored
-
 
 def mean_posterior(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The mean over documents of the Bayes posterior after a document, from equal priors, (K)."""
@@ -83,11 +69,6 @@ def mean_posterior(logprob_NK: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     sums_DK = np.stack(columns, 1)
     weight_DK = np.exp(sums_DK - sums_DK.max(1, keepdims=True))
     return (weight_DK / weight_DK.sum(1, keepdims=True)).mean(0)
-
-
-def setting_of(row: dict[str, Any]) -> Setting:
-    """The setting of an ensemble's row of metrics.json."""
-    return Setting(**{name: row[name] for name in Setting._fields})
 
 
 def compare(
@@ -110,18 +91,18 @@ def compare(
     best, n_D = verdict.headline(metrics), prefix(reported.n_tokens_D)
     position_N = np.arange(reported.offsets[-1]) - np.repeat(reported.offsets[:-1], reported.n_tokens_D)
     scored_N = position_N >= np.repeat(n_D, reported.n_tokens_D)
-    logw_NK = ROUTERS[best["router"]].log_weights(held_out, setting_of(best))
+    logw_NK = ROUTERS[best["router"]].log_weights(held_out, Setting.of(best))
     merger, progress = Merger(folders), Progress("merged", 2 * len(scored_N), "tokens")
     merged, average, spreads, weights = [], [], [], []
     for begin, n, document in zip(reported.offsets[:-1].tolist(), n_D.tolist(), documents, strict=True):
         if len(document) > 1:
             weights.append(np.exp(logw_NK[begin + n]))
             spreads.append(merger.merge(weights[-1]))
-            merged.append(merger.score(document, context, stride))
+            merged.append(document_scores.score(merger.net, document, context, stride))
             progress.add(len(document) - 1)
     merger.merge(mean_posterior(calibration.experts(experts), calibration.offsets))
     for document in documents:
-        average.append(merger.score(document, context, stride))
+        average.append(document_scores.score(merger.net, document, context, stride))
         progress.add(len(document) - 1)
     spread, weight_DK = float(np.mean(spreads)), np.stack(weights)
     entropy_D = -(weight_DK * np.log(np.where(weight_DK > 0, weight_DK, 1))).sum(1)
@@ -136,7 +117,7 @@ def compare(
     systems = [_system("merge", np.concatenate(merged)[scored_N], float(passes))]
     systems.append(_system("posterior average", np.concatenate(average)[scored_N], 1.0))
     for row in rows:
-        weights_NK = ROUTERS[row["router"]].log_weights(held_out, setting_of(row))
+        weights_NK = ROUTERS[row["router"]].log_weights(held_out, Setting.of(row))
         mixed_N = ensemble.mix(held_out.logprob_NK, weights_NK)
         systems.append(_system(verdict.label(row), mixed_N[scored_N], row["passes"]))
     systems.append(_system("dense", reported.logprob["dense"][scored_N], 1.0))

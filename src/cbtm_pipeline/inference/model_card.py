@@ -1,17 +1,16 @@
 """README.md of an ensemble's folder: the model card, for people and for the hub."""
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.mixture import verdict
 from cbtm_pipeline.provenance import card_header
 
 SETTINGS = ("temperature", "epsilon", "beta", "hysteresis", "fix_after")
 LABELS = ["cluster-branch-train-merge", "mixture-of-experts"]
 N_TERMS = 12  # that stand for an expert
+LICENCE = "Licence of the texts, as the run states it"
 CARD = """\
 {header}# {title}
 
@@ -74,13 +73,15 @@ def render(
 
     `base_model` is a name on the hub.
     """
-    own = _shared([tags.get(name, {}) for name in cards])
+    own = shared([tags.get(name, {}) for name in cards])
     licence = card_header.named(own, card_header.LICENCE)
     results = card_header.evaluation("ensemble", {"held-out documents of the run": row["perplexity"]})
     values = (f"{key} {row[key]:g}" for key in SETTINGS if row.get(key) is not None)
     return CARD.format(
         header=card_header.render(LABELS, own, base_model, results),
-        licence=f"Licence of the texts, as the run states it: {_cell(licence)}. " if licence else "",
+        licence=f"Licence of the texts, as the run states it: {card_header.cell(licence)}. "
+        if licence
+        else "",
         **_counts(len(cards), row["top_k"]),
         settings=f"Router: `{row['router']}`, {', '.join(values)}, chosen on held-out text.",
         use=USE,
@@ -101,17 +102,29 @@ def changed(
     """The card of an ensemble whose set of experts has changed: `change` says how, in one sentence.
 
     `n_active` is the number of experts that run for each token now; None: all, or not known.
-    The evaluation stays, with the note that it is older. What was written by hand stays, too.
+    The licence is that of all experts now. The evaluation stays, with the note that it is older. What was
+    written by hand stays, too.
     """
+    own = shared([tags.get(name, {}) for name in cards])
+    text = card_header.with_licence(text, own)
+    said = _licence(card_header.named(own, card_header.LICENCE))
+    text = re.sub(
+        rf"(?:{LICENCE}.*?\. )?(?=The licences of these texts apply)", lambda _: said, text, count=1
+    )
     counts = _counts(len(cards), n_active or len(cards))
     text = re.sub(r"(?m)^# An ensemble of \d+ experts?$", f"# {counts['title']}", text)
     text = re.sub(r"(?m)^\d+ expert language models?,( each)? trained", f"{counts['models']} trained", text)
     if n_active:
         text = re.sub(r"the (\d+ )?experts? with the largest weights? runs?\.", counts["active"], text)
-    note = f"Changed since this evaluation: {_cell(change)}\n\n"
+    note = f"Changed since this evaluation: {card_header.cell(change)}\n\n"
     experts = f"{note}## The experts\n\n{_experts(cards, top_terms, tags)}\n\n"
     found, n = re.subn(r"(?ms)^## The experts\n.*?(?=^## |\Z)", lambda _: experts, text, count=1)
     return found if n else f"{text.rstrip()}\n\n{experts}"
+
+
+def _licence(named: str | None) -> str:
+    """The sentence on the licence of the texts; nothing if the run says none."""
+    return f"{LICENCE}: {card_header.cell(named)}. " if named else ""
 
 
 def _counts(k: int, n_active: int) -> dict[str, str]:
@@ -125,7 +138,7 @@ def _counts(k: int, n_active: int) -> dict[str, str]:
     }
 
 
-def _shared(tags: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def shared(tags: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The tags that all experts have alike: those of the whole."""
     first, *others = tags
     return {key: value for key, value in first.items() if all(own.get(key) == value for own in others)}
@@ -142,15 +155,13 @@ def _experts(
     lines.append(f"|---|---:|---:|---:|---|{more[1]}")
     for (name, card), terms in zip(cards.items(), top_terms, strict=True):
         loss, n_tokens = card.get("validation_loss"), card.get("n_train_tokens")
-        shown = _cell(", ".join(term.strip() for term in terms[:N_TERMS]))
+        shown = card_header.cell(", ".join(term.strip() for term in terms[:N_TERMS]))
         trained = "" if n_tokens is None else f"{n_tokens:,} tokens"
         sizes = f"{card['n_parameters']:,} | {trained}" if "n_parameters" in card else " | "
-        own = f" {_cell(', '.join(f'{k}: {v}' for k, v in tags.get(name, {}).items()))} |" if more[0] else ""
+        own = (
+            f" {card_header.cell(', '.join(f'{k}: {v}' for k, v in tags.get(name, {}).items()))} |"
+            if more[0]
+            else ""
+        )
         lines.append(f"| {name} | {sizes} | {'' if loss is None else f'{loss:.3f}'} | {shown} |{own}")
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table: nothing in it is markup."""
-    plain = html.escape(printable(text, keep=""), quote=False)
-    return "".join(f"\\{character}" if character in "\\|`*_[]" else character for character in plain)

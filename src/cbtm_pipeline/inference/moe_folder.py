@@ -13,8 +13,7 @@ from cbtm_pipeline.base import artifact, hub
 from cbtm_pipeline.base.cli import Progress
 from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import heldout, token_files
-from cbtm_pipeline.corpus.windows import windows
-from cbtm_pipeline.inference import model_card, moe, package
+from cbtm_pipeline.inference import document_scores, model_card, moe, package
 from cbtm_pipeline.provenance import card_header
 from cbtm_pipeline.training import model
 
@@ -82,11 +81,15 @@ def write(outdir: Path, to: Path, n_steps: int) -> tuple[Any, Any]:
     rng = np.random.default_rng(0)
     order = [rng.choice(len(pool), min(BATCH, len(pool)), replace=False) for _ in range(n_steps)]
     moe.train_routers(made, lambda step: torch.stack([pool[i] for i in order[step]]), n_steps)
-    own = next(iter(about.get("tags", {}).values()), {})
-    header = card_header.render(model_card.LABELS, own, None)
     sizes = {"k": len(names), "n_active": n_active, "n_steps": n_steps}
-    save(made, folder, CARD.format(header=header, kind=made.config.model_type, **sizes), to)
+    save(made, folder, CARD.format(header=header(about), kind=made.config.model_type, **sizes), to)
     return made, mean
+
+
+def header(about: dict[str, Any]) -> str:
+    """The header of the card. `about` is the config of the ensemble; its licence is that of all experts."""
+    tags = [about.get("tags", {}).get(name, {}) for name in about["experts"]]
+    return card_header.render(model_card.LABELS, model_card.shared(tags), None)
 
 
 def save(made: Any, folder: Path, card: str, to: Path) -> None:
@@ -117,13 +120,8 @@ def perplexity(net: Any, outdir: Path, cfg: Any, calibration_share: float) -> fl
     is_calibration_D = heldout.calibration_documents(arrays["doc_id"], calibration_share, cfg.seed)
     reported = [doc for (_, doc), skip in zip(found, is_calibration_D.tolist(), strict=True) if not skip]
     progress = Progress("measured", sum(len(document) - 1 for document in reported), "tokens")
-    total, n = 0.0, 0
+    scored = []
     for document in reported:
-        for start, first, stop in windows(len(document) - 1, cfg.train.seq_len, cfg.eval.stride):
-            ids = torch.from_numpy(document[start : stop + 1].astype(np.int64))[None]
-            with torch.inference_mode():
-                logprob = net(input_ids=ids[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
-            total -= float(logprob.gather(1, ids[0, 1:, None])[first - start :].sum())
-            n += stop - first
-            progress.add(stop - first)
-    return float(np.exp(total / n))
+        scored.append(document_scores.score(net, document, cfg.train.seq_len, cfg.eval.stride))
+        progress.add(len(document) - 1)
+    return float(np.exp(-np.concatenate(scored).mean(dtype=float)))

@@ -6,8 +6,8 @@ docs/extending.md lists the steps. The formulas are in `ensemble`.
 Shapes: N tokens of all documents, K experts.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,11 @@ class Setting(NamedTuple):
     beta: float | None = None
     hysteresis: float | None = None
     fix_after: int | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Setting":
+        """The setting of an ensemble's row of metrics.json."""
+        return cls(**{name: row[name] for name in cls._fields})
 
     @property
     def stays(self) -> bool:

@@ -1,10 +1,13 @@
-"""The YAML header of a model card, which the hub and other programs read."""
+"""What model cards share: the YAML header, which the hub and other programs read, and cells of tables."""
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+
+from cbtm_pipeline.base.printable import printable
 
 LICENCE = ("licence", "license")  # keys of section tags
 LANGUAGE = ("language", "lang")
@@ -29,6 +32,16 @@ def render(
     content |= {"base_model": base_model, "base_model_relation": "finetune"} if base_model else {}
     content["tags"] = list(labels)
     return f"---\n{_yaml(content)}{block(results)}---\n"
+
+
+def with_licence(text: str, tags: Mapping[str, str]) -> str:
+    """A model card whose header has the licence of these tags, and all else as it was."""
+    header, dashes, rest = text.removeprefix("---\n").partition("---\n")
+    if not dashes or not text.startswith("---\n"):
+        return text
+    new = _yaml(_licence(named(tags, LICENCE)))
+    header = re.sub(r"(?m)^license: .*\n(license_name: .*\n)?", lambda _: new, header, count=1)
+    return f"---\n{header}---\n{rest}"
 
 
 def block(results: Mapping[str, Any] | None) -> str:
@@ -65,3 +78,9 @@ def _licence(value: str | None) -> dict[str, str]:
 
 def _yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=110)
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a Markdown table: nothing in it is markup."""
+    plain = html.escape(printable(text, keep=""), quote=False)
+    return "".join(f"\\{character}" if character in "\\|`*_[]" else character for character in plain)

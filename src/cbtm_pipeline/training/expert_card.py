@@ -4,14 +4,12 @@ A training writes it. Its evaluation is known only later: the rule `report` writ
 people write elsewhere stays.
 """
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.provenance import card_header
 from cbtm_pipeline.provenance.expert_files import WEIGHTS
 
@@ -102,12 +100,12 @@ def render(card: Mapping[str, Any], about: About) -> str:
             "what": what,
         },
         architecture=about.architecture,
-        origin=_cell(_origin(card, about.base)),
+        origin=card_header.cell(_origin(card, about.base)),
         loss="none" if loss is None else f"{loss:.4f} nats per token",
         validation="none" if validation is None else f"{validation:.4f} nats per token of held-out text",
         n_positions="any number of" if about.n_positions is None else about.n_positions,
-        licence=_cell(licence or "not stated (the key `tags` of the config can say it)"),
-        language=_cell(language or "not stated"),
+        licence=card_header.cell(licence or "not stated (the key `tags` of the config can say it)"),
+        language=card_header.cell(language or "not stated"),
         file=WEIGHTS,
         separator_id=about.separator_id,
         fine_tune=FINE_TUNE if about.pads_with_separator else OWN_PADDING,
@@ -190,12 +188,6 @@ def _evaluation(found: Evaluation) -> str:
         dense = found.dense[text]
         lines.append(f"| {text} | {value:.2f} | {'' if dense is None else f'{dense:.2f}'} |")
     if found.terms:
-        shown = _cell(", ".join(term.strip() for term in found.terms))
+        shown = card_header.cell(", ".join(term.strip() for term in found.terms))
         lines += ["", f"What sets its texts apart: {shown}."]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table: nothing in it is markup."""
-    plain = html.escape(printable(text, keep=""), quote=False)
-    return "".join(f"\\{character}" if character in "\\|`*_[]" else character for character in plain)
