@@ -1,10 +1,12 @@
 """What tests of several modules share."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from browser import chromium
 from made_project import make_project, snakemake
 
 
@@ -14,6 +16,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_project(tmp_path_factory.mktemp("finished") / "project")
     (folder / "printed.txt").write_text(snakemake(folder, "--cores", "2"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser, for tests of pages."""
+    from playwright.sync_api import sync_playwright  # most tests need none
+
+    program = chromium()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -65,7 +65,7 @@ def is_made(out: Path, folder: Path, name: str, asked: Mapping[str, Any]) -> boo
         return False
     last = package.read_record(out).get("changes", [{}])[-1]
     tags = artifact.read_json(out / package.CONFIG).get("tags", {}).get(name, {})
-    weights = folder / "experts" / name / changed_set.WEIGHTS
+    weights = folder / "experts" / name / expert_files.WEIGHTS
     card = artifact.read_sealed(weights.with_name(changed_set.CARD), "expert") if weights.exists() else {}
     expected = {"what": "added", "expert": name, "from": asked["ensemble_seal"]}
     return {**expected, "identity": card.get("identity")}.items() <= last.items() and tags == asked["tags"]
@@ -88,7 +88,7 @@ def pack(found: changed_set.Set, folder: Path, name: str, tags: dict[str, str], 
             f"{found.folder}: has changed meanwhile. Expected the ensemble that this began with. Add the "
             "expert under another name."
         )
-    weights = folder / "experts" / name / changed_set.WEIGHTS
+    weights = folder / "experts" / name / expert_files.WEIGHTS
     card = expert_files.read_card(weights)
     texts = some_texts(folder / "shards/manifest.json")
     terms = changed_set.top_terms(found.folder / "tokenizer.json", found, counts_V, centre_D, texts)

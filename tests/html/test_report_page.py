@@ -1,26 +1,15 @@
 """The report in a real browser: on a phone, on a desk, by keyboard, and on paper."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
-from browser import chromium
 from made_run import QUICK, evaluate, make, make_config, make_report_inputs, render
 
 pytestmark = pytest.mark.slow
 A4 = 688  # pixels between the margins of the page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = chromium()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def place_parent(found: changed_set.Set, name: str, out: Path) -> None:
     card, hashes = changed_set.read_card(source), {}
     for file in sorted(package.EXPERT_FILES, key=lambda file: file == out.name):  # the weights come last
         if (source / file).exists():
-            changed_set.check_file(found.folder, found.record, f"experts/{name}/{file}")
+            package.check_file(found.folder, found.record, f"experts/{name}/{file}")
             if file == out.name:
                 meta = artifact.make_meta("expert_files", {"expert": card["identity"]}, files=hashes)
                 artifact.write_sealed(out.with_name("files.json"), meta)

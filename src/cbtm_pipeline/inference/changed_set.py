@@ -25,7 +25,7 @@ from cbtm_pipeline.inference import model_card, package
 from cbtm_pipeline.provenance import made_from
 
 ROUTER, README = "router.safetensors", "README.md"
-WEIGHTS, CARD = "model.safetensors", "card.json"
+CARD = "card.json"
 WRITTEN = (package.CONFIG, package.TERMS, package.CODE, ROUTER, README)  # anew; all else is as it was
 N_TERMS = 12
 
@@ -66,7 +66,7 @@ def read(folder: Path) -> Set:
     record = package.read_record(folder)
     for name in (package.CONFIG, package.TERMS, ROUTER):
         if name in record["files"]:
-            check_file(folder, record, name)
+            package.check_file(folder, record, name)
     config, tensors = artifact.read_json(folder / package.CONFIG), load_file(folder / ROUTER)
     names, terms = list(config["experts"]), [[] for _ in config["experts"]]
     if package.TERMS in record["files"]:
@@ -90,11 +90,6 @@ def of_run(outdir: Path, folder: Path) -> tuple[run_config.Config, Set]:
             "--outdir."
         )
     return cfg, found
-
-
-def check_file(folder: Path, record: Record, name: str) -> None:
-    """Raise ValueError unless this file of an ensemble is as it was written."""
-    package.check_file(folder, record, name)
 
 
 def check_new_name(name: str, taken: list[str]) -> None:
@@ -233,5 +228,5 @@ def read_card(folder: Path) -> Record:
 
 def tokenizer_of(found: Set) -> str:
     """The identity of the ensemble's tokenizer."""
-    check_file(found.folder, found.record, "tokenizer.json")
+    package.check_file(found.folder, found.record, "tokenizer.json")
     return artifact.identity(found.folder / "tokenizer.json")

@@ -11,6 +11,7 @@ from typing import Any
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import tokenizer_config
 from cbtm_pipeline.inference import changed_set, package
+from cbtm_pipeline.provenance import expert_files
 
 Record = dict[str, Any]
 TOKENIZER = "tokenizer.json"
@@ -27,7 +28,7 @@ def check(folder: Path, found: changed_set.Set) -> Record:
 
     A model that was not trained by a run gets the card that is written later.
     """
-    for name in (package.CONFIG, changed_set.WEIGHTS):
+    for name in (package.CONFIG, expert_files.WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(
                 f"{folder}: no {name}. Expected the folder of an expert. Give another, or save the model "
@@ -45,7 +46,7 @@ def check(folder: Path, found: changed_set.Set) -> Record:
 def _check_card(folder: Path, card: Record) -> None:
     """Raise ValueError unless weights and config are those that the card speaks of."""
     advice = f"Remove {changed_set.CARD} from a model that you have trained on."
-    artifact.check_file(folder / changed_set.WEIGHTS, card["weights"], advice)
+    artifact.check_file(folder / expert_files.WEIGHTS, card["weights"], advice)
     identity = artifact.fingerprint([card["weights"], artifact.identity(folder / package.CONFIG)])
     if identity != card["identity"]:
         expected = f"Expected that of {changed_set.CARD}"
@@ -129,7 +130,7 @@ def _check_model(folder: Path, found: changed_set.Set) -> int:
 
 def _new_card(folder: Path, tokenizer: str, n_parameters: int) -> Record:
     """The card of a model that has none: what its files say."""
-    weights, config = folder / changed_set.WEIGHTS, artifact.read_json(folder / package.CONFIG)
+    weights, config = folder / expert_files.WEIGHTS, artifact.read_json(folder / package.CONFIG)
     about = {"expert": folder.name, "weights": artifact.identity(weights), "n_parameters": n_parameters}
     about["identity"] = artifact.fingerprint([about["weights"], artifact.identity(folder / package.CONFIG)])
     context = tokenizer_config.n_positions(config)

@@ -20,6 +20,7 @@ from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import changed_set, package
 from cbtm_pipeline.ops import snakemake_run
+from cbtm_pipeline.provenance import expert_files
 
 SNAKEFILE = "scored.smk"  # in workflow/
 FOLDER = "scored"  # in the outdir of the run
@@ -98,7 +99,7 @@ def request(
     about = {
         "tokenizer": str(outdir / "tokenizer/tokenizer.json"),
         "ensemble": str(found.folder),
-        "weights": {name: str(folder / changed_set.WEIGHTS) for name, folder in folders.items()},
+        "weights": {name: str(folder / expert_files.WEIGHTS) for name, folder in folders.items()},
         "experts": found.names,
         "models": identities,
         "held_out": True,

@@ -129,10 +129,7 @@ def eval_task(model: Record, tasks: Identities) -> Identities:
     """
     if model["kind"] == "expert":
         return {"model": model["identity"], **tasks}
-    if "computes" in model:
-        return {"model": model["computes"], **tasks}
-    older = {name: h for name, h in model["files"].items() if not name.endswith(TEXTS)}
-    return {"model": artifact.fingerprint(older), **tasks}
+    return {"model": model["computes"], **tasks}
 
 
 def computes(config: Mapping[str, Any], files: Mapping[str, str]) -> str:

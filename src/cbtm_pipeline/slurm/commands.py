@@ -144,10 +144,9 @@ def shared_queue(folder: Path, newer_than: float = 0.0) -> dict[str, QueuedJob]:
 def _cached(path: Path) -> dict[str, Any]:
     """The answer in a file of `shared_queue`. Where there is no whole one: an old one, without jobs."""
     found = events.read_json(path) or {}
-    jobs, asked = found.get("jobs"), found.get("asked")
-    if not isinstance(asked, float) or not isinstance(jobs, list) or "failed" not in found:
-        jobs = [None]
-    if all(isinstance(job, list) and len(job) == len(_FIELDS) for job in jobs):
+    jobs: Any = found.get("jobs")
+    is_whole = isinstance(found.get("asked"), float) and isinstance(jobs, list) and "failed" in found
+    if is_whole and all(isinstance(job, list) and len(job) == len(_FIELDS) for job in jobs):
         return found
     return {"asked": 0.0, "jobs": [], "failed": None}
 
