@@ -18,7 +18,7 @@ import numpy as np
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.errors import run_again
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import bootstrap, documents, scored, sweep, switches, systems, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
@@ -261,7 +261,7 @@ def check_data(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Pa
             weights = by_name.get(name, Path(name, "card.json")).with_name("model.safetensors")
             raise ValueError(
                 f"{weights}: trained on other documents than cluster {group} of {path}. "
-                f"Expected that cluster. {make_again(weights)}"
+                f"Expected that cluster. {run_again(weights)}"
             )
 
 

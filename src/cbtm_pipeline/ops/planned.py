@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from cbtm_pipeline.base import read_yaml
 from cbtm_pipeline.slurm import commands, request
 
@@ -67,11 +65,7 @@ def read_config(paths: Sequence[str]) -> Any:
     """
     content: Any = {}
     for path in paths:
-        try:
-            read = read_yaml.read(path)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            found = f"{path}: not YAML ({' '.join(str(error).split())})"
-            raise ValueError(f"{found}. Expected keys of config.yaml. Correct the file.") from error
+        read = read_yaml.read(path)
         if not isinstance(read, dict):
             expected = "sections such as corpus and train"
             raise ValueError(f"{path}: no sections. Expected {expected}. Correct the file.")
