@@ -15,16 +15,18 @@ from cbtm_pipeline.provenance import kept, records, stale
 from cbtm_pipeline.base import cli, lock, printable, read_yaml, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.ops import planned, terminal
+from cbtm_pipeline.ops import interrupt, planned, terminal
 from cbtm_pipeline.slurm import request
 
 try:
-    for path in ["config.yaml", *workflow.overwrite_configfiles]:
+    for path in [DEFAULTS, *workflow.overwrite_configfiles]:
         read_yaml.read(
             path
         )  # a key that stands twice is an error, which Snakemake does not see
     planned.check_given_once(sys.argv)
-    CONFIG = schema.validate(config)
+    CONFIG = schema.validate(
+        planned.merge(config, planned.given(workflow.config_settings.config_args))
+    )
     CORPUS_FILES = corpus_files.find(
         CONFIG.corpus.train, CONFIG.corpus.eval, CONFIG.outdir
     )
@@ -110,6 +112,7 @@ def before_start():
         print(printable.printable(open_to_all), file=sys.stderr, flush=True)
     if TOUCH:
         return
+    interrupt.pass_on()
     schema.write(CONFIG, RUN_CONFIG)
     content.write_planned(CORPUS_FILES, Path(PLANNED))
     kept.keep(Path(OUT), start().run)
@@ -202,7 +205,7 @@ def launch(rule, name=None, state_folder=None):
             resources=dict(resources.items()),
             threads=threads,
             depends_on=json.dumps(plan.content(CONFIG, rule, expert), sort_keys=True),
-            inputs=input,
+            inputs=[*input, *UNSPOKEN],
             outputs=output,
             work=state_folder(wildcards) if state_folder else None,
         )

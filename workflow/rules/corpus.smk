@@ -1,6 +1,12 @@
 DEMO = f"{OUT}/{stale.DEMO}"
 DEMO_FLAG = ["--demo", DEMO] if corpus_files.DEMO in CORPUS_FILES else []
-CORPUS = [DEMO if path == corpus_files.DEMO else path for path in CORPUS_FILES]
+# Snakemake replaces {x} and <x> in the names of inputs, so it does not hear of such files. The rules find them.
+UNSPOKEN = [path for path in CORPUS_FILES if set(path) & set("{}<>")]
+CORPUS = [
+    DEMO if path == corpus_files.DEMO else path
+    for path in CORPUS_FILES
+    if path not in UNSPOKEN
+]
 
 
 rule demo_corpus:

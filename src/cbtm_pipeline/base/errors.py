@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-RUN_CONFIG = "config.json"  # in the folder of a run: its whole config, whatever --configfile and --config said
+RUN_CONFIG = "config.json"  # in the folder of a run: its whole config
 
 
 def first_sentence(error: BaseException) -> str:
@@ -25,7 +25,7 @@ def make_again(path: str | Path) -> str:
 
 
 def run_again(path: str | Path) -> str:
-    """The advice for a file that is whole, and does not belong to the others: a start makes what is needed."""
+    """The advice for a file that is whole, but not of this run: a start makes again what does not fit."""
     if any((folder / "request.json").is_file() for folder in Path(path).parents[:3]):
         return make_again(path)
     return f"Start the run again, which makes what does not fit: {_snakemake(path)}"
@@ -45,7 +45,7 @@ def make(output: Path) -> str:
 
 
 def _snakemake(path: str | Path) -> str:
-    """The command that starts the run that a file belongs to, with the config which that run left in its folder.
+    """The command that starts the run of a file, with the config that the run left in its folder.
 
     So it works whatever --configfile and --config the run was started with.
     """
@@ -61,7 +61,7 @@ def _target(output: Path) -> str:
 
 
 def _run(path: str | Path) -> tuple[Path, str] | None:
-    """The folder of the run that a file belongs to, and its name in that run's config; None if it has moved."""
+    """The folder of the run of a file, and its name in the run's config. None if it is not found there."""
     for folder in Path(path).resolve().parents:
         outdir = _outdir(folder / RUN_CONFIG)
         if outdir is not None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from cbtm_pipeline.base import read_yaml
 from cbtm_pipeline.slurm import commands, request
 
@@ -71,6 +73,25 @@ def read_config(paths: Sequence[str]) -> Any:
             raise ValueError(f"{path}: no sections. Expected {expected}. Correct the file.")
         content = merge(content, read)
     return content
+
+
+def given(config_args: Sequence[str] | None) -> dict[str, Any]:
+    """Lists and sections of --config, as YAML: Snakemake takes all numbers in them for text.
+
+    Raises ValueError for a key that stands twice.
+    """
+    found: dict[str, Any] = {}
+    for entry in config_args or ():
+        key, _, text = entry.partition("=")
+        try:
+            value = read_yaml.parse(text)
+        except read_yaml.Refused as error:
+            raise ValueError(f"--config {key}: {error}") from None
+        except yaml.YAMLError:
+            continue  # it stays text, of which the schema says what it should be
+        if isinstance(value, dict | list):
+            found = merge(found, {key: value})
+    return found
 
 
 def config_files(named: Sequence[str]) -> list[str]:

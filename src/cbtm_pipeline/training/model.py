@@ -211,10 +211,11 @@ def check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -
 
 
 def check_runs(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
-    """Raise ValueError, which names `where`, unless the model runs and is causal.
+    """Raise ValueError, which names `where`, unless the model's weights are finite, it runs and is causal.
 
     It is causal if two texts that differ only in their last token get the same logits before it.
     """
+    _check_finite(model, where)
     ids_2T = torch.arange(min(seq_len, 8)).repeat(2, 1) % vocab_size
     ids_2T[1, -1] = (ids_2T[1, -1] + 1) % vocab_size
     was_training = model.training
@@ -234,6 +235,21 @@ def check_runs(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: i
         raise ValueError(
             f"{where}: its predictions depend on later tokens. Expected a causal language model. "
             "Choose another one."
+        )
+
+
+def _check_finite(model: "PreTrainedModel", where: str) -> None:
+    """Raise ValueError that names the first tensor with NaN or infinity, and how many more have some.
+
+    A buffer may hold infinity on purpose, as a mask does, so it may not hold NaN only.
+    """
+    wrong = [name for name, p in model.named_parameters() if not p.is_meta and not bool(p.isfinite().all())]
+    wrong += [name for name, b in model.named_buffers() if not b.is_meta and bool(b.isnan().any())]
+    if wrong:
+        more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{where}: NaN or infinity in {wrong[0]}{more} of its weights. Expected finite numbers. Choose "
+            "another model, or train it again with a lower learning rate."
         )
 
 
