@@ -192,6 +192,11 @@ def _json(path: Path) -> Any:
         return None
 
 
+def weights(folder: Path) -> list[str]:
+    """The files of weights in a model's folder: those of its index, or the only one."""
+    return _weights_in(folder) or ["model.safetensors"]
+
+
 def lacks_weights(folder: Path | None) -> list[str]:
     """The files that a model needs and its folder does not have; empty if it is complete."""
     if folder is None:

@@ -28,12 +28,10 @@ def workers(n_workers: int) -> Iterator[InOrder]:
     context = multiprocessing.get_context("spawn")
     try:
         context.Lock()
-    except (
-        OSError
-    ) as error:  # else the pool would raise it while some file is open, which would get the blame
+    except OSError as error:  # raised later, it would blame the file that is being written
         raise ValueError(
-            f"{SHARED_MEMORY}: {error.strerror}. Expected shared memory for worker processes. Make it writable, "
-            "make room there, or give shard one worker: snakemake --set-threads shard=1, or --workers 1."
+            f"{SHARED_MEMORY}: {error.strerror}. Expected shared memory for worker processes. Let all write "
+            "there, make room, or have one worker: snakemake --set-threads shard=1, or --workers 1."
         ) from error
     with ProcessPoolExecutor(n_workers, context, _start_worker) as pool:
         try:

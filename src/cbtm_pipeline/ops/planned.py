@@ -67,7 +67,13 @@ def read_config(paths: Sequence[str]) -> Any:
     """
     content: Any = {}
     for path in paths:
-        read = read_yaml.read(path)
+        try:
+            read = read_yaml.read(path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path}: {error.strerror}. Expected a config after --configfile, and targets before it: "
+                "snakemake TARGET --configfile mine.yaml. Correct the path."
+            ) from None
         if not isinstance(read, dict):
             expected = "sections such as corpus and train"
             raise ValueError(f"{path}: no sections. Expected {expected}. Correct the file.")

@@ -7,12 +7,14 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.errors import first_sentence
@@ -161,6 +163,7 @@ def load_whole(folder: Path, where: str, whole: bool = False, **more: Any) -> "P
     options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **more}
     options["ignore_mismatched_sizes"] = True  # they are in `info`, and refused below
     try:
+        _check_size(folder)
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
         todo = (
@@ -188,6 +191,27 @@ def load_whole(folder: Path, where: str, whole: bool = False, **more: Any) -> "P
             "Save the model again."
         )
     return model
+
+
+def _check_size(folder: Path) -> None:
+    """Raise ValueError for weights that are less than half of the model of config.json.
+
+    transformers would make up the rest, which may be more than the memory holds: a config that leaves out the
+    sizes is that of a model of 7 B parameters.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = [folder / name for name in hub.weights(folder)]
+    if hub.is_quantized(folder) or not all(file.is_file() for file in files):
+        return
+    n_there = 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            n_there += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    with torch.device("meta"):
+        n_expected = n_parameters(AutoModelForCausalLM.from_config(hub.load(AutoConfig, folder)))
+    if n_there < n_expected / 2:
+        raise ValueError(f"its weights are {n_there} numbers, and those of its config.json {n_expected}")
 
 
 def check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
