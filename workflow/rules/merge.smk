@@ -38,6 +38,7 @@ rule eval_ensemble:
         f"{OUT}/logs/eval_ensemble.log",
     conda:
         CONDA
+    threads: 2
     params:
         launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
@@ -49,7 +50,7 @@ rule eval_ensemble:
         ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --out {output.metrics:q} --log {log:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --threads {threads} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
 
