@@ -8,7 +8,8 @@ It is the recursion of `ensemble.filter_log_weights`, with probabilities in plac
 
 So a token costs a few products for each expert, and a logarithm once. What settings share is computed once:
 g for each beta, the prior for each temperature. The results differ from the exact ones by rounding alone,
-far less than `sweep.SAME`, as long as no weight falls below the smallest float64: see `holds`.
+far less than `sweep.SAME`, as long as no weight falls below the smallest float64 (`holds`) and no two experts
+have the same distances for long (`tied`).
 
 Shapes as in `ensemble`. All arrays have the experts first and the tokens in the order of their positions.
 """
@@ -22,6 +23,7 @@ from cbtm_pipeline.mixture import ensemble
 from cbtm_pipeline.mixture.routers import HeldOut, Setting
 
 CACHED = 1 << 14  # weights of one position that stay in a CPU's cache
+TIES = 8  # tokens: those before the first term of a document have no distances yet
 FLOOR = -650.0  # natural logarithm of the smallest weight that is safe
 
 
@@ -48,11 +50,22 @@ def holds(held_out: HeldOut, settings: Iterable[Setting]) -> bool:
     )
 
 
-def parts(held_out: HeldOut) -> list[Prepared]:
-    """The documents in parts of which one position fits into a CPU's cache. Long documents come first."""
+def tied(held_out: HeldOut) -> np.ndarray:
+    """Which documents have many tokens with equal distances to two centres, bool (D,).
+
+    There, weights of experts come so close that rounding decides which ones are active.
+    """
+    sorted_NK = np.sort(held_out.d2_NK, axis=1)
+    tied_N = (np.diff(sorted_NK, axis=1) == 0).any(axis=1)
+    return ensemble.document_sums(tied_N, held_out.offsets) > TIES
+
+
+def parts(held_out: HeldOut, chosen_D: np.ndarray) -> list[Prepared]:
+    """The chosen documents in parts of which one position fits into a CPU's cache. Long ones come first."""
     n_experts = held_out.d2_NK.shape[1]
     n_tokens_D = np.diff(held_out.offsets)
     order_D = np.argsort(-n_tokens_D, kind="stable")
+    order_D = order_D[chosen_D[order_D]]
     size = max(1, CACHED // n_experts)
     found = []
     for first in range(0, len(order_D), size):
@@ -113,11 +126,14 @@ def _nll(part: Prepared, prior_KN: np.ndarray, gain_KN: np.ndarray, epsilon: flo
         total, mixed = total_N[begin:end], mixed_N[begin:end]
         active.sum(axis=0, out=total)
         np.einsum("km,km->m", active, part.ratio_KN[:, begin:end], out=mixed)
-        np.multiply(active, gain_KN[:, begin:end], out=credit)
-        credit *= total / credit.sum(axis=0)
-        if top_k < n_experts:
-            weight -= active
-            credit += weight  # an expert that is not active keeps its weight
+        if top_k == 1:  # a single expert has nothing to share, and rounding would break ties
+            credit[:] = weight
+        else:
+            np.multiply(active, gain_KN[:, begin:end], out=credit)
+            credit *= total / credit.sum(axis=0)
+            if top_k < n_experts:
+                weight -= active
+                credit += weight  # an expert that is not active keeps its weight
         belief_KM, credit_KM = credit_KM, belief_KM if begin else np.empty_like(credit_KM)
         begin = end
     return -float(np.log(mixed_N / total_N).sum()) - part.best

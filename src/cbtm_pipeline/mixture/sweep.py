@@ -134,8 +134,10 @@ class _Nlls:
         self.lock = threading.Lock()
 
     @cached_property
-    def parts(self) -> list[screen.Prepared]:
-        return screen.parts(self.calibration)
+    def parts(self) -> tuple[list[screen.Prepared], HeldOut]:
+        """The documents that can be screened, and the others."""
+        tied_D = screen.tied(self.calibration)
+        return screen.parts(self.calibration, ~tied_D), _documents(self.calibration, np.flatnonzero(tied_D))
 
     def of(self, settings: Sequence[Setting]) -> dict[Setting, float]:
         """The nll of each setting: exact for the lowest ones, for others perhaps up to rounding alone."""
@@ -143,8 +145,11 @@ class _Nlls:
         if not router.screened or len(settings) == 1 or not screen.holds(self.calibration, settings):
             return {setting: self.exact(setting) for setting in settings}
         with self.lock:  # two threads would prepare the documents twice
-            parts = self.parts
-        nlls = np.sum([screen.nlls(part, settings) for part in parts], axis=0) / self.n_tokens
+            parts, others = self.parts
+        nlls = np.zeros(len(settings))
+        if others.offsets[-1]:
+            nlls += [document_nll(others, setting).sum() for setting in settings]
+        nlls = sum((screen.nlls(part, settings) for part in parts), nlls) / self.n_tokens
         lowest = nlls.min() + SAME
         return {
             setting: self.exact(setting) if nll <= lowest else nll
@@ -153,6 +158,14 @@ class _Nlls:
 
     def exact(self, setting: Setting) -> float:
         return float(document_nll(self.calibration, setting).sum() / self.n_tokens)
+
+
+def _documents(held_out: HeldOut, some: np.ndarray) -> HeldOut:
+    """The documents with these indices."""
+    n_tokens_D = np.diff(held_out.offsets)[some]
+    offsets = np.concatenate([[0], np.cumsum(n_tokens_D)])
+    rows = np.arange(offsets[-1]) + np.repeat(held_out.offsets[:-1][some] - offsets[:-1], n_tokens_D)
+    return HeldOut(held_out.logprob_NK[rows], held_out.d2_NK[rows], offsets)
 
 
 def _result(reported: HeldOut, setting: Setting, calibration_nll: float) -> Result:

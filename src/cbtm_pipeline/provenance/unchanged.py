@@ -12,7 +12,6 @@ In a study, `--lender` names the folder of a run that has the same job: its outp
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import cli
@@ -31,19 +30,21 @@ def is_done(cfg: config.Config, job: Job, lender: Path | None = None) -> str:
     if job.rule == lent.DEMO_RULE:
         return f"taken from {lender}" if lender and lent.take_demo(lender, outdir) else ""
 
-    def read(rule: str, expert: str | None = None) -> dict[str, Any]:
-        return records.read(outdir, rule, expert)
+    def expected(beside: Path) -> dict[str, str] | None:
+        """What the job would be made from now. What the job itself leaves lies in the folder `beside`."""
+        try:
+            there = cfg.model_copy(update={"outdir": str(beside)})
+            return stale.identities(there, job, lambda *about: records.read(outdir, *about))
+        except stale.DAMAGED:  # the command says what is wrong with its inputs
+            return None
 
-    try:
-        expected = stale.identities(cfg, job, read)
-    except stale.DAMAGED:  # the command says what is wrong with its inputs
-        return ""
     made_with = plan.content(cfg, *job)
-    if expected is None:
-        return ""
-    if kept.give_back(outdir, job, made_with, expected):
+    made_from = expected(outdir)
+    if made_from is not None and kept.give_back(outdir, job, made_with, made_from):
         return NOTHING
-    is_lent = lender is not None and lent.take(lender, outdir, job, made_with, expected)
+    if lender is None or (made_from := expected(lender)) is None:
+        return ""
+    is_lent = lent.take(lender, outdir, job, made_with, made_from)
     return f"taken from {lender}, which has the same plan and inputs" if is_lent else ""
 
 
