@@ -99,6 +99,12 @@ def test_a_wrong_key_of_a_run_names_the_run_and_the_nearest_key(anywhere: Path) 
         configs({"train.stps": [3]})
 
 
+@pytest.mark.parametrize("key", ["corpus.eval_fraction", "eval.max_document_tokens"])
+def test_runs_on_other_held_out_text_are_refused_before_anything_is_trained(anywhere: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"another {key} changes the held-out text\. Expected"):
+        configs({key: [0.25, 0.5] if key.startswith("corpus") else [100, 200]})
+
+
 def shared(a: config.Config, b: config.Config) -> set[str]:
     """The jobs that two runs share."""
     first, second = study.keys(a), study.keys(b)
@@ -117,7 +123,7 @@ CLUSTERS = {"fit_kmeans", "assign", "assign_random", "route"}
         ("train.steps", [100, 200], CORPUS | {"embed"} | CLUSTERS),
         ("seed", [0, 1], CORPUS),
         ("embed.idf_power", [1.0, 2.0], CORPUS | {"assign_random"}),
-        ("corpus.eval_fraction", [0.1, 0.2], {"demo_corpus"}),
+        ("tokenizer.vocab_size", [300, 400], {"demo_corpus"}),
     ],
 )
 def test_runs_share_what_does_not_depend_on_the_key(

@@ -167,7 +167,31 @@ def configs(study: Study) -> dict[str, config.Config]:
         except ValueError as error:
             faults = str(error).splitlines()
             raise ValueError("\n".join(f"run {name}: {fault}" for fault in faults)) from None
+    _check_held_out(found)
     return found
+
+
+def _check_held_out(found: Mapping[str, config.Config]) -> None:
+    """Refuse runs that would report on other text than the first, before anything is trained for them."""
+    (_, first), *others = found.items()
+    for name, cfg in others:
+        about, of_first = _held_out(cfg), _held_out(first)
+        if key := next((key for key in about if about[key] != of_first[key]), None):
+            raise ValueError(
+                f"run {name}: another {key} changes the held-out text. Expected the same for all runs, as "
+                "others cannot be compared. Make a study of its own for each."
+            )
+
+
+def _held_out(cfg: config.Config) -> dict[str, Any]:
+    """The config values that decide which text is held out, and which part of it is scored."""
+    c = cfg.corpus
+    named: dict[str, Any] = {
+        f"corpus.{key}": getattr(c, key) for key in ("eval", "text_field", "txt_documents")
+    }
+    if c.eval is None:
+        named |= {"corpus.train": c.train, "corpus.eval_fraction": c.eval_fraction}
+    return {**named, "eval.max_document_tokens": cfg.eval.max_document_tokens}
 
 
 def runs(study: Study) -> dict[str, Run]:
