@@ -57,9 +57,7 @@ def corpus(wildcards):
     begin()
     run = run_of(wildcards)
     demo = run.path(stale.DEMO)
-    return ancient(
-        [demo if path == corpus_files.DEMO else path for path in run.spoken]
-    )
+    return ancient([demo if path == corpus_files.DEMO else path for path in run.spoken])
 
 
 def demo_flag(wildcards):

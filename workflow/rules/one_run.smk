@@ -15,9 +15,7 @@ try:
             path
         )  # a key that stands twice is an error, which Snakemake does not see
     planned.check_given_once(sys.argv)
-    GIVEN = planned.merge(
-        config, planned.given(workflow.config_settings.config_args)
-    )
+    GIVEN = planned.merge(config, planned.given(workflow.config_settings.config_args))
     RUNS = {"": started.Run(schema.validate(GIVEN))}
 except (ValueError, OSError) as error:
     sys.exit(cli.explain(error))
