@@ -53,7 +53,7 @@ def begin():
 
 
 def corpus(wildcards):
-    """The corpus. Every run asks for this input before Snakemake decides what to run."""
+    """The corpus of a run."""
     begin()
     run = run_of(wildcards)
     demo = run.path(stale.DEMO)
@@ -81,6 +81,7 @@ def made(*outputs):
 
 def made_by(run, name):
     """An output of a run, by its path below the outdir, as an input."""
+    begin()
     return run.path(name) if run.produces(name) else ancient(run.path(name))
 
 
