@@ -60,6 +60,11 @@ onstart:
         lock.hold(STUDY.outdir)
     except ValueError as error:
         sys.exit(cli.explain(error))
+    if not TOUCH:  # it marks the folder as one of outputs, which no corpus is read from
+        content.write_planned(
+            [path for run in RUNS.values() for path in run.corpus_files],
+            Path(STUDY.outdir, content.PLANNED),
+        )
     before_start()
 
 
