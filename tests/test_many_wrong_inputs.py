@@ -275,7 +275,7 @@ CORPORA: list[tuple[str, Make, Any]] = [
     ("rows that are text", file("a.jsonl", b'"one"\n' * 9), "not an object"),
     ("a row of 5 MB", file("a.jsonl", b'{"text": "' + b"word " * 1_000_000 + b'"}'), 1),
     (
-        "a number of 5000 digits",
+        "a number of 999 digits",
         file("a.jsonl", b'{"text": "x y", "n": ' + b"9" * 5000 + b"}\n" + LINES),
         "of the bytes",
     ),

@@ -16,7 +16,7 @@ from cbtm_pipeline.base import artifact
 from made_project import make_project, snakemake
 from parsed_page import Page
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STUDY = {
     "base": ["small.yaml", "few.yaml"],
     "outdir": "results/study",

@@ -380,6 +380,7 @@ def test_setup_gives_the_profile_its_short_name(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_and_a_closed_terminal_save_the_training(tmp_path: Path) -> None:
     """Also where only Snakemake gets the signal; and a second run meanwhile is one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a script ignores it
     project = make_project(tmp_path / "project", train={"steps": 10**6}, run={"checkpoint_seconds": 600})
     seed, log = (
         project / "results/experts/seed/model.safetensors",
@@ -403,7 +404,7 @@ def test_ctrl_c_and_a_closed_terminal_save_the_training(tmp_path: Path) -> None:
                 assert second.splitlines()[-1].startswith("results: another run is writing here (process ")
                 assert "Traceback" not in second
             (os.killpg if everybody else os.kill)(process.pid, number)
-            process.wait(60)
+            process.communicate(timeout=60)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -60,6 +60,13 @@ onstart:
         lock.hold(STUDY.outdir)
     except ValueError as error:
         sys.exit(cli.explain(error))
+    if (
+        not TOUCH
+    ):  # it marks the folder as one of outputs, which no corpus is read from
+        content.write_planned(
+            [path for run in RUNS.values() for path in run.corpus_files],
+            Path(STUDY.outdir, content.PLANNED),
+        )
     before_start()
 
 
@@ -91,6 +98,6 @@ rule study:
         CONDA
     params:
         runs=[run.out for run in RUNS.values()],
-        out=STUDY.outdir,
+        out=lambda wildcards, output: str(Path(output[0]).parent),
     shell:
         "exec python -m cbtm_pipeline.compare {params.runs:q} --out {params.out:q} --log {log:q} > /dev/null"

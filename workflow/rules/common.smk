@@ -111,7 +111,8 @@ def lender(rule):
         other = run_of(wildcards).lender(rule, expert)
         if other is None:
             return []
-        if rule == lent.DEMO_RULE:
+        is_demo = rule == lent.DEMO_RULE
+        if is_demo:
             return ancient(other.path(stale.DEMO))
         return made_by(other, records.PLACES[rule].outputs[0].format(expert))
 

@@ -178,7 +178,8 @@ def forest(title: str, rows: Sequence[Estimate]) -> Html:
     bottom = TOP + ROW_HEIGHT * len(rows)
     ends = [end for row in rows for end in row.ci95 or [row.ratio]]
     low, high = 0.98 * min(1.0, *ends), 1.02 * max(1.0, *ends)
-    x = _scale(low, high, FOREST_LEFT, WIDTH - RIGHT, log=True)
+    left = min(max([FOREST_LEFT, *(6.6 * len(row.label) for row in rows)]), WIDTH / 2)
+    x = _scale(low, high, left, WIDTH - RIGHT, log=True)
     parts = [tag("title", title)]
     for tick in nice_ticks(low, high):
         class_ = "one" if math.isclose(tick, 1) else "grid"

@@ -42,7 +42,7 @@ def _lead(content: Content) -> Html:
     )
     items = [
         f"{comparison_table.setting_text(row['setting']) or 'At'}"
-        f"{', at' if row['setting'] else ''} {verdict.short(row['n_tokens'])} tokens, k = {row['k']} is best "
+        f"{', at' if row['setting'] else ''} {charts.brief(row['n_tokens'])} tokens, k = {row['k']} is best "
         f"of {', '.join(map(str, row['tried']))} (ratio to dense {row['ratio']:.3f})."
         for row in content["best_k"]
     ]
@@ -105,7 +105,9 @@ def _cost(content: Content) -> Html:
         ("Quality against inference", "active_parameters", "active parameters per token"),
     ):
         series = []
-        for i, (name, models) in enumerate(sorted(kinds.items(), key=lambda kind: kind[0] != "dense")):
+        for i, (name, models) in enumerate(
+            sorted(kinds.items(), key=lambda kind: (kind[0] != "dense", kind[1][0][1]["k"] or 0))
+        ):
             points = sorted((model[key], model[unit]) for _, model in models if model[key])
             colour = "grey" if name == "dense" else COLOURS[(i - 1) % len(COLOURS)]
             if points:
