@@ -26,7 +26,8 @@ TASK_MODELS = list(
 
 
 def run_of(wildcards):
-    """The run that a job belongs to."""
+    """The run that a job belongs to. Whoever asks first makes the start decide what it runs."""
+    begin()
     return RUNS[wildcards.get("run", "")]
 
 
@@ -54,7 +55,6 @@ def begin():
 
 def corpus(wildcards):
     """The corpus. Every run asks for this input before Snakemake decides what to run."""
-    begin()
     run = run_of(wildcards)
     demo = run.path(stale.DEMO)
     return ancient(
@@ -107,7 +107,6 @@ def lender(rule):
     """The outputs of this job in the run that lends them: they have to be there first. Nothing outside a study."""
 
     def paths(wildcards):
-        begin()
         expert = wildcards.get("expert")
         other = run_of(wildcards).lender(rule, expert)
         if other is None:
