@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from cbtm_pipeline import presets
 from cbtm_pipeline.base import artifact, read_yaml
+from cbtm_pipeline.config_types import Count, Float, Positive, Rates, Share, as_list
 from cbtm_pipeline.mixture.routers import ROUTERS
 
 LATER_KEYS = {  # keys that the config.json of an older version lacks, and the values that they had then
@@ -30,27 +31,11 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
 }
 
 
-def _number(value: Any) -> Any:
-    """Take `2e-4` as a number, which YAML 1.1 reads as text."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
-    return float(value) if is_number else value
-
-
-def _list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-Float = Annotated[float, BeforeValidator(_number)]
-Share = Annotated[Float, Field(ge=0, le=1)]
-Positive = Annotated[Float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
 TAG_KEY = r"[^\s=:]+"
 OF_EXPERTS = "experts"  # the key of section tags that holds the tags of single experts
 TagKey = Annotated[str, Field(pattern=f"^{TAG_KEY}$")]
 Name = Annotated[str, Field(pattern=r"\S")]  # a folder or a name on the hub, or a revision there
-Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
+Paths = Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)]
 
 
 def _router(name: str) -> str:
@@ -152,8 +137,8 @@ class Train(_Section):
     seed_share: Annotated[Float, Field(ge=0, lt=1)]
     seed_batch_size: Count
     dense: Literal["batch", "steps"]
-    controls: list[Literal["dense-batch", "dense-steps", "random"]]
-    lr: Positive
+    controls: list[Literal["dense-batch", "dense-steps", "dense-large", "random"]]
+    lr: Rates
     schedule: Literal["linear", "cosine"]
     final_lr_ratio: Share
     warmup_ratio: Share
@@ -173,13 +158,13 @@ class Train(_Section):
 
 class Route(_Section):
     window_tokens: Count
-    routers: Annotated[list[RouterName], BeforeValidator(_list), Field(min_length=1)]
-    top_k: Annotated[list[Count], BeforeValidator(_list), Field(min_length=1)]
-    temperature: Annotated[list[Positive], BeforeValidator(_list), Field(min_length=1)]
-    epsilon: Annotated[list[Share], BeforeValidator(_list), Field(min_length=1)]
-    beta: Annotated[list[Annotated[Float, Field(ge=0)]], BeforeValidator(_list), Field(min_length=1)]
-    hysteresis: Annotated[list[Annotated[Float, Field(ge=1)]], BeforeValidator(_list), Field(min_length=1)]
-    fix_after: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_list)]
+    routers: Annotated[list[RouterName], BeforeValidator(as_list), Field(min_length=1)]
+    top_k: Annotated[list[Count], BeforeValidator(as_list), Field(min_length=1)]
+    temperature: Annotated[list[Positive], BeforeValidator(as_list), Field(min_length=1)]
+    epsilon: Annotated[list[Share], BeforeValidator(as_list), Field(min_length=1)]
+    beta: Annotated[list[Annotated[Float, Field(ge=0)]], BeforeValidator(as_list), Field(min_length=1)]
+    hysteresis: Annotated[list[Annotated[Float, Field(ge=1)]], BeforeValidator(as_list), Field(min_length=1)]
+    fix_after: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(as_list)]
     calibration_share: Annotated[Float, Field(gt=0, lt=1)]
 
 
@@ -188,7 +173,7 @@ class Eval(_Section):
     stride: Count
     bootstrap: Count
     merge: bool
-    tasks: Annotated[list[Name], BeforeValidator(_list)]
+    tasks: Annotated[list[Name], BeforeValidator(as_list)]
 
 
 class Run(_Section):
@@ -250,6 +235,7 @@ def validate(content: Any) -> Config:
             "training has seen would be reported on."
         )
     _check_revisions(config)
+    _check_controls(config)
     for name in config.tags.get(OF_EXPERTS, {}):
         if name not in map(str, range(config.cluster.k)):
             raise ValueError(
@@ -272,6 +258,22 @@ def _check_revisions(config: Config) -> None:
                 f"{section}.revision: {revision} without {key}. Expected the name that it belongs to. "
                 f"Set {key}, or remove {section}.revision."
             )
+
+
+def _check_controls(config: Config) -> None:
+    """Raise ValueError for a large dense model of a pretrained one, and for a search without validation."""
+    t = config.train
+    if "dense-large" in t.controls and config.model.pretrained:
+        raise ValueError(
+            f"train.controls: dense-large with model.pretrained {config.model.pretrained}. Expected a model "
+            "from scratch, as a pretrained one has no larger version here. Remove dense-large."
+        )
+    if isinstance(t.lr, list) and not (t.validations and t.validation_share):
+        key = "validation_share" if t.validations else "validations"
+        raise ValueError(
+            f"train.{key}: 0, and train.lr is a list. Expected more than 0, as the validation loss chooses "
+            f"the rate. Raise train.{key}, or give one rate."
+        )
 
 
 def _with_later_keys(content: Mapping[str, Any]) -> dict[str, Any]:
