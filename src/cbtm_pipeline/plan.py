@@ -13,7 +13,7 @@ dense-large has twice the layers of an expert, and so about the parameters of tw
 from scratch, and spends the training FLOPs of the seed and of all experts together.
 
 Neither dense, dense-large nor the seed depends on k. Where batch_size / k is not whole, the batch is rounded,
-and the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts together.
+and the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts.
 """
 
 import dataclasses

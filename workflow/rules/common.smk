@@ -1,6 +1,7 @@
 # What all rules share: the validated config, the experts, the environment of the jobs.
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ include: "environment.smk"
 
 
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import plan, preview
+from cbtm_pipeline import plan, plan_search, preview
 from cbtm_pipeline.inference import harness
 from cbtm_pipeline.provenance import kept, records, stale
 from cbtm_pipeline.base import cli, lock, printable, read_yaml, trust
@@ -38,6 +39,9 @@ RUN_CONFIG = f"{OUT}/config.json"
 PLANNED = f"{OUT}/{content.PLANNED}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
 EXPERTS = plan.trained(CONFIG)
+TRAININGS = list(plan.trainings(CONFIG))
+SEARCHED = plan.searched(CONFIG)
+ADOPTED = [name for names in SEARCHED.values() for name in names]
 TASK_MODELS = stale.task_models(CONFIG)
 MANIFESTS = {
     "corpus": "shards/manifest.json",
@@ -114,7 +118,7 @@ def before_start():
     content.write_planned(CORPUS_FILES, Path(PLANNED))
     kept.keep(Path(OUT), start().run)
     if stale.Job("eval_ensemble") in start().run and is_whole():
-        kept.put_away(Path(OUT), EXPERTS, stale.packs(CONFIG))
+        kept.put_away(Path(OUT), plan.folders(CONFIG), stale.packs(CONFIG))
     if stale.Job("report") in start().run and is_whole() and not TASK_MODELS:
         kept.drop_tasks(Path(OUT))
 
@@ -160,14 +164,33 @@ def unless_done(job):
 
 
 def expert_inputs(wildcards):
-    """The data, the tokenizer and the seed model of an expert. The seed itself has no seed model."""
+    """The data, the tokenizer and the seed model of a training. Those from scratch have no seed model."""
     inputs = {
         "data": MANIFESTS[plan.data_of(wildcards.expert)[0]],
         "tokenizer": "tokenizer/tokenizer.json",
     }
-    if wildcards.expert != "seed":
+    if plan.branches(wildcards.expert):
         inputs["seed_model"] = "experts/seed/model.safetensors"
     return {name: made(output)(wildcards) for name, output in inputs.items()}
+
+
+def kind_cards(wildcards):
+    """The cards of all candidates of a kind, of which one rate is chosen."""
+    return made(*(card for name in SEARCHED[wildcards.kind] for card in candidate_cards(name)))(wildcards)
+
+
+def expert_cards(wildcards):
+    """The cards of the candidates of an expert."""
+    return made(*candidate_cards(wildcards.expert))(wildcards)
+
+
+def candidate_cards(expert):
+    return [f"experts/{name}/card.json" for name in plan_search.candidates(CONFIG, expert)]
+
+
+def choice_of(wildcards):
+    """The choice of the rate of an expert."""
+    return made(f"search/{plan_search.kind(wildcards.expert)}.json")(wildcards)
 
 
 def task_model(wildcards):

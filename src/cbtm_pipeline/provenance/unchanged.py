@@ -13,9 +13,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config
 from cbtm_pipeline.base import cli
-from cbtm_pipeline.provenance import kept, records, stale
+from cbtm_pipeline.provenance import chosen, kept, records, stale
 from cbtm_pipeline.provenance.stale import Job
 
 
@@ -27,10 +27,9 @@ def is_done(cfg: config.Config, job: Job) -> bool:
         return records.read(outdir, rule, expert)
 
     try:
-        expected = stale.identities(cfg, job, read)
+        expected, made_with = stale.identities(cfg, job, read), chosen.content(cfg, *job, read)
     except stale.DAMAGED:  # the command says what is wrong with its inputs
         return False
-    made_with = plan.content(cfg, *job)
     return expected is not None and kept.give_back(outdir, job, made_with, expected)
 
 
