@@ -20,14 +20,15 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, documents, scored, sweep, switches, systems, verdict
+from cbtm_pipeline.mixture import bootstrap, documents, scored, search, sweep, switches, systems, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
-from cbtm_pipeline.provenance import made_from
+from cbtm_pipeline.provenance import chosen, made_from
 
 TABLE = "table.txt"  # beside metrics.json
+SEARCH = ("chosen", "candidates")  # what metrics.json says of the search for a rate
 Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert
 
 
@@ -39,9 +40,15 @@ class Models(NamedTuple):
 
 
 def evaluate(
-    cfg: config.Config, held_out: Scored, cards: Cards, models: Models | None = None
+    cfg: config.Config,
+    held_out: Scored,
+    cards: Cards,
+    models: Models | None = None,
+    choices: chosen.Choices | None = None,
 ) -> dict[str, Any]:
-    """Return the content of metrics.json without its meta record. `models` are there with eval.merge.
+    """Return the content of metrics.json without its meta record.
+
+    `models` are there with eval.merge, `choices` where train.lr is a list.
 
     Raises ValueError when there are too few documents to calibrate on.
     """
@@ -56,6 +63,9 @@ def evaluate(
         dense=dense,
         randoms=plans.random_experts(cfg),
         train_flops={name: card["train_flops"] for name, card in cards.items()},
+        n_parameters={name: card["n_parameters"] for name, card in cards.items()},
+        unbranched=frozenset(name for name in cards if not plans.branches(name)),
+        search_flops=chosen.search_flops(cfg, cards, choices or {}),
         grid=sweep.Grid(
             *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
             *(plan.hysteresis, plan.fix_after),
@@ -82,6 +92,9 @@ def evaluate(
     }
     metrics |= _shown(metrics, reported, np.flatnonzero(~is_calibration_D))
     metrics["warnings"] = verdict.at_the_ends(verdict.headline(metrics), plan.content())
+    if choices:
+        metrics["search"] = {kind: {key: c[key] for key in SEARCH} for kind, c in choices.items()}
+        metrics["warnings"] += search.at_the_ends(metrics["search"])
     if models:
         from cbtm_pipeline.inference import merging  # only here: it needs torch
 
@@ -220,7 +233,8 @@ def _matrix(experts: list[str], reported: Scored) -> dict[str, Any]:
 def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
     """Training FLOPs of the seed, of the experts and of each control, and the FLOPs of inference.
 
-    `forward_per_token` is the forward pass of one model over one token: a third of its training FLOPs.
+    `forward_per_token` is the forward pass of one model over one token: a third of its training FLOPs. That
+    of dense-large, a larger model, stands apart.
     """
     groups = {
         "seed": ["seed"],
@@ -230,7 +244,10 @@ def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
     if random_experts := plans.random_experts(cfg):
         groups["random"] = random_experts
     flops = {group: sum(cards[name]["train_flops"] for name in names) for group, names in groups.items()}
-    return {**flops, "forward_per_token": cards["seed"]["flops_per_token"] / 3}
+    forward = {"forward_per_token": cards["seed"]["flops_per_token"] / 3}
+    if plans.LARGE in cards:
+        forward[f"forward_per_token_{plans.LARGE}"] = cards[plans.LARGE]["flops_per_token"] / 3
+    return {**flops, **forward}
 
 
 def check_data(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
@@ -291,6 +308,9 @@ def main(argv: list[str] | None = None) -> None:
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
     p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
+    p.add_argument(
+        "--choices", type=Path, nargs="*", default=[], help="search/*.json; needed where train.lr is a list"
+    )
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -298,7 +318,8 @@ def main(argv: list[str] | None = None) -> None:
 
     experts, k = plans.trained(cfg), cfg.cluster.k
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
-    expected = scored.Expected(cfg.outdir, experts, k, route, score)
+    branched = [name for name in experts if plans.branches(name)]
+    expected = scored.Expected(cfg.outdir, experts, branched, k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
     check_data(found, args.experts, args.clusters)
     models = None
@@ -306,11 +327,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.shards is None:
             p.error("--shards: expected with eval.merge.")
         models = read_models(args.shards, found.distances["made_from"]["held_out"], cfg, found, args.experts)
-    metrics = evaluate(cfg, found.scored, found.cards, models)
+    choices = chosen.read(cfg, args.choices, found.cards)
+    metrics = evaluate(cfg, found.scored, found.cards, models, choices)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")
-    identities = made_from.eval_ensemble(found.distances, found.scores)
+    identities = made_from.eval_ensemble(found.distances, found.scores, choices)
     by_document_path = args.out.with_name(documents.NAME)
     documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities)
     beside = {"table": artifact.identity(args.out.with_name(TABLE))}
