@@ -28,7 +28,6 @@ from cbtm_pipeline.plan import EvalPlan
 from cbtm_pipeline.provenance import chosen, made_from
 
 TABLE = "table.txt"  # beside metrics.json
-SEARCH = ("chosen", "candidates")  # what metrics.json says of the search for a rate
 Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert
 
 
@@ -56,21 +55,7 @@ def evaluate(
     is_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
     calibration = held_out.take(np.flatnonzero(is_calibration_D))
     reported = held_out.take(np.flatnonzero(~is_calibration_D))
-    inputs = systems.Inputs(
-        calibration=calibration,
-        reported=reported,
-        clusters=plans.cluster_experts(cfg),
-        dense=dense,
-        randoms=plans.random_experts(cfg),
-        train_flops={name: card["train_flops"] for name, card in cards.items()},
-        n_parameters={name: card["n_parameters"] for name, card in cards.items()},
-        unbranched=frozenset(name for name in cards if not plans.branches(name)),
-        search_flops=chosen.search_flops(cfg, cards, choices or {}),
-        grid=sweep.Grid(
-            *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
-            *(plan.hysteresis, plan.fix_after),
-        ),
-    )
+    inputs = _inputs(cfg, calibration, reported, cards, choices or {})
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)
     rows = _complete_rows(plan, reported, dense, list(partial_rows), nll_DS)
@@ -86,14 +71,14 @@ def evaluate(
         "dense": cfg.train.dense,
         "systems": rows,
         "comparisons": _comparisons(plan, reported, rows, nll_DS),
-        "matrix": _matrix(plans.cluster_experts(cfg), reported),
+        "matrix": systems.matrix(plans.cluster_experts(cfg), reported),
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
     metrics |= _shown(metrics, reported, np.flatnonzero(~is_calibration_D))
     metrics["warnings"] = verdict.at_the_ends(verdict.headline(metrics), plan.content())
     if choices:
-        metrics["search"] = {kind: {key: c[key] for key in SEARCH} for kind, c in choices.items()}
+        metrics["search"] = chosen.shown(choices)
         metrics["warnings"] += search.at_the_ends(metrics["search"])
     if models:
         from cbtm_pipeline.inference import merging  # only here: it needs torch
@@ -103,6 +88,28 @@ def evaluate(
         about = calibration, reported, documents, models.folders, score.context, score.stride
         metrics["merge"] = merging.compare(metrics, *about)
     return {**metrics, "verdict": verdict.sentences(metrics)}
+
+
+def _inputs(
+    cfg: config.Config, calibration: Scored, reported: Scored, cards: Cards, choices: chosen.Choices
+) -> systems.Inputs:
+    """What the systems are made of. The sweep tries the settings of section route."""
+    plan = plans.eval_ensemble(cfg)
+    return systems.Inputs(
+        calibration=calibration,
+        reported=reported,
+        clusters=plans.cluster_experts(cfg),
+        dense=plans.dense_experts(cfg),
+        randoms=plans.random_experts(cfg),
+        train_flops={name: card["train_flops"] for name, card in cards.items()},
+        n_parameters={name: card["n_parameters"] for name, card in cards.items()},
+        unbranched=frozenset(name for name in cards if not plans.branches(name)),
+        search_flops=chosen.search_flops(cfg, cards, choices),
+        grid=sweep.Grid(
+            *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
+            *(plan.hysteresis, plan.fix_after),
+        ),
+    )
 
 
 def read_models(
@@ -204,30 +211,6 @@ def _comparisons(
         for n_before, s in enumerate(headlines)
         for r in [*headlines[:n_before], *references]
     ]
-
-
-def _matrix(experts: list[str], reported: Scored) -> dict[str, Any]:
-    """Perplexity of each cluster expert and of dense on the reported documents of each cluster.
-
-    It is null for a cluster without reported documents.
-    """
-    k = len(experts)
-    n_tokens_K = np.bincount(reported.cluster_D, weights=reported.n_tokens_D, minlength=k)
-
-    def per_cluster(name: str) -> list[float | None]:
-        nll_K = np.bincount(reported.cluster_D, weights=expert_nll(reported, name), minlength=k)
-        return [
-            math.exp(nll / n) if n else None
-            for nll, n in zip(nll_K.tolist(), n_tokens_K.tolist(), strict=True)
-        ]
-
-    return {
-        "experts": experts,
-        "perplexity": [per_cluster(name) for name in experts],
-        "dense": per_cluster("dense"),
-        "n_documents": np.bincount(reported.cluster_D, minlength=k).tolist(),
-        "n_tokens": n_tokens_K.astype(int).tolist(),
-    }
 
 
 def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:

@@ -38,7 +38,11 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
     "eval_task": ("eval",),
 }
 NAMES = {"rng_seed": "seed", "context": "train.seq_len", "model": "model.pretrained"}  # other fields
-DERIVED = {"n_steps": "steps", "batch_size": "sequences per step"}  # from train.steps, batch_size, cluster.k
+DERIVED = {  # from train.steps, batch_size, cluster.k and lr
+    "n_steps": "steps",
+    "batch_size": "sequences per step",
+    "candidate": "search for a rate",
+}
 LOG_TAIL = 1 << 16  # bytes at the end of a training's log: about 400 steps
 OTHERS = ("all", "demo_corpus")  # rules that no record belongs to
 SHOWN = 6  # changes and reasons that are shown

@@ -3,6 +3,7 @@
 Shapes: D reported documents, K cluster experts.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,6 +163,30 @@ def _oracle(inputs: Inputs) -> System:
     logprob_N = ensemble.oracle(reported.logprob_NK, reported.offsets)
     row = {"system": "oracle", "k": inputs.k, **inputs.cost(inputs.clusters, None)}
     return row, -ensemble.document_sums(logprob_N, reported.offsets)
+
+
+def matrix(experts: list[str], reported: Scored) -> dict[str, Any]:
+    """Perplexity of each cluster expert and of dense on the reported documents of each cluster.
+
+    It is null for a cluster without reported documents.
+    """
+    k = len(experts)
+    n_tokens_K = np.bincount(reported.cluster_D, weights=reported.n_tokens_D, minlength=k)
+
+    def per_cluster(name: str) -> list[float | None]:
+        nll_K = np.bincount(reported.cluster_D, weights=expert_nll(reported, name), minlength=k)
+        return [
+            math.exp(nll / n) if n else None
+            for nll, n in zip(nll_K.tolist(), n_tokens_K.tolist(), strict=True)
+        ]
+
+    return {
+        "experts": experts,
+        "perplexity": [per_cluster(name) for name in experts],
+        "dense": per_cluster("dense"),
+        "n_documents": np.bincount(reported.cluster_D, minlength=k).tolist(),
+        "n_tokens": n_tokens_K.astype(int).tolist(),
+    }
 
 
 def _held_out(documents: Scored, experts: list[str]) -> HeldOut:

@@ -81,3 +81,8 @@ def search_flops(cfg: Config, cards: Mapping[str, dict[str, Any]], choices: Choi
         whole = sum(row["train_flops"] for row in choices[kind]["candidates"])
         flops |= dict.fromkeys(names, whole / len(names))
     return flops
+
+
+def shown(choices: Choices) -> dict[str, Any]:
+    """What metrics.json says of the search, by kind: the chosen rate, and what each candidate came to."""
+    return {kind: {key: one[key] for key in ("chosen", "candidates")} for kind, one in choices.items()}
