@@ -291,9 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
     p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
-    p.add_argument(
-        "--choices", type=Path, nargs="*", default=[], help="search/*.json; needed where train.lr is a list"
-    )
+    p.add_argument("--choices", type=Path, nargs="*", default=[], help="search/*.json, if train.lr is a list")
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -301,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
 
     experts, k = plans.trained(cfg), cfg.cluster.k
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
-    branched = [name for name in experts if plans.branches(name)]
+    branched = list(filter(plans.branches, experts))
     expected = scored.Expected(cfg.outdir, experts, branched, k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
     check_data(found, args.experts, args.clusters)
@@ -320,8 +318,9 @@ def main(argv: list[str] | None = None) -> None:
     documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities)
     beside = {"table": artifact.identity(args.out.with_name(TABLE))}
     beside["documents"] = artifact.identity(by_document_path)
-    files = [TABLE, documents.NAME]
-    meta = artifact.make_meta("metrics", identities, plans.eval_ensemble(cfg).content(), files=files)
+    meta = artifact.make_meta(
+        "metrics", identities, plans.eval_ensemble(cfg).content(), files=[TABLE, documents.NAME]
+    )
     artifact.write_sealed(args.out, {**meta, **beside, **metrics})
     for warning in metrics["warnings"]:
         cli.log.warning("%s", warning)
