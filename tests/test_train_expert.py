@@ -237,14 +237,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(outdir):
 
 
 def test_a_candidate_that_diverges_is_published_without_a_validation_loss(outdir):
-    cfg = made.make_config(lr=[0.01, 1e30], validations=2, run=made.NOW)
-    where = made.files(outdir, "0", to="diverged")
-    made.train(cfg, where, "0@1e+30")
+    cfg = made.make_config(lr=[0.01, 1e30], validations=2, validation_share=0.3, run=made.NOW)
+    where = made.files(outdir, "dense", to="diverged")
+    made.train(cfg, where, "dense@1e+30")
     card = artifact.read_sealed(where.out.with_name("card.json"), "expert")
     assert card["diverged"] and card["validation_loss"] is None and card["n_steps"] < 10
-    assert card["expert"] == "0" and card["made_with"]["lr"] == 1e30
-    made.train(cfg, made.files(outdir, "0", to="good"), "0@0.01")
-    good = artifact.read_sealed(outdir / "good/0/card.json", "expert")
+    assert card["expert"] == "dense" and card["made_with"]["lr"] == 1e30
+    made.train(cfg, made.files(outdir, "dense", to="good"), "dense@0.01")
+    good = artifact.read_sealed(outdir / "good/dense/card.json", "expert")
     assert good["validation_loss"] and good["n_validation_tokens"] > 0 and "diverged" not in good
 
 

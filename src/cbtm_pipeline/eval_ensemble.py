@@ -297,10 +297,9 @@ def main(argv: list[str] | None = None) -> None:
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
 
-    experts, k = plans.trained(cfg), cfg.cluster.k
+    experts, branched = plans.trained(cfg), list(filter(plans.branches, plans.trained(cfg)))
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
-    branched = list(filter(plans.branches, experts))
-    expected = scored.Expected(cfg.outdir, experts, branched, k, route, score)
+    expected = scored.Expected(cfg.outdir, experts, branched, cfg.cluster.k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
     check_data(found, args.experts, args.clusters)
     models = None

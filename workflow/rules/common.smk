@@ -176,7 +176,9 @@ def expert_inputs(wildcards):
 
 def kind_cards(wildcards):
     """The cards of all candidates of a kind, of which one rate is chosen."""
-    return made(*(card for name in SEARCHED[wildcards.kind] for card in candidate_cards(name)))(wildcards)
+    return made(
+        *(card for name in SEARCHED[wildcards.kind] for card in candidate_cards(name))
+    )(wildcards)
 
 
 def expert_cards(wildcards):
@@ -185,7 +187,9 @@ def expert_cards(wildcards):
 
 
 def candidate_cards(expert):
-    return [f"experts/{name}/card.json" for name in plan_search.candidates(CONFIG, expert)]
+    return [
+        f"experts/{name}/card.json" for name in plan_search.candidates(CONFIG, expert)
+    ]
 
 
 def choice_of(wildcards):
