@@ -18,7 +18,7 @@ import numpy as np
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.errors import run_again
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import bootstrap, documents, scored, search, sweep, switches, systems, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
@@ -44,6 +44,7 @@ def evaluate(
     cards: Cards,
     models: Models | None = None,
     choices: chosen.Choices | None = None,
+    n_threads: int = 1,
 ) -> dict[str, Any]:
     """Return the content of metrics.json without its meta record.
 
@@ -55,7 +56,7 @@ def evaluate(
     is_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
     calibration = held_out.take(np.flatnonzero(is_calibration_D))
     reported = held_out.take(np.flatnonzero(~is_calibration_D))
-    inputs = _inputs(cfg, calibration, reported, cards, choices or {})
+    inputs = _inputs(cfg, calibration, reported, cards, choices or {}, n_threads)
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)
     rows = _complete_rows(plan, reported, dense, list(partial_rows), nll_DS)
@@ -91,7 +92,12 @@ def evaluate(
 
 
 def _inputs(
-    cfg: config.Config, calibration: Scored, reported: Scored, cards: Cards, choices: chosen.Choices
+    cfg: config.Config,
+    calibration: Scored,
+    reported: Scored,
+    cards: Cards,
+    choices: chosen.Choices,
+    n_threads: int,
 ) -> systems.Inputs:
     """What the systems are made of. The sweep tries the settings of section route."""
     plan = plans.eval_ensemble(cfg)
@@ -109,6 +115,7 @@ def _inputs(
             *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
             *(plan.hysteresis, plan.fix_after),
         ),
+        n_threads=n_threads,
     )
 
 
@@ -261,7 +268,7 @@ def check_data(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Pa
             weights = by_name.get(name, Path(name, "card.json")).with_name("model.safetensors")
             raise ValueError(
                 f"{weights}: trained on other documents than cluster {group} of {path}. "
-                f"Expected that cluster. {make_again(weights)}"
+                f"Expected that cluster. {run_again(weights)}"
             )
 
 
@@ -292,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
     p.add_argument("--choices", type=Path, nargs="*", default=[], help="search/*.json, if train.lr is a list")
+    p.add_argument("--threads", type=cli.whole, default=1, help="threads; no number depends on it")
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -308,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
             p.error("--shards: expected with eval.merge.")
         models = read_models(args.shards, found.distances["made_from"]["held_out"], cfg, found, args.experts)
     choices = chosen.read(cfg, args.choices, found.cards)
-    metrics = evaluate(cfg, found.scored, found.cards, models, choices)
+    metrics = evaluate(cfg, found.scored, found.cards, models, choices, args.threads)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")

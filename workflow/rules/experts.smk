@@ -3,6 +3,7 @@
 rule train_expert:
     input:
         unpack(expert_inputs),
+        lender=lender("train_expert"),
     output:
         weights=f"{OUT}/experts/{{expert}}/model.safetensors",
         card=report(
@@ -36,6 +37,10 @@ rule train_expert:
         " --threads {threads} --log {log:q}"
 
 
+# In a study, some runs may search rates and others not: then both rules could make the same name.
+ruleorder: adopt > train_expert
+
+
 # Where train.lr is a list, the trainings above are candidates. Then these two run on this machine, as they take no time.
 rule choose:
     input:
@@ -45,7 +50,7 @@ rule choose:
     log:
         f"{OUT}/logs/choose/{{kind}}.log",
     wildcard_constraints:
-        kind="|".join(SEARCHED) or "none",
+        kind="|".join(KINDS) or "none",
     conda:
         CONDA
     params:
@@ -77,6 +82,7 @@ rule adopt:
         f"{OUT}/logs/adopt/{{expert}}.log",
     wildcard_constraints:
         expert="|".join(ADOPTED) or "none",
+        run="|".join(map(re.escape, SEARCHING)) or "none",
     conda:
         CONDA
     shell:
@@ -88,6 +94,7 @@ rule score_expert:
     input:
         expert=made("experts/{expert}/model.safetensors"),
         shards=made("shards/manifest.json"),
+        lender=lender("score_expert"),
     output:
         f"{OUT}/scores/{{expert}}.npz",
     log:

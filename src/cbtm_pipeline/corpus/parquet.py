@@ -66,8 +66,8 @@ def columns(
 
     Raises ValueError without text column.
     """
-    take_text = _column(schema, text_field)
-    take_id = None if id_field is None else _column(schema, id_field)
+    take_text = _column(path, schema, text_field)
+    take_id = None if id_field is None else _column(path, schema, id_field)
     if take_text is None:
         raise ValueError(
             f"{path}: no column {text_field}. Expected one of its columns, {', '.join(schema.names)}. "
@@ -78,14 +78,21 @@ def columns(
     return {"text": take_text, "id": take_id}, [text_field, str(id_field)]
 
 
-def _column(schema: pa.Schema, field: str) -> _Take | None:
-    """How to take a column out of a batch; None where the schema lacks it.
+def _column(where: Path, schema: pa.Schema, field: str) -> _Take | None:
+    """How to take a column out of a batch; None where the schema lacks it. ValueError if it is there twice.
 
     The field is the name of a column, or `a.b` for field b of column a.
     """
+    top, *path = field.split(".")
+    if field in schema.names:
+        top, path = field, []
+    if schema.names.count(top) > 1:
+        raise ValueError(
+            f"{where}: {schema.names.count(top)} columns {top}. Expected one. Rename the others, or name"
+            " another column in corpus.text_field or corpus.id_field."
+        )
     if field in schema.names:
         return lambda batch: batch.column(field)
-    top, *path = field.split(".")
     found = schema.field(top).type if path and top in schema.names else None
     for name in path:
         found = (

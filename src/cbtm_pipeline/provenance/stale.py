@@ -19,6 +19,7 @@ from cbtm_pipeline.mixture.routers import ROUTERS
 from cbtm_pipeline.provenance import chosen, made_from, records, task_files
 from cbtm_pipeline.provenance.records import DAMAGED, Read
 
+OF_CORPUS = ("tokenizer", "shard")  # rules that read the corpus
 DEMO = "demo/corpus.jsonl.zst"  # below the outdir: the file that builtin:demo stands for
 
 
@@ -128,21 +129,22 @@ def task_models(cfg: Config) -> dict[str, Job]:
     return {name: Job("train_expert", name) for name in names} | dict.fromkeys(ensembles, Job("ensemble"))
 
 
-def look(cfg: Config) -> States:
+def look(cfg: Config, reads_corpus: bool = True) -> States:
     """The state of every job. Reads the records in the outdir, and corpus files that look changed.
 
-    Raises ValueError for tasks that cannot be run here.
+    Without `reads_corpus`, the corpus may be gone: it counts as what it was. Raises ValueError for tasks that
+    cannot be run here.
     """
     task_files.check(cfg.eval.tasks)
     outdir, states = Path(cfg.outdir), {}
     for job, inputs in jobs(cfg).items():
         downstream = any(states[i].runs and not spares(job, i, states) for i in inputs)
         record, reasons = _read(outdir, job)
-        if record is not None and not (
-            downstream and chosen.is_adopted(cfg, *job)
-        ):  # its rate may become another one
+        # the rate of an adopted expert may become another one
+        if record is not None and not (downstream and chosen.is_adopted(cfg, *job)):
             reasons += _plan_reasons(cfg, job, record, states)
-            reasons += [] if downstream else _input_reasons(cfg, job, record, states)
+            if not downstream and (reads_corpus or job.rule not in OF_CORPUS):
+                reasons += _input_reasons(cfg, job, record, states)
         states[job] = State(reasons, downstream, record)
     return states
 
