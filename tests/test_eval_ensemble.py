@@ -1,5 +1,6 @@
 """The rule from files to metrics.json and table.txt, on made-up runs."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -9,11 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config, eval_ensemble, plan
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import verdict
-from made_run import QUICK, Files, evaluate, make, make_config
+from made_run import QUICK, Files, evaluate, make, make_config, make_report_inputs, render, run_rule
 from resealed import change_json, change_npz
 
 
@@ -248,3 +249,64 @@ def test_the_documents_give_the_perplexities_of_the_systems(run: Files):
     before = path.read_bytes()
     evaluate(run)
     assert path.read_bytes() == before
+
+
+def write_choices(folder: Path, cfg: config.Config, files: Files) -> list[str]:
+    """Write the choices of a search between 0.1 and 0.2. The cards of the run are those of 0.1."""
+    paths = []
+    for kind, names in plan.searched(cfg).items():
+        cards = {name: artifact.read_sealed(files.cards[name], "expert") for name in names}
+        flops = sum(card["train_flops"] for card in cards.values())
+        tried = [
+            {"lr": 0.1, "validation_loss": 2.0, "train_flops": flops},
+            {"lr": 0.2, "validation_loss": 3.0, "train_flops": 2 * flops},
+        ]
+        origin = {f"{name}@0.1": card["seal"] for name, card in cards.items()}
+        meta = artifact.make_meta("choice", origin, {"rates": [0.1, 0.2]}, chosen=0.1, candidates=tried)
+        artifact.write_sealed(folder / f"{kind}.json", meta)
+        paths.append(str(folder / f"{kind}.json"))
+    return paths
+
+
+def test_the_search_and_a_larger_dense_model_are_in_the_result(tmp_path: Path, capsys: pytest.CaptureFixture):
+    train = {"lr": [0.1, 0.2], "controls": ["dense-steps", "dense-large"]}
+    cfg = make_config(outdir=str(tmp_path), cluster={"k": 3}, train=train, **QUICK)
+    files = make(tmp_path, cfg)
+    paths = write_choices(tmp_path / "search", cfg, files)
+    run_rule(eval_ensemble.main, [*files.arguments(), "--choices", *paths])
+    metrics = json.loads(files.out.read_text())
+    cards = {name: artifact.read_sealed(path, "expert") for name, path in files.cards.items()}
+    own = {row["system"]: row for row in metrics["systems"]}
+    assert own["dense-large"]["train_flops"] == cards["dense-large"]["train_flops"], "it needs no seed"
+    assert own["dense"]["train_flops"] == cards["dense"]["train_flops"] + cards["seed"]["train_flops"]
+    for row in metrics["systems"]:
+        assert row["search_flops"] == pytest.approx(3 * row["train_flops"])
+        assert set(row["ratios"]) == {"dense", "dense-steps", "dense-large"}
+        assert all(ratio["ci95"] for ratio in row["ratios"].values())
+        n_models = row["k"] if row["system"] in {"ensemble", "uniform", "oracle"} else 1
+        assert row["n_parameters"] == 10**6 * n_models
+        assert row["n_active_parameters"] == (None if row["n_active"] is None else 10**6 * row["n_active"])
+    assert metrics["search"]["experts"]["chosen"] == 0.1 and len(metrics["search"]) == 5
+    table = " ".join(files.out.with_name("table.txt").read_text().split())
+    assert "of 0.1, 0.2: seed 0.1, experts 0.1, dense 0.1, dense-steps 0.1, dense-large 0.1." in table
+    assert "is the smallest that was tried: smaller ones may be better. Add some to train.lr." in table
+    assert "dense-large (twice the layers, from scratch" in table
+    page = render([*make_report_inputs(files)])
+    assert "Search for learning rates" in page and "dense-large, per token" in page
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_rule(eval_ensemble.main, files.arguments())
+    assert "--choices: no seed.json. Expected that of each kind of model." in capsys.readouterr().err
+
+
+def test_the_headline_compares_with_dense_large_where_that_is_the_strongest(tmp_path: Path):
+    train = {"controls": ["dense-steps", "dense-large"]}
+    cfg = make_config(outdir=str(tmp_path), cluster={"k": 3}, train=train, **QUICK)
+    files = make(tmp_path, cfg)
+    logprob_N = artifact.read_npz(files.scores["dense-large"], "scores")[0]["logprob_N"]
+    change_npz(
+        files.scores["dense-large"], "scores", logprob_N=np.minimum(logprob_N + 2, 0).astype(np.float32)
+    )
+    metrics = evaluate(files)
+    assert verdict.strongest_dense(metrics) == "dense-large"
+    assert "against dense-large (twice the layers, from scratch" in metrics["verdict"][0]

@@ -62,6 +62,40 @@ def test_seed_share() -> None:
     assert plan.train_expert(validated(model__pretrained="gpt2"), "seed").n_steps == 0
 
 
+def test_dense_large_spends_what_seed_and_experts_spend_and_does_not_depend_on_k() -> None:
+    c = validated(train__controls=["dense-large"], train__seed_share=0.6, train__seed_batch_size=7)
+    large, seed = plan.train_expert(c, "dense-large"), plan.train_expert(c, "seed")
+    total = seed.n_steps * seed.batch_size + c.train.steps * c.train.batch_size
+    assert abs(large.n_steps * large.batch_size - total) <= large.batch_size  # of an expert's size: one step
+    more = {"train__controls": ["dense-large"], "train__seed_share": 0.6, "train__seed_batch_size": 7}
+    assert plan.train_expert(validated(**more, cluster__k=9), "dense-large") == large
+    assert [name for name in plan.experts(c) if not plan.branches(name)] == ["dense-large"]
+
+
+def test_every_rate_of_a_search_is_a_training_that_differs_in_nothing_else() -> None:
+    c = validated(train__lr=[0.02, 0.004], cluster__k=2, train__controls=["random", "dense-large"])
+    found = plan.trainings(c)
+    assert list(found)[:4] == ["seed@0.004", "seed@0.02", "0@0.004", "0@0.02"]
+    assert len(found) == 2 * len(plan.trained(c))
+    for name, p in found.items():
+        expert, _, rate = name.partition("@")
+        assert (p.expert, p.lr, p.candidate) == (expert, float(rate), True)
+        assert dataclasses.replace(p, lr=0.004) == found[f"{expert}@0.004"]
+        assert plan.data_of(name) == plan.data_of(expert)
+    kinds = {"seed": ["seed"], "experts": ["0", "1"], "dense": ["dense"], "dense-large": ["dense-large"]}
+    assert plan.searched(c) == {**kinds, "random": ["random-0", "random-1"]}
+
+
+def test_a_seed_that_is_not_trained_has_no_rate_to_search() -> None:
+    c = validated(train__lr=[0.02, 0.004], model__pretrained="me/model", train__controls=[])
+    assert "seed" not in plan.searched(c) and list(plan.trainings(c))[:2] == ["seed", "0@0.004"]
+
+
+def test_one_rate_is_no_search_and_leaves_plans_as_they_were() -> None:
+    assert plans(validated(train__lr=[0.008])) == plans(validated(train__lr=0.008))
+    assert "candidate" not in plan.content(validated(), "train_expert", "0")
+
+
 def test_experts_are_listed_once_each() -> None:
     c = validated(train__controls=["dense-batch", "dense-steps", "random"], cluster__k=2)
     assert plan.experts(c) == ["0", "1", "dense", "dense-steps", "random-0", "random-1"]

@@ -75,10 +75,12 @@ def test_every_number_of_the_systems_is_there(made: Made):
             *(verdict.short(row[key]) for key in ("temperature", "epsilon", "beta")),
             *(verdict.short(row[key]) for key in ("hysteresis", "fix_after")),
             "–" if row["n_active"] is None else str(row["n_active"]),
+            str(page.count(row["n_parameters"])),
+            "–" if row["n_active"] is None else str(page.count(row["n_active_parameters"])),
             verdict.short(row["passes"]) or "–",
             str(page.flops(row["train_flops"])),
         ]
-        assert expected in [cells[i + 1 : i + 13] for i in at]
+        assert expected in [cells[i + 1 : i + 15] for i in at]
     for line in [*made.metrics["matrix"]["perplexity"], made.metrics["matrix"]["dense"]]:
         assert set(map(page.decimals, line)) <= set(cells)
 

@@ -119,14 +119,19 @@ def test_stages_are_the_rules_of_the_workflow():
     files = (ROOT / "workflow/rules").glob("*.smk")
     text = "".join(path.read_text() for path in files)
     rules = dict(zip(*[iter(re.split(r"^rule (\w+):", text, flags=re.M)[1:])] * 2, strict=True))
-    assert rules.keys() == {*status.OUTPUTS, "train_expert"} == {*records.PLACES, "demo_corpus"}
+    assert rules.keys() == {*status.OUTPUTS, "train_expert", "adopt"}
+    assert rules.keys() - {"adopt"} == {*records.PLACES, "demo_corpus"}  # adopt makes what train_expert makes
     for rule in status.OUTPUTS:
-        assert f'f"{{OUT}}/logs/{rule}{"/{{expert}}" if rule in status.OF_MANY else ""}.log"' in rules[rule]
+        wildcard = "/{{kind}}" if rule == "choose" else "/{{expert}}" if rule in status.OF_MANY else ""
+        assert f'f"{{OUT}}/logs/{rule}{wildcard}.log"' in rules[rule]
     assert 'f"{OUT}/logs/train_expert/{{expert}}.log"' in rules["train_expert"]
     assert status.OUTPUTS["demo_corpus"] == stale.DEMO
     for rule, place in records.PLACES.items():
         for output in place.outputs:
-            assert f'f"{{OUT}}/{output.replace("{}", "{{expert}}")}"' in rules[rule]
+            wildcard = "{{kind}}" if rule == "choose" else "{{expert}}"
+            assert f'f"{{OUT}}/{output.replace("{}", wildcard)}"' in rules[rule]
+    for output in records.PLACES["train_expert"].outputs:
+        assert f'f"{{OUT}}/{output.replace("{}", "{{expert}}")}"' in rules["adopt"]
         assert rule == "train_expert" or status.OUTPUTS[rule] == place.outputs[0]
 
 

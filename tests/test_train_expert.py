@@ -236,6 +236,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(outdir):
     assert not where.out.exists()
 
 
+def test_a_candidate_that_diverges_is_published_without_a_validation_loss(outdir):
+    cfg = made.make_config(lr=[0.01, 1e30], validations=2, validation_share=0.3, run=made.NOW)
+    where = made.files(outdir, "dense", to="diverged")
+    made.train(cfg, where, "dense@1e+30")
+    card = artifact.read_sealed(where.out.with_name("card.json"), "expert")
+    assert card["diverged"] and card["validation_loss"] is None and card["n_steps"] < 10
+    assert card["expert"] == "dense" and card["made_with"]["lr"] == 1e30
+    made.train(cfg, made.files(outdir, "dense", to="good"), "dense@0.01")
+    good = artifact.read_sealed(outdir / "good/dense/card.json", "expert")
+    assert good["validation_loss"] and good["n_validation_tokens"] > 0 and "diverged" not in good
+
+
+def test_dense_large_needs_no_seed_and_makes_as_many_steps_as_its_flops_allow(outdir):
+    cfg = made.make_config(controls=["dense-large"])
+    where = made.files(outdir, "dense-large", to="large")
+    made.train(cfg, where, "dense-large")
+    card, planned = artifact.read_sealed(where.out.with_name("card.json"), "expert"), plan.trainings(cfg)
+    assert card["made_with"] == planned["dense-large"].content() and "seed" not in card["made_from"]
+    seed = artifact.read_sealed(outdir / "experts/seed/card.json", "expert")
+    tokens = planned["seed"].n_steps * planned["seed"].step_tokens
+    tokens += cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
+    step = card["flops_per_token"] * planned["dense-large"].step_tokens
+    assert abs(card["train_flops"] - tokens * seed["flops_per_token"]) <= step
+    assert card["n_steps"] < planned["dense-large"].n_steps and card["n_parameters"] > seed["n_parameters"]
+
+
 @pytest.mark.parametrize(("run", "n_saved"), [(made.NOW, 2), (made.NEVER, 0)])
 def test_a_training_that_lost_its_lock_writes_nothing_more(outdir, monkeypatch, run, n_saved):
     monkeypatch.setattr(lock, "_held", [])

@@ -67,6 +67,14 @@ CHANGES = {
     "embed: {windows: 2}": set(),
     "route: {window_tokens: 8}": set(),
     "train: {lr: 0.001}": TRAINING,
+    "train: {lr: [0.001, 0.002]}": each(
+        "train_expert", {f"{name}@{rate}" for name in EXPERTS | {"seed"} for rate in (0.001, 0.002)}
+    )
+    | each("adopt", EXPERTS | {"seed"})
+    | each("score_expert", EXPERTS | {"seed"})
+    | {"choose"}
+    | MERGE,
+    "train: {controls: [dense-steps, random, dense-large]}": retrained({"dense-large"}) | MERGE,
     "train: {steps: 5}": TRAINING,
     "train: {dense: steps}": retrained({"dense"}) | MERGE,
     "train: {controls: [dense-steps]}": MERGE,

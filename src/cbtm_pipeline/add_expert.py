@@ -35,6 +35,9 @@ def configured(
     given = {key: getattr(args, key) for key in CORPUS if getattr(args, key) is not None}
     values["corpus"] |= given | ({"id_field": None} if args.id_field == "null" else {})
     values["train"] |= {"steps": args.steps} if args.steps is not None else {}
+    if isinstance(cfg.train.lr, list):
+        choice = artifact.read_sealed(Path(cfg.outdir) / "search/experts.json", "choice")
+        values["train"]["lr"] = choice["chosen"]
     return config.validate({**values, "outdir": str(folder), "tags": dict(tags)})
 
 

@@ -20,6 +20,7 @@ from cbtm_pipeline.config_values import (
     Outdir,
     Paths,
     Positive,
+    Rates,
     RouterName,
     Scratch,
     Share,
@@ -104,8 +105,8 @@ class Train(_Section):
     seed_share: Annotated[Float, Field(ge=0, lt=1)]
     seed_batch_size: Count
     dense: Literal["batch", "steps"]
-    controls: list[Literal["dense-batch", "dense-steps", "random"]]
-    lr: Positive
+    controls: list[Literal["dense-batch", "dense-steps", "dense-large", "random"]]
+    lr: Rates
     schedule: Literal["linear", "cosine"]
     final_lr_ratio: Share
     warmup_ratio: Share
@@ -200,6 +201,7 @@ def validate(content: Any) -> Config:
             "training has seen would be reported on."
         )
     _check_revisions(config)
+    _check_controls(config)
     for name in config.tags.get(OF_EXPERTS, {}):
         if name not in map(str, range(config.cluster.k)):
             raise ValueError(
@@ -222,6 +224,22 @@ def _check_revisions(config: Config) -> None:
                 f"{section}.revision: {revision} without {key}. Expected the name that it belongs to. "
                 f"Set {key}, or remove {section}.revision."
             )
+
+
+def _check_controls(config: Config) -> None:
+    """Raise ValueError for a large dense model of a pretrained one, and for a search without validation."""
+    t = config.train
+    if "dense-large" in t.controls and config.model.pretrained:
+        raise ValueError(
+            f"train.controls: dense-large with model.pretrained {config.model.pretrained}. Expected a model "
+            "from scratch, as a pretrained one has no larger version here. Remove dense-large."
+        )
+    if isinstance(t.lr, list) and not (t.validations and t.validation_share):
+        key = "validation_share" if t.validations else "validations"
+        raise ValueError(
+            f"train.{key}: 0, and train.lr is a list. Expected more than 0, as the validation loss chooses "
+            f"the rate. Raise train.{key}, or give one rate."
+        )
 
 
 def _with_later_keys(content: Mapping[str, Any]) -> dict[str, Any]:

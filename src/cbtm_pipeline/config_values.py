@@ -8,7 +8,7 @@ import os
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from cbtm_pipeline.config_errors import refuse, show
@@ -33,6 +33,20 @@ Positive = Annotated[Float, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 
+
+def _differ(values: list[float]) -> list[float] | float:
+    """Refuse a rate that stands twice. A list of one rate is that rate."""
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("rates", "Input should be rates that differ")
+    return values if len(values) > 1 else values[0]
+
+
+# A learning rate, or several to search. The names of the tags are left out of messages (config_errors).
+Rates = Annotated[
+    Annotated[Positive, Tag("constrained-rate")]
+    | Annotated[list[Positive], Field(min_length=1), AfterValidator(_differ), Tag("list[rate]")],
+    Discriminator(lambda value: "list[rate]" if isinstance(value, list) else "constrained-rate"),
+]
 
 TAG_KEY = r"[^\s=:]+"
 OF_EXPERTS = "experts"  # the key of section tags that holds the tags of single experts

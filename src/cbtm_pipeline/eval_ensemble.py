@@ -20,12 +20,12 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import run_again
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, documents, scored, sweep, switches, systems, verdict
+from cbtm_pipeline.mixture import bootstrap, documents, scored, search, sweep, switches, systems, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
-from cbtm_pipeline.provenance import made_from
+from cbtm_pipeline.provenance import chosen, made_from
 
 TABLE = "table.txt"  # beside metrics.json
 Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert
@@ -39,9 +39,16 @@ class Models(NamedTuple):
 
 
 def evaluate(
-    cfg: config.Config, held_out: Scored, cards: Cards, models: Models | None = None, n_threads: int = 1
+    cfg: config.Config,
+    held_out: Scored,
+    cards: Cards,
+    models: Models | None = None,
+    choices: chosen.Choices | None = None,
+    n_threads: int = 1,
 ) -> dict[str, Any]:
-    """Return the content of metrics.json without its meta record. `models` are there with eval.merge.
+    """Return the content of metrics.json without its meta record.
+
+    `models` are there with eval.merge, `choices` where train.lr is a list.
 
     Raises ValueError when there are too few documents to calibrate on.
     """
@@ -49,19 +56,7 @@ def evaluate(
     is_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
     calibration = held_out.take(np.flatnonzero(is_calibration_D))
     reported = held_out.take(np.flatnonzero(~is_calibration_D))
-    inputs = systems.Inputs(
-        calibration=calibration,
-        reported=reported,
-        clusters=plans.cluster_experts(cfg),
-        dense=dense,
-        randoms=plans.random_experts(cfg),
-        train_flops={name: card["train_flops"] for name, card in cards.items()},
-        grid=sweep.Grid(
-            *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
-            *(plan.hysteresis, plan.fix_after),
-        ),
-        n_threads=n_threads,
-    )
+    inputs = _inputs(cfg, calibration, reported, cards, choices or {}, n_threads)
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)
     rows = _complete_rows(plan, reported, dense, list(partial_rows), nll_DS)
@@ -77,12 +72,15 @@ def evaluate(
         "dense": cfg.train.dense,
         "systems": rows,
         "comparisons": _comparisons(plan, reported, rows, nll_DS),
-        "matrix": _matrix(plans.cluster_experts(cfg), reported),
+        "matrix": systems.matrix(plans.cluster_experts(cfg), reported),
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
     metrics |= _shown(metrics, reported, np.flatnonzero(~is_calibration_D))
     metrics["warnings"] = verdict.at_the_ends(verdict.headline(metrics), plan.content())
+    if choices:
+        metrics["search"] = chosen.shown(choices)
+        metrics["warnings"] += search.at_the_ends(metrics["search"])
     if models:
         from cbtm_pipeline.inference import merging  # only here: it needs torch
 
@@ -91,6 +89,34 @@ def evaluate(
         about = calibration, reported, documents, models.folders, score.context, score.stride
         metrics["merge"] = merging.compare(metrics, *about)
     return {**metrics, "verdict": verdict.sentences(metrics)}
+
+
+def _inputs(
+    cfg: config.Config,
+    calibration: Scored,
+    reported: Scored,
+    cards: Cards,
+    choices: chosen.Choices,
+    n_threads: int,
+) -> systems.Inputs:
+    """What the systems are made of. The sweep tries the settings of section route."""
+    plan = plans.eval_ensemble(cfg)
+    return systems.Inputs(
+        calibration=calibration,
+        reported=reported,
+        clusters=plans.cluster_experts(cfg),
+        dense=plans.dense_experts(cfg),
+        randoms=plans.random_experts(cfg),
+        train_flops={name: card["train_flops"] for name, card in cards.items()},
+        n_parameters={name: card["n_parameters"] for name, card in cards.items()},
+        unbranched=frozenset(name for name in cards if not plans.branches(name)),
+        search_flops=chosen.search_flops(cfg, cards, choices),
+        grid=sweep.Grid(
+            *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
+            *(plan.hysteresis, plan.fix_after),
+        ),
+        n_threads=n_threads,
+    )
 
 
 def read_models(
@@ -194,34 +220,11 @@ def _comparisons(
     ]
 
 
-def _matrix(experts: list[str], reported: Scored) -> dict[str, Any]:
-    """Perplexity of each cluster expert and of dense on the reported documents of each cluster.
-
-    It is null for a cluster without reported documents.
-    """
-    k = len(experts)
-    n_tokens_K = np.bincount(reported.cluster_D, weights=reported.n_tokens_D, minlength=k)
-
-    def per_cluster(name: str) -> list[float | None]:
-        nll_K = np.bincount(reported.cluster_D, weights=expert_nll(reported, name), minlength=k)
-        return [
-            math.exp(nll / n) if n else None
-            for nll, n in zip(nll_K.tolist(), n_tokens_K.tolist(), strict=True)
-        ]
-
-    return {
-        "experts": experts,
-        "perplexity": [per_cluster(name) for name in experts],
-        "dense": per_cluster("dense"),
-        "n_documents": np.bincount(reported.cluster_D, minlength=k).tolist(),
-        "n_tokens": n_tokens_K.astype(int).tolist(),
-    }
-
-
 def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
     """Training FLOPs of the seed, of the experts and of each control, and the FLOPs of inference.
 
-    `forward_per_token` is the forward pass of one model over one token: a third of its training FLOPs.
+    `forward_per_token` is the forward pass of one model over one token: a third of its training FLOPs. That
+    of dense-large, a larger model, stands apart.
     """
     groups = {
         "seed": ["seed"],
@@ -231,7 +234,10 @@ def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
     if random_experts := plans.random_experts(cfg):
         groups["random"] = random_experts
     flops = {group: sum(cards[name]["train_flops"] for name in names) for group, names in groups.items()}
-    return {**flops, "forward_per_token": cards["seed"]["flops_per_token"] / 3}
+    forward = {"forward_per_token": cards["seed"]["flops_per_token"] / 3}
+    if plans.LARGE in cards:
+        forward[f"forward_per_token_{plans.LARGE}"] = cards[plans.LARGE]["flops_per_token"] / 3
+    return {**flops, **forward}
 
 
 def check_data(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
@@ -292,15 +298,16 @@ def main(argv: list[str] | None = None) -> None:
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
     p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
+    p.add_argument("--choices", type=Path, nargs="*", default=[], help="search/*.json, if train.lr is a list")
     p.add_argument("--threads", type=cli.whole, default=1, help="threads; no number depends on it")
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
 
-    experts, k = plans.trained(cfg), cfg.cluster.k
+    experts, branched = plans.trained(cfg), list(filter(plans.branches, plans.trained(cfg)))
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
-    expected = scored.Expected(cfg.outdir, experts, k, route, score)
+    expected = scored.Expected(cfg.outdir, experts, branched, cfg.cluster.k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
     check_data(found, args.experts, args.clusters)
     models = None
@@ -308,17 +315,19 @@ def main(argv: list[str] | None = None) -> None:
         if args.shards is None:
             p.error("--shards: expected with eval.merge.")
         models = read_models(args.shards, found.distances["made_from"]["held_out"], cfg, found, args.experts)
-    metrics = evaluate(cfg, found.scored, found.cards, models, args.threads)
+    choices = chosen.read(cfg, args.choices, found.cards)
+    metrics = evaluate(cfg, found.scored, found.cards, models, choices, args.threads)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")
-    identities = made_from.eval_ensemble(found.distances, found.scores)
+    identities = made_from.eval_ensemble(found.distances, found.scores, choices)
     by_document_path = args.out.with_name(documents.NAME)
     documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities)
     beside = {"table": artifact.identity(args.out.with_name(TABLE))}
     beside["documents"] = artifact.identity(by_document_path)
-    files = [TABLE, documents.NAME]
-    meta = artifact.make_meta("metrics", identities, plans.eval_ensemble(cfg).content(), files=files)
+    meta = artifact.make_meta(
+        "metrics", identities, plans.eval_ensemble(cfg).content(), files=[TABLE, documents.NAME]
+    )
     artifact.write_sealed(args.out, {**meta, **beside, **metrics})
     for warning in metrics["warnings"]:
         cli.log.warning("%s", warning)

@@ -9,22 +9,24 @@ Every phase-two system spends the same tokens, T = train.steps * train.batch_siz
     dense-batch   steps with batch_size sequences             the paper's baseline: a k times larger batch
     dense-steps   k * steps with batch_size / k sequences     an expert's batch, for k times more steps
 
-Neither the dense model nor the seed depends on k. Where batch_size / k is not whole, the batch is rounded and
-the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts together.
+dense-large has twice the layers of an expert, and so about the parameters of two active experts. It begins
+from scratch, and spends the training FLOPs of the seed and of all experts together.
+
+Neither dense, dense-large nor the seed depends on k. Where batch_size / k is not whole, the batch is rounded,
+and the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from cbtm_pipeline import plan_tasks, presets
+from cbtm_pipeline import plan_search, plan_tasks, presets
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.plan_base import EnsemblePlan, Plan
-
-Data = Literal["corpus", "clusters", "random"]
+from cbtm_pipeline.plan_training import LARGE, LARGE_DEPTH, Data, LargePlan, SeedPlan, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -118,49 +120,6 @@ class AssignRandomPlan(AssignPlan):
 
 
 @dataclass(frozen=True)
-class TrainingPlan(Plan):
-    """Rule `train_expert`: all that an expert's weights depend on besides its data and the seed model."""
-
-    expert: str  # its id: seed, 0 ... k-1, dense, dense-batch, dense-steps, random-0 ...
-    data: Data  # which documents it reads: the whole corpus, or one of the (random) clusters
-    group: int  # the number of that cluster; 0 for the whole corpus
-    rng_seed: int
-    n_steps: int  # optimiser steps; 0 for a pretrained seed
-    batch_size: int  # sequences of a step
-    seq_len: int  # tokens of a sequence
-    lr: float  # peak learning rate
-    schedule: Literal["linear", "cosine"]
-    final_lr_ratio: float  # the rate ends at this share of lr
-    warmup_ratio: float  # share of the steps over which the rate rises to lr
-    betas: tuple[float, float]  # of AdamW
-    weight_decay: float  # of AdamW, on matrices only
-    clip_norm: float
-    max_loss_jump: float  # nats above the usual loss that end the training
-    validation_share: float  # of the held-out documents
-    validations: int  # how often in the training
-    patience: int | None  # validations without a better one that end the training
-    micro_batch_size: int | None  # sequences of a forward pass; None: what the memory takes
-    recompute: bool | None  # compute activations again in the backward pass; None: where memory needs it
-    precision: Literal["auto", "float32", "bf16"]
-    compile: bool | None  # torch.compile; None: on a GPU
-    only: Literal["all", "feed-forward"] = dataclasses.field(default="all", kw_only=True)
-
-    @property
-    def step_tokens(self) -> int:
-        """Training tokens of a step."""
-        return self.batch_size * self.seq_len
-
-
-@dataclass(frozen=True)
-class SeedPlan(TrainingPlan):
-    """The training of the seed: a model from the keys `scratch`, or a `pretrained` one, not trained here."""
-
-    pretrained: str | None
-    scratch: Mapping[str, Any]
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
 class ScorePlan(Plan):
     """Rule `score_expert`: windows of `context` tokens that advance by `stride` tokens."""
 
@@ -206,12 +165,12 @@ def random_experts(config: Config) -> list[str]:
 
 def dense_experts(config: Config) -> list[str]:
     """`dense`, and the dense models that train.controls adds, but the one that `dense` already is."""
-    extra = [name for name in config.train.controls if name in {"dense-batch", "dense-steps"}]
+    extra = [name for name in config.train.controls if name in {"dense-batch", "dense-steps", LARGE}]
     return ["dense", *(name for name in dict.fromkeys(extra) if name != f"dense-{config.train.dense}")]
 
 
 def experts(config: Config) -> list[str]:
-    """Ids of everything that is trained from the seed, the seed not included."""
+    """Ids of everything that is trained besides the seed."""
     return [*cluster_experts(config), *dense_experts(config), *random_experts(config)]
 
 
@@ -221,7 +180,8 @@ def trained(config: Config) -> list[str]:
 
 
 def data_of(expert: str) -> tuple[Data, int]:
-    """Which documents an expert reads: (`corpus`, 0), (`clusters`, i) or (`random`, i)."""
+    """Which documents an expert or a candidate reads: (`corpus`, 0), (`clusters`, i) or (`random`, i)."""
+    expert = plan_search.base(expert)
     if expert.isdecimal():
         return "clusters", int(expert)
     if expert.startswith("random-"):
@@ -269,19 +229,32 @@ def assign_random(c: Config) -> AssignRandomPlan:
     return AssignRandomPlan(c.train.validation_share, c.seed, c.cluster.k)
 
 
-def train_expert(c: Config, expert: str) -> TrainingPlan:
-    """Plan of the training of one expert, or of `seed`."""
-    t, k = c.train, c.cluster.k
+def branches(expert: str) -> bool:
+    """Whether a training begins as the seed. The seed itself and dense-large begin from scratch."""
+    return plan_search.base(expert) not in ("seed", LARGE)
+
+
+def train_expert(c: Config, training: str) -> TrainingPlan:
+    """Plan of the training of one expert, of `seed`, or of a candidate (plan_search.py).
+
+    The plan of an expert whose rate is searched is that of its first candidate: they differ in nothing else.
+    """
+    t, k, expert = c.train, c.cluster.k, plan_search.base(training)
     data, group = data_of(expert)
-    keys = _values(t, without={"batch_size", "steps", "seed_share", "seed_batch_size", "dense", "controls"})
-    about: dict[str, Any] = {"expert": expert, "data": data, "group": group, "rng_seed": c.seed, **keys}
+    others = {"batch_size", "steps", "seed_share", "seed_batch_size", "dense", "controls", "lr"}
+    about: dict[str, Any] = {"expert": expert, "data": data, "group": group, "rng_seed": c.seed}
+    about |= {**_values(t, without=others), "lr": plan_search.rate(c, training)}
+    about["candidate"] = plan_search.is_searched(c, expert)
     about["only"] = t.only if data != "corpus" else "all"  # seed and dense models train all
     total = t.steps * t.batch_size  # sequences of every phase-two system
 
-    if expert == "seed":
-        sequences = t.seed_share / (1 - t.seed_share) * total if c.model.pretrained is None else 0
+    if expert in ("seed", LARGE):
+        n_steps = plan_search.seed_steps(c)
         about |= {"pretrained": c.model.pretrained, "scratch": scratch(c), "revision": c.model.revision}
-        return SeedPlan(**about, n_steps=round(sequences / t.seed_batch_size), batch_size=t.seed_batch_size)
+        about["batch_size"] = t.seed_batch_size
+        if expert == "seed":
+            return SeedPlan(**about, n_steps=n_steps)
+        return LargePlan(**about, n_steps=n_steps + round(total / t.seed_batch_size), depth=LARGE_DEPTH)
     if expert == "dense-batch" or (expert == "dense" and t.dense == "batch"):
         return TrainingPlan(**about, n_steps=t.steps, batch_size=t.batch_size)
     batch_size = max(1, round(t.batch_size / k))
@@ -290,8 +263,27 @@ def train_expert(c: Config, expert: str) -> TrainingPlan:
 
 
 def trainings(c: Config) -> dict[str, TrainingPlan]:
-    """The plan of every training by id, the seed first."""
-    return {expert: train_expert(c, expert) for expert in trained(c)}
+    """The plan of every training by id, the seed first. Searched experts are there as their candidates."""
+    names = [name for expert in trained(c) for name in plan_search.candidates(c, expert) or [expert]]
+    return {name: train_expert(c, name) for name in names}
+
+
+def folders(c: Config) -> list[str]:
+    """The folders below experts/: those of all experts and of all candidates."""
+    return list(dict.fromkeys([*trained(c), *trainings(c)]))
+
+
+def kinds(c: Config) -> dict[str, list[str]]:
+    """What is trained, by kind: all models of a kind have the same learning rate."""
+    found: dict[str, list[str]] = {}
+    for expert in trained(c):
+        found.setdefault(plan_search.kind(expert), []).append(expert)
+    return found
+
+
+def searched(c: Config) -> dict[str, list[str]]:
+    """The kinds whose learning rate is searched, with their models."""
+    return {kind: names for kind, names in kinds(c).items() if plan_search.is_searched(c, names[0])}
 
 
 def score_expert(c: Config) -> ScorePlan:
@@ -320,6 +312,8 @@ RULES: dict[str, Callable[..., Plan]] = {
     "assign": assign,
     "assign_random": assign_random,
     "train_expert": train_expert,
+    "choose": plan_search.choose,
+    "adopt": lambda c: Plan(),
     "score_expert": score_expert,
     "route": route,
     "eval_ensemble": eval_ensemble,

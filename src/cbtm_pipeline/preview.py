@@ -22,7 +22,7 @@ from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import harness
 from cbtm_pipeline.ops import cost, lenient, planned
 from cbtm_pipeline.ops.started import Run
-from cbtm_pipeline.provenance import expert_files, kept, stale
+from cbtm_pipeline.provenance import chosen, expert_files, kept, stale
 from cbtm_pipeline.provenance.stale import Asked, Job, Reason, Start, States
 
 SECTIONS = {  # where a field of a rule's plan comes from, the first section that has it
@@ -39,7 +39,11 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
     "eval_task": ("eval",),
 }
 NAMES = {"rng_seed": "seed", "context": "train.seq_len", "model": "model.pretrained"}  # other fields
-DERIVED = {"n_steps": "steps", "batch_size": "sequences per step"}  # from train.steps, batch_size, cluster.k
+DERIVED = {  # from train.steps, batch_size, cluster.k and lr
+    "n_steps": "steps",
+    "batch_size": "sequences per step",
+    "candidate": "search for a rate",
+}
 LOG_TAIL = 1 << 16  # bytes at the end of a training's log: about 400 steps
 OTHERS = ("all", "demo_corpus")  # rules that no record belongs to
 SHOWN = 6  # changes and reasons that are shown
@@ -53,7 +57,7 @@ def lines(cfg: config.Config, states: States, start: Start) -> list[str]:
     reasons = _reasons(cfg, states, start)
     more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
     return [
-        f"{cfg.outdir}: {len(start.run)} of {len(states)} jobs: {_counted(start.run)}",
+        f"{cfg.outdir}: {len(start.run)} of {len(states)} jobs: {_counted(cfg, start.run)}",
         *(f"  {line}" for line in [*reasons[:SHOWN], *more]),
         *(f"  {line}" for line in _unsure(states, start)),
         *(f"  {line}" for line in _trainings(cfg, outdir, states, start)),
@@ -74,14 +78,18 @@ def of_runs(runs: Mapping[str, Run]) -> list[str]:
         told = _replaced(run.config, Path(run.out), run.states, run.start)
         if run.start.run:
             taken = f"; takes {len(lent)} from other runs" if lent else ""
-            found += [f"  {name}: {_counted(made) or 'nothing'}{taken}", *(f"    {line}" for line in told)]
+            found += [
+                f"  {name}: {_counted(run.config, made) or 'nothing'}{taken}",
+                *(f"    {line}" for line in told),
+            ]
     if not found:
         return []
     return [f"{len(runs)} runs: {n_made} jobs, and {n_lent} whose outputs another run has", *found]
 
 
-def _counted(some: Iterable[Job]) -> str:
-    counts = Counter(job.rule for job in some)
+def _counted(cfg: config.Config, some: Iterable[Job]) -> str:
+    """How many jobs of each rule of the workflow."""
+    counts = Counter("adopt" if chosen.is_adopted(cfg, *job) else job.rule for job in some)
     return ", ".join(rule if n == 1 else f"{n} {rule}" for rule, n in counts.items())
 
 
@@ -159,7 +167,7 @@ def _unsure(states: States, start: Start) -> list[str]:
 
 
 def _sure(states: States, start: Start) -> list[str]:
-    """The experts that are trained for sure, and not only if the seed comes out as another one."""
+    """The experts that are made again for sure, and not only if the seed comes out as another one."""
     runs = (job for job in start.run if states[job].reasons or job in start.anew)
     return [job.expert for job in runs if job.rule == "train_expert" and job.expert]
 
@@ -167,7 +175,7 @@ def _sure(states: States, start: Start) -> list[str]:
 def _trainings(cfg: config.Config, outdir: Path, states: States, start: Start) -> list[str]:
     """How many trainings run for sure, and what they cost."""
     plans = plan.trainings(cfg)
-    names = [name for name in _sure(states, start) if plans[name].n_steps]
+    names = [name for name in _sure(states, start) if name in plans and plans[name].n_steps]
     if not names:
         return []
     n_tokens = sum(plans[name].n_steps * plans[name].step_tokens for name in names)
@@ -184,7 +192,7 @@ def _tokens_per_s(cfg: config.Config, outdir: Path, states: States) -> float | N
     fields = {reason.field for reason in seed.reasons}
     if seed.record is None or fields & {"scratch", "pretrained", "revision", "seq_len", "precision"}:
         return None
-    logs = [outdir / f"experts/{name}/metrics.jsonl" for name in plan.trained(cfg)]
+    logs = [outdir / f"experts/{name}/metrics.jsonl" for name in plan.trained(cfg) if name != plan.LARGE]
     rates = [r for log in logs for r in lenient.numbers(lenient.rows(log, LOG_TAIL), "tokens_per_s") if r > 0]
     return statistics.median(rates) if rates else None
 
@@ -197,7 +205,7 @@ def _replaced(cfg: config.Config, outdir: Path, states: States, start: Start) ->
         name for name in _sure(states, start) if (outdir / f"experts/{name}" / expert_files.WEIGHTS).exists()
     ]
     found = [f"replaces {_n(len(there), 'trained model')} ({_few(there)}): {fate}"] if there else []
-    surplus = kept.surplus(outdir, plan.trained(cfg)) if Job("eval_ensemble") in start.run else []
+    surplus = kept.surplus(outdir, plan.folders(cfg)) if Job("eval_ensemble") in start.run else []
     if surplus:
         found.append(f"takes {_n(len(surplus), 'trained model')} out of the run ({_few(surplus)}): {fate}")
     trainings = (job for job in start.run if job.rule == "train_expert" and kept.has(outdir, job))

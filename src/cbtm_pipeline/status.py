@@ -15,6 +15,7 @@ partial: then less is shown. It is also `python -m cbtm_pipeline.status`. The st
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import time
@@ -23,13 +24,13 @@ from pathlib import Path
 
 import orjson
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config, plan, plan_search
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import lenient, run_state, status_table, which_run
 from cbtm_pipeline.ops.run_state import LOG_TAIL, Evidence, Snapshot
 from cbtm_pipeline.ops.status_table import Row, Status
-from cbtm_pipeline.plan import TrainingPlan
+from cbtm_pipeline.plan import LargePlan, TrainingPlan
 from cbtm_pipeline.provenance import stale
 from cbtm_pipeline.slurm import commands
 
@@ -42,6 +43,7 @@ OUTPUTS = {  # of the stages, in their order
     "fit_kmeans": "cluster/clusterer.npz",
     "assign": "assignments/manifest.json",
     "assign_random": "random/manifest.json",
+    "choose": "search/{}.json",  # one for each kind of model
     "route": "route/distances.npz",
     "score_expert": "scores/{}.npz",  # one for each expert
     "eval_ensemble": "eval/metrics.json",
@@ -51,13 +53,13 @@ OUTPUTS = {  # of the stages, in their order
     "tasks_table": "eval/tasks.json",
 }
 # Rules with a job for each model, and how these are called on Slurm.
-OF_MANY = {"score_expert": "score", "eval_task": "tasks"}
+OF_MANY = {"score_expert": "score", "eval_task": "tasks", "choose": "choose"}
 
 
 def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: float) -> Status:
     """The run in `outdir` at the unix time `now`. `queue`: Slurm's jobs by id; None if it cannot be asked."""
     path, plans, notes = outdir / "config.json", {}, []
-    left_out, models = {"eval_task", "tasks_table"}, []
+    left_out, models, kinds = {"eval_task", "tasks_table", "choose"}, [], []
     began = lenient.changed(path)
     try:
         cfg = config.validate(orjson.loads(path.read_bytes()))
@@ -68,6 +70,8 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
             left_out.add("assign_random")
         if not stale.packs(cfg):
             left_out.add("ensemble")
+        if kinds := list(plan.searched(cfg)):
+            left_out -= {"choose"}
         if models := list(stale.task_models(cfg)):
             left_out -= {"eval_task", "tasks_table"}
     except (OSError, ValueError) as error:
@@ -75,6 +79,7 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
         expected = "the config, which a run writes when it starts"
         notes.append(f"{path}: {reason}. Expected {expected}. Without it, much is unknown.")
     names = list(plans) or run_state.traces(outdir)
+    scored = list(dict.fromkeys(map(plan_search.base, names)))
     if not names:
         left_out.add("score_expert")
     if began is None and not names:
@@ -82,7 +87,7 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
     active = run_state.holder(outdir / ".lock", now)
     run = Snapshot(outdir, queue, now, began or 0.0, active is not None)
     stages = [
-        _stages(run, name, {"score_expert": names, "eval_task": models}[name])
+        _stages(run, name, {"score_expert": scored, "eval_task": models, "choose": kinds}[name])
         if name in OF_MANY
         else _stage(run, name)
         for name in OUTPUTS
@@ -110,7 +115,7 @@ def _stages(run: Snapshot, name: str, experts: Sequence[str]) -> Row:
     n_done = sum(job.state == "done" for job in jobs.values())
     error = jobs[expert].error
     row = Row("stage", name, jobs[expert].state, n_done, len(jobs))
-    what = "expert" if name == "score_expert" else "model"
+    what = {"score_expert": "expert", "choose": "rate of"}.get(name, "model")
     return row._replace(error=error and f"{what} {expert}: {error}")
 
 
@@ -126,6 +131,8 @@ def _expert(run: Snapshot, name: str, planned: TrainingPlan | None) -> Row:
     saved = [at for path in states if (at := lenient.changed(path)) is not None]
     known = planned.content() if planned else card.get("made_with") if done else None
     n_steps = lenient.number(known.get("n_steps")) if isinstance(known, dict) else None
+    if isinstance(planned, LargePlan) or "diverged" in card:
+        n_steps = lenient.number(card.get("n_steps")) if done else _announced(run.outdir, name)
     step = n_steps if done else steps[-1] if steps else None if n_steps is None else 0
     recent = statistics.fmean(losses[-10:]) if losses else None
     row = Row(
@@ -144,6 +151,14 @@ def _expert(run: Snapshot, name: str, planned: TrainingPlan | None) -> Row:
     if row.state == "running" and step is not None and n_steps is not None:
         row = row._replace(eta_s=run_state.eta(n_steps - step, times, run.now))
     return row
+
+
+def _announced(outdir: Path, name: str) -> float | None:
+    """The number of steps by the log of a training whose plan does not say it; None if it is not known."""
+    found = re.findall(
+        rb"step \d+/(\d+)", lenient.end(outdir / "logs/train_expert" / f"{name}.log", LOG_TAIL)
+    )
+    return float(found[-1]) if found else None
 
 
 def ask_slurm(outdirs: Sequence[Path]) -> tuple[dict[str, commands.QueuedJob] | None, str | None]:

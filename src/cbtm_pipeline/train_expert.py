@@ -17,6 +17,7 @@ the sums of its further steps are rounded in another order.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -33,12 +34,13 @@ from cbtm_pipeline.base import artifact, cli, lock
 from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.ops import worded
-from cbtm_pipeline.plan import SeedPlan, TrainingPlan
+from cbtm_pipeline.plan import LargePlan, SeedPlan, TrainingPlan
 from cbtm_pipeline.provenance import expert_files, made_from
 from cbtm_pipeline.training import (
     checkpoint,
     distributed,
     expert_folder,
+    large,
     loop,
     model,
     placement,
@@ -66,11 +68,14 @@ class Files(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The model before its first step, its card if it is the seed, and its commit if it is from the hub."""
+    """The model before its first step, its card if it is the seed, its commit if it is from the hub, and how
+    many steps it is trained for.
+    """
 
     net: "PreTrainedModel"
     card: dict[str, Any] | None
     commit: str | None
+    n_steps: int
 
 
 def start_from(
@@ -79,21 +84,23 @@ def start_from(
     """The model before its first step. `tokenizer` is the record of the tokenizer."""
     artifact.check_made_from(files.data, data.manifest, "tokenizer", tokenizer["identity"])
     if isinstance(plan, SeedPlan):
-        vocab_size = data.manifest["vocab_size"]
+        vocab_size, separator_id = data.manifest["vocab_size"], data.manifest["separator_id"]
+        if isinstance(plan, LargePlan):
+            net, n_steps = large.scratch(plan, vocab_size, separator_id)
+            return Start(net, None, None, n_steps)
         if plan.pretrained is not None:
-            n_ids = min(vocab_size, encoding.n_ids_of(files.tokenizer, data.manifest["separator_id"]))
+            n_ids = min(vocab_size, encoding.n_ids_of(files.tokenizer, separator_id))
             net, commit = model.pretrained(plan.pretrained, plan.revision, n_ids, plan.seq_len)
-            return Start(net, None, commit)
-        separator_id = data.manifest["separator_id"]
+            return Start(net, None, commit, plan.n_steps)
         net = model.scratch(plan.scratch, vocab_size, separator_id, plan.seq_len, plan.rng_seed)
-        return Start(net, None, None)
+        return Start(net, None, None, plan.n_steps)
     assert files.seed_model is not None
     card = expert_files.read_card(files.seed_model)
     artifact.check_made_from(files.seed_model, card, "tokenizer", tokenizer["identity"])
     net = model.load(files.seed_model.parent)
     if plan.only == "feed-forward":
         model.train_feed_forwards_only(net)
-    return Start(net, card, None)
+    return Start(net, card, None, plan.n_steps)
 
 
 def train_and_publish(
@@ -115,7 +122,8 @@ def train_and_publish(
     tokenizer = encoding.read_card(files.tokenizer)
     start = start_from(files, plan, data, tokenizer)
     identities = made_from.train_expert(plan, data.manifest, tokenizer, start.card)
-    _announce(start.net, plan, data.stream.n_tokens)
+    actual = dataclasses.replace(plan, n_steps=start.n_steps)
+    _announce(start.net, actual, data.stream.n_tokens)
 
     state = files.work / "state"
     if group.first_does("look", lambda: waited and expert_folder.is_published(files.out, plan, identities)):
@@ -124,17 +132,16 @@ def train_and_publish(
             log.info("%s was published meanwhile", files.out)
         return True
     fingerprint = artifact.fingerprint({"plan": plan.content(), "made_from": identities})
-    task = loop.Task(plan, run, data.stream, data.validation, state, fingerprint)
-    n_steps = loop.train(start.net, task, stop, group)
+    task = loop.Task(actual, run, data.stream, data.validation, state, fingerprint)
+    n_steps, more = _train(start, task, stop, group)
     if n_steps is None:
         return False
     net = placement.gathered(start.net, group.rank == 0)
     if net is None:
         return True
-    more = {"pretrained_commit": start.commit} if start.commit else {}
     metrics = state / "metrics.jsonl"
-    about = describe(net, plan, n_steps, metrics)
-    card = artifact.make_meta("expert", identities, plan.content(), **about, **more)
+    about = {**describe(net, plan, n_steps, metrics), **more}
+    card = artifact.make_meta("expert", identities, plan.content(), **about)
     lock.check()
     origin = expert_folder.Origin(base_of(plan, start), tags)
     card = expert_folder.publish(files.out, net, files.tokenizer, metrics, card, origin)
@@ -144,6 +151,24 @@ def train_and_publish(
     known = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)
     log.info("%d steps, %d tokens%s", n_steps, card["n_train_tokens"], known)
     return True
+
+
+def _train(
+    start: Start, task: loop.Task, stop: Callable[[], Any], group: distributed.Group
+) -> tuple[int | None, dict[str, Any]]:
+    """Train. Returns the number of steps, as loop.train does, and what the card says of some trainings only.
+
+    A candidate may diverge: then its model is that of the last good step, and it has no validation loss.
+    """
+    more: dict[str, Any] = {"pretrained_commit": start.commit} if start.commit else {}
+    if not task.plan.candidate:
+        return loop.train(start.net, task, stop, group), more
+    more["n_validation_tokens"] = task.validation.n_tokens if task.validation else 0
+    try:
+        return loop.train(start.net, task, stop, group), more
+    except loop.Diverged as error:
+        log.warning("the rate %g is not chosen: it diverged after %d steps", task.plan.lr, error.n_steps)
+        return error.n_steps, {**more, "diverged": True, "validation_loss": None}
 
 
 def base_of(plan: TrainingPlan, start: Start) -> str | None:
@@ -204,7 +229,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
     """The command line and the config. Exits with a usage message if they do not fit together."""
     p = cli.parser(__doc__)
     p.add_argument(
-        "--expert", required=True, help="seed, 0 ... k-1, dense, dense-batch, dense-steps, random-0 ..."
+        "--expert",
+        required=True,
+        help="seed, 0 ... k-1, dense, dense-batch, dense-steps, dense-large, random-0 ...; with a rate of "
+        "train.lr where that is a list: 0@0.004",
     )
     p.add_argument(
         "--data",
@@ -219,7 +247,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
         help="tokenizer.json; the files beside it go into the expert's folder",
     )
     p.add_argument(
-        "--seed-model", type=Path, help="model.safetensors to start from; for every expert but the seed"
+        "--seed-model",
+        type=Path,
+        help="model.safetensors to start from; for every expert but the seed and dense-large",
     )
     p.add_argument(
         "--out",
@@ -236,11 +266,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
     p.add_argument("--threads", type=int, default=1, help="threads of each process")
     args = p.parse_args(argv)
     cfg = config.read(args.config)
-    names = plans.trained(cfg)
+    names = list(plans.trainings(cfg))
     if not args.added and args.expert not in names:
         p.error(f"--expert: {args.expert}. Expected one of {', '.join(names)}.")
-    if (args.seed_model is None) != (args.expert == "seed"):
-        p.error("--seed-model: expected for every expert but the seed.")
+    if (args.seed_model is not None) != (args.added or plans.branches(args.expert)):
+        p.error("--seed-model: expected for every expert but the seed and dense-large.")
     if args.out.name != expert_files.WEIGHTS:
         p.error(f"--out: {args.out.name}. Expected {expert_files.WEIGHTS}.")
     return args, cfg

@@ -159,7 +159,9 @@ def _write_expert(
     files.cards[name] = folder / f"experts/{name}/card.json"
     files.scores[name] = folder / f"scores/{name}.npz"
     card = _write_card(cfg, name, files)
-    gain = {"seed": 0.0, "dense": 0.45, "dense-steps": 0.6, "dense-batch": 0.45}.get(name, 0.3)
+    gain = {"seed": 0.0, "dense": 0.45, "dense-steps": 0.6, "dense-batch": 0.45, "dense-large": 0.5}.get(
+        name, 0.3
+    )
     own_N = 0.4 * (held_out.cluster_N == int(name)) if name.isdecimal() else 0.0
     noise_N = rng.normal(0, 0.3, len(held_out.difficulty_N))
     logprob_N = -np.maximum(held_out.difficulty_N - gain - own_N + noise_N, 0.01)
@@ -173,7 +175,7 @@ def _write_card(cfg: config.Config, name: str, files: Files) -> dict[str, Any]:
     """Write the card of an expert, after that of the seed; return it."""
     how = plan.train_expert(cfg, name)
     data = artifact.read_json(files.manifests[how.data])
-    seed = None if name == "seed" else artifact.read_sealed(files.cards["seed"], "expert")
+    seed = None if not plan.branches(name) else artifact.read_sealed(files.cards["seed"], "expert")
     identities = made_from.train_expert(how, data, {"identity": TOKENIZER}, seed)
     weights = artifact.fingerprint([name, "weights"])
     content = {

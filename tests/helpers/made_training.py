@@ -222,7 +222,7 @@ def files(outdir: Path, name: str, data: str | None = None, to: str = "experts")
     return train_expert.Files(
         data=outdir / folder / "manifest.json",
         tokenizer=outdir / "tokenizer/tokenizer.json",
-        seed_model=None if name == "seed" else outdir / "experts/seed/model.safetensors",
+        seed_model=None if not plan.branches(name) else outdir / "experts/seed/model.safetensors",
         out=outdir / to / name / "model.safetensors",
         work=outdir / "work" / to / name,
     )

@@ -41,12 +41,19 @@ def test_tokens_of_the_plan(k: int, batch_size: int, steps: int, seed_share: flo
     assert ("seed" in cost.batches(config)) == (tokens["seed"] > 0)
 
 
-@pytest.mark.parametrize("controls", [[], ["random", "dense-steps"]])
-def test_jobs_are_those_of_snakemake(tmp_path: Path, controls: list[str]) -> None:
-    folder = make_project(tmp_path, cluster={"k": 3}, train={"controls": controls})
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"controls": []},
+        {"controls": ["random", "dense-steps"]},
+        {"controls": ["dense-large"], "lr": [0.1, 0.2]},
+    ],
+)
+def test_jobs_are_those_of_snakemake(tmp_path: Path, train: dict[str, Any]) -> None:
+    folder = make_project(tmp_path, cluster={"k": 3}, train=train)
     printed = snakemake(folder, "-n", "--cores", "1")
     stats = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", printed, re.M)}
-    config = make_config(cluster={"k": 3}, train={"controls": controls}, corpus={"train": ["corpus.jsonl"]})
+    config = make_config(cluster={"k": 3}, train=train, corpus={"train": ["corpus.jsonl"]})
     assert cost.n_jobs(config) == {rule: n for rule, n in stats.items() if rule not in ("all", "total")}
     assert cost.n_jobs(make_config())["demo_corpus"] == 1
 
@@ -91,6 +98,24 @@ def test_a_saved_state_has_the_reckoned_size(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, "f" * 32, checkpoint.capture(net, optimizer))
     n_bytes = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert n_bytes == pytest.approx(cost.STATE_BYTES * cost.size(config, None).n_parameters, rel=0.02)
+
+
+def test_a_search_and_dense_large_cost_what_they_are() -> None:
+    size = cost.Size(10**9, 6 * 10**9, 50_000)
+    one, searched = make_config(), make_config(train={"lr": [0.1, 0.2, 0.4]})
+    assert sum(cost.n_tokens(searched).values()) == 3 * sum(cost.n_tokens(one).values())
+    assert "seed 1.64 M x 3 rates" in cost.table(searched, [], size, None)
+    large = make_config(train={"controls": ["dense-large"]})
+    tokens, text = cost.n_tokens(large), cost.TextBytes(7e9, 3e9)
+    assert tokens["dense-large"] == tokens["seed"] + large.cluster.k * tokens["0"]
+    table = cost.table(large, [], size, None)
+    assert "dense-large at most 3.28 M" in table and "at most twice that for dense-large" in table
+    weights = [
+        cost.disk(c, size, text, 100, 1)["weights"]
+        for c in (large, make_config(train={"controls": []}), one, searched)
+    ]
+    assert weights[0] - weights[1] == 2 * 4e9, "it has twice the layers"
+    assert weights[3] == 3 * weights[2]
 
 
 def test_disk_follows_its_causes() -> None:

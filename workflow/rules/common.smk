@@ -2,12 +2,13 @@
 # In a study, OUT has the wildcard {run}. Every function below finds its run by it.
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 
 
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import compare, plan, preview
+from cbtm_pipeline import compare, plan, plan_search, preview
 from cbtm_pipeline.base import cli, lock, printable, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
@@ -20,6 +21,10 @@ PLANNED = f"{OUT}/{content.PLANNED}"
 DEMO = f"{OUT}/{stale.DEMO}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
 EXPERTS = list(dict.fromkeys(name for run in RUNS.values() for name in run.experts))
+TRAININGS = list(dict.fromkeys(name for run in RUNS.values() for name in run.trainings))
+KINDS = list(dict.fromkeys(kind for run in RUNS.values() for kind in run.searched))
+ADOPTED = list(dict.fromkeys(name for run in RUNS.values() for name in run.adopted))
+SEARCHING = [name for name, run in RUNS.items() if run.searched]
 TASK_MODELS = list(
     dict.fromkeys(name for run in RUNS.values() for name in run.task_models)
 )
@@ -145,7 +150,7 @@ def prepare(run):
     content.write_planned(run.corpus_files, out / content.PLANNED)
     kept.keep(out, run.start.run)
     if run.runs(stale.Job("eval_ensemble")) and is_whole():
-        kept.put_away(out, run.experts, stale.packs(run.config))
+        kept.put_away(out, run.folders, stale.packs(run.config))
     if run.runs(stale.Job("report")) and is_whole() and not run.task_models:
         kept.drop_tasks(out)
 
@@ -185,14 +190,42 @@ def unless_done(run, job):
 
 
 def expert_inputs(wildcards):
-    """The data, the tokenizer and the seed model of an expert. The seed itself has no seed model."""
+    """The data, the tokenizer and the seed model of a training. Those from scratch have no seed model."""
     inputs = {
         "data": started.MANIFESTS[plan.data_of(wildcards.expert)[0]],
         "tokenizer": "tokenizer/tokenizer.json",
     }
-    if wildcards.expert != "seed":
+    if plan.branches(wildcards.expert):
         inputs["seed_model"] = "experts/seed/model.safetensors"
     return {name: made(output)(wildcards) for name, output in inputs.items()}
+
+
+def kind_cards(wildcards):
+    """The cards of all candidates of a kind, of which one rate is chosen."""
+    run = run_of(wildcards)
+    names = run.searched[wildcards.kind]
+    return [card for name in names for card in candidate_cards(run, name)]
+
+
+def expert_cards(wildcards):
+    """The cards of the candidates of an expert."""
+    return candidate_cards(run_of(wildcards), wildcards.expert)
+
+
+def candidate_cards(run, expert):
+    candidates = plan_search.candidates(run.config, expert)
+    return [made_by(run, f"experts/{name}/card.json") for name in candidates]
+
+
+def choice_of(wildcards):
+    """The choice of the rate of an expert."""
+    return made(f"search/{plan_search.kind(wildcards.expert)}.json")(wildcards)
+
+
+def choices(wildcards):
+    """All choices of a run that searches rates."""
+    run = run_of(wildcards)
+    return [made_by(run, f"search/{kind}.json") for kind in run.searched]
 
 
 def task_model(wildcards):

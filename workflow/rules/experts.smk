@@ -20,6 +20,8 @@ rule train_expert:
         tokenizer_config=f"{OUT}/experts/{{expert}}/tokenizer_config.json",
     log:
         f"{OUT}/logs/train_expert/{{expert}}.log",
+    wildcard_constraints:
+        expert="|".join(map(re.escape, TRAININGS)),
     conda:
         CONDA
     params:
@@ -27,12 +29,65 @@ rule train_expert:
         config=RUN_CONFIG,
         work=state_folder,
         seed_model=lambda wildcards, input: (
-            ["--seed-model", input.seed_model] if wildcards.expert != "seed" else []
+            ["--seed-model", input.seed_model] if "seed_model" in input.keys() else []
         ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.train_expert --config {params.config:q} --expert {wildcards.expert} --data {input.data:q}"
         " --tokenizer {input.tokenizer:q} {params.seed_model:q} --out {output.weights:q} --work {params.work:q}"
         " --threads {threads} --log {log:q}"
+
+
+# In a study, some runs may search rates and others not: then both rules could make the same name.
+ruleorder: adopt > train_expert
+
+
+# Where train.lr is a list, the trainings above are candidates. Then these two run on this machine, as they take no time.
+rule choose:
+    input:
+        kind_cards,
+    output:
+        f"{OUT}/search/{{kind}}.json",
+    log:
+        f"{OUT}/logs/choose/{{kind}}.log",
+    wildcard_constraints:
+        kind="|".join(KINDS) or "none",
+    conda:
+        CONDA
+    params:
+        config=RUN_CONFIG,
+    shell:
+        "exec python -m cbtm_pipeline.choose --config {params.config:q} --kind {wildcards.kind} --candidates {input:q}"
+        " --out {output:q} --log {log:q}"
+
+
+rule adopt:
+    input:
+        choice=choice_of,
+        candidates=expert_cards,
+    output:
+        weights=f"{OUT}/experts/{{expert}}/model.safetensors",
+        card=report(
+            f"{OUT}/experts/{{expert}}/card.json",
+            caption="../report/expert.rst",
+            category="Models",
+            labels={"model": "{expert}"},
+        ),
+        config=f"{OUT}/experts/{{expert}}/config.json",
+        files=f"{OUT}/experts/{{expert}}/files.json",
+        generation=f"{OUT}/experts/{{expert}}/generation_config.json",
+        metrics=f"{OUT}/experts/{{expert}}/metrics.jsonl",
+        tokenizer=f"{OUT}/experts/{{expert}}/tokenizer.json",
+        tokenizer_config=f"{OUT}/experts/{{expert}}/tokenizer_config.json",
+    log:
+        f"{OUT}/logs/adopt/{{expert}}.log",
+    wildcard_constraints:
+        expert="|".join(ADOPTED) or "none",
+        run="|".join(map(re.escape, SEARCHING)) or "none",
+    conda:
+        CONDA
+    shell:
+        "exec python -m cbtm_pipeline.adopt --choice {input.choice:q} --expert {wildcards.expert} --candidates {input.candidates:q}"
+        " --out {output.weights:q} --log {log:q}"
 
 
 rule score_expert:

@@ -26,6 +26,7 @@ rule eval_ensemble:
         scores=of_experts("scores/{}.npz"),
         experts=of_experts("experts/{}/model.safetensors"),
         clusters=clusterings,
+        choices=choices,
     output:
         metrics=f"{OUT}/eval/metrics.json",
         table=report(
@@ -43,6 +44,9 @@ rule eval_ensemble:
         launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
         cards=lambda wildcards, input: beside(input.experts, "card.json"),
+        choices=lambda wildcards, input: (
+            ["--choices", *input.choices] if input.choices else []
+        ),
         merge=lambda wildcards: (
             ["--shards", run_of(wildcards).path("shards/manifest.json")]
             if run_of(wildcards).config.eval.merge
@@ -50,7 +54,8 @@ rule eval_ensemble:
         ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --threads {threads} --out {output.metrics:q} --log {log:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.choices:q} {params.merge:q}"
+        " --threads {threads} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
 

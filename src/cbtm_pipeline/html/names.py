@@ -18,6 +18,11 @@ NAMES = (
         "times larger batch, or for k times more steps.",
     ),
     (
+        "dense-large",
+        "a model with twice the layers of an expert, and so with about the parameters of two active ones. It "
+        "begins from scratch, and spends the training FLOPs of the seed and of all experts together.",
+    ),
+    (
         "random",
         "the control: as many experts, trained on random parts of the corpus. What it gains does not "
         "come from the clusters.",

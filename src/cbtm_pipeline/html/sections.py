@@ -7,14 +7,15 @@ from typing import Any
 from cbtm_pipeline.html import charts
 from cbtm_pipeline.html.names import names
 from cbtm_pipeline.html.page import Html, Number, count, decimals, flops, section, table, tag
-from cbtm_pipeline.mixture import task_table, verdict
+from cbtm_pipeline.mixture import search, task_table, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS
 
 Metrics = dict[str, Any]
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
 SETTINGS = ("temperature", "epsilon", "beta", "hysteresis", "fix_after")
-HOW = {"k x batch": "a k times larger batch", "k x steps": "k times more steps"}
+HOW = {"k x batch": "a k times larger batch", "k x steps": "k times more steps"}  # other kinds say it
+PARAMETERS = ("n_parameters", "n_active_parameters")  # older metrics.json lack them
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 LEVELS = (
     ("dense", "grey"),
@@ -41,7 +42,8 @@ def _claim(metrics: Metrics) -> Html:
     ratio = best["ratios"][name]
     ci95 = ratio["ci95"]
     known = f"95 % interval {ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else "without an interval"
-    how = HOW[verdict.dense_kind(metrics, name)]
+    kind = verdict.dense_kind(metrics, name)
+    how = HOW.get(kind, kind)
     compute = verdict.compute_of(metrics, name).replace(" x", " times")
     return tag(
         "p",
@@ -83,7 +85,8 @@ def systems(metrics: Metrics) -> Html:
         "other held-out documents. Brackets: 95 % interval, paired bootstrap over documents. "
         "Sticky: an active expert is replaced only by one that weighs so many times more (hysteresis). "
         "Fixed: by none after so many tokens. Passes per token: expert passes, catching up included. "
-        "FLOPs: all training that the system needed, the seed's included."
+        "FLOPs: all training that the system needed, the seed's included. "
+        "Parameters per token: of the models that read a token, each with its embedding."
     )
     main, every = verdict.main_rows(metrics), metrics["systems"]
     strongest = verdict.strongest_dense(metrics)
@@ -108,11 +111,13 @@ def _colour(row: Row) -> str:
 
 def _systems_table(rows: Sequence[Row], label: str) -> Html:
     others = [name for name in rows[0]["ratios"] if name != "dense"]
+    searched = "search_flops" in rows[0]
     header = [
         *("system", "perplexity", "ratio to dense"),
         *(f"ratio to {name}" for name in others),
         *("bits per byte", "T", "ε", "β", "hysteresis", "fixed after"),
-        *("models per token", "passes per token", "training FLOPs"),
+        *("models per token", "parameters", "parameters per token", "passes per token", "training FLOPs"),
+        *(["FLOPs with search"] if searched else []),
     ]
     cells = [
         [
@@ -122,8 +127,10 @@ def _systems_table(rows: Sequence[Row], label: str) -> Html:
             decimals(row["bits_per_byte"], 4),
             *(Number(verdict.short(row.get(key))) for key in SETTINGS),
             Number("–" if row["n_active"] is None else row["n_active"]),
+            *(Number("–") if row.get(key) is None else count(row[key]) for key in PARAMETERS),
             Number(verdict.short(row.get("passes")) or "–"),
             flops(row["train_flops"]),
+            *([flops(row["search_flops"])] if searched else []),
         ]
         for row in rows
     ]
@@ -235,8 +242,35 @@ def compute(metrics: Metrics) -> Html:
         (f"{n} model{'s' if n > 1 else ''}, per token", flops(n * cost["forward_per_token"]))
         for n in n_models
     ]
+    large = cost.get("forward_per_token_dense-large")
+    inference += [("dense-large, per token", flops(large))] if large else []
     note = (
         "Training of seed, experts and controls apart. "
         "Embedding and clustering need no accelerator and are not counted."
     )
-    return section("Compute", note, table(["what", "FLOPs"], [*training, *inference], label="Compute"))
+    whole = table(["what", "FLOPs"], [*training, *inference], label="Compute")
+    return section("Compute", note, whole, *_search(metrics))
+
+
+def _search(metrics: Metrics) -> list[Html]:
+    """The learning rates that were tried, if rates were searched: losses, FLOPs, and what was chosen."""
+    found = metrics.get("search")
+    if not found:
+        return []
+    rates = search.rates(found)
+    rows = [
+        [
+            kind,
+            Number(f"{choice['chosen']:g}"),
+            *(decimals(row["validation_loss"], 4) for row in choice["candidates"]),
+            flops(sum(row["train_flops"] for row in choice["candidates"])),
+        ]
+        for kind, choice in found.items()
+    ]
+    header = ["model", "chosen rate", *(f"loss with {rate:g}" for rate in rates), "FLOPs of all rates"]
+    about = (
+        f"Of {len(rates)} learning rates, each kind of model got the one with the lowest loss "
+        "(nats per token) on validation documents, which are not reported on. A dash: the training diverged. "
+        "The training FLOPs above are those of the chosen rates."
+    )
+    return [tag("p", about, class_="note"), table(header, rows, label="Search for learning rates")]

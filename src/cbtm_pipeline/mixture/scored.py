@@ -56,6 +56,7 @@ class Expected(NamedTuple):
 
     outdir: str
     experts: list[str]  # ids of everything that is trained, the seed included
+    branched: list[str]  # those of them that began as the seed
     k: int  # number of clusters
     route: Meta  # the plan of rule route, as plan.route(...).content() gives it
     score_expert: Meta  # likewise of rule score_expert
@@ -104,14 +105,13 @@ def read(expected: Expected, distances: Path, scores: Iterable[Path], cards: Ite
 
 
 def _read_cards(expected: Expected, paths: Iterable[Path]) -> dict[str, Meta]:
-    """The cards by expert. All must branch from the given seed."""
+    """The cards by expert. Those that are `branched` must branch from the given seed."""
     metas = {path: artifact.read_sealed(path, "expert") for path in paths}
     found = _by_expert(metas, expected.experts, f"{expected.outdir}/experts/{{}}/card.json")
     seed = found["seed"][1]["identity"]
-    for name in expected.experts:
+    for name in expected.branched:
         path, card = found[name]
-        if name != "seed":
-            artifact.check_made_from(path, card, "seed", seed)
+        artifact.check_made_from(path, card, "seed", seed)
     return {name: card for name, (_, card) in found.items()}
 
 

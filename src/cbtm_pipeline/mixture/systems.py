@@ -3,6 +3,7 @@
 Shapes: D reported documents, K cluster experts.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,8 @@ NO_VALUES: Row = {
     "passes": None,
     "calibration_nll": None,
     "train_flops": None,
+    "n_parameters": None,
+    "n_active_parameters": None,
     "calibrated": False,
     "headline": False,
 }
@@ -47,6 +50,9 @@ class Inputs:
     dense: list[str]  # the dense models
     randoms: list[str]  # the experts on random clusters; may be empty
     train_flops: dict[str, float]  # of each training, the seed's included
+    n_parameters: dict[str, int]  # of each model
+    unbranched: frozenset[str]  # the models that did not begin as the seed
+    search_flops: dict[str, float]  # of all candidates of each training; empty where no rate was searched
     grid: sweep.Grid
     n_threads: int = 1  # of the sweep
 
@@ -59,9 +65,19 @@ class Inputs:
         """The reported documents under the cluster experts: a copy of N x K numbers, made once."""
         return _held_out(self.reported, self.clusters)
 
-    def all_train_flops(self, experts: Iterable[str]) -> float:
-        """Training FLOPs of these experts and of the seed."""
-        return sum(self.train_flops[name] for name in dict.fromkeys(["seed", *experts]))
+    def cost(self, experts: Iterable[str], n_active: int | None) -> Row:
+        """Training FLOPs of these experts, and of the seed if they began as it. All their parameters, and
+        those of the `n_active` that read a token; embedding and output layer count in each.
+        """
+        names = list(experts)
+        trained = names if self.unbranched.issuperset(names) else list(dict.fromkeys(["seed", *names]))
+        sizes = sorted((self.n_parameters[name] for name in names), reverse=True)
+        row: Row = {"train_flops": sum(self.train_flops[name] for name in trained)}
+        row |= {"n_parameters": sum(sizes)}
+        row |= {"n_active_parameters": None if n_active is None else sum(sizes[:n_active])}
+        if self.search_flops:
+            row["search_flops"] = sum(self.search_flops[name] for name in trained)
+        return row
 
 
 def make(inputs: Inputs) -> list[System]:
@@ -84,7 +100,7 @@ def expert_nll(held_out: Scored, name: str) -> np.ndarray:
 def _single_models(inputs: Inputs) -> Iterator[System]:
     """The seed and the dense models, each on its own."""
     for name in ["seed", *inputs.dense]:
-        row = {"system": name, "n_active": 1, "passes": 1.0, "train_flops": inputs.all_train_flops([name])}
+        row = {"system": name, "n_active": 1, "passes": 1.0, **inputs.cost([name], 1)}
         yield row, expert_nll(inputs.reported, name)
 
 
@@ -92,17 +108,14 @@ def _single_experts(inputs: Inputs) -> Iterator[System]:
     """The cluster experts, each on its own, on the documents of all clusters."""
     for name in inputs.clusters:
         row = {"system": f"expert-{name}", "k": inputs.k, "n_active": 1, "passes": 1.0}
-        row["train_flops"] = inputs.all_train_flops([name])
-        yield row, expert_nll(inputs.reported, name)
+        yield {**row, **inputs.cost([name], 1)}, expert_nll(inputs.reported, name)
 
 
-def _mixture_row(inputs: Inputs, system: str, experts: list[str]) -> Row:
-    """The row of a mixture of all `experts`."""
-    k, flops = inputs.k, inputs.all_train_flops(experts)
-    return {
-        **{"system": system, "k": k, "top_k": k, "n_active": k, "passes": float(k)},
-        "train_flops": flops,
-    }
+def _mixture_row(inputs: Inputs, system: str, experts: list[str], top_k: int | None = None) -> Row:
+    """The row of a mixture of `top_k` of these `experts`; of all without it."""
+    k = inputs.k
+    row = {"system": system, "k": k, "top_k": top_k or k, "n_active": top_k or k, "passes": float(k)}
+    return {**row, **inputs.cost(experts, top_k or k)}
 
 
 def _random_mixtures(inputs: Inputs) -> Iterator[System]:
@@ -135,9 +148,8 @@ def _ensembles(inputs: Inputs) -> Iterator[System]:
     headlines = sweep.best(moving, lambda setting: setting.router)
     for setting, calibration_nll, nll_D, passes in results:
         row = {
-            **_mixture_row(inputs, "ensemble", inputs.clusters),
+            **_mixture_row(inputs, "ensemble", inputs.clusters, setting.top_k),
             **setting._asdict(),
-            "n_active": setting.top_k,
             "passes": passes,
             "calibration_nll": calibration_nll,
             "calibrated": setting in calibrated or setting.stays,
@@ -150,8 +162,32 @@ def _oracle(inputs: Inputs) -> System:
     """The best single cluster expert of each document. The choice needs the document's nll: it is a bound."""
     reported = inputs.reported_clusters
     logprob_N = ensemble.oracle(reported.logprob_NK, reported.offsets)
-    row = {"system": "oracle", "k": inputs.k, "train_flops": inputs.all_train_flops(inputs.clusters)}
+    row = {"system": "oracle", "k": inputs.k, **inputs.cost(inputs.clusters, None)}
     return row, -ensemble.document_sums(logprob_N, reported.offsets)
+
+
+def matrix(experts: list[str], reported: Scored) -> dict[str, Any]:
+    """Perplexity of each cluster expert and of dense on the reported documents of each cluster.
+
+    It is null for a cluster without reported documents.
+    """
+    k = len(experts)
+    n_tokens_K = np.bincount(reported.cluster_D, weights=reported.n_tokens_D, minlength=k)
+
+    def per_cluster(name: str) -> list[float | None]:
+        nll_K = np.bincount(reported.cluster_D, weights=expert_nll(reported, name), minlength=k)
+        return [
+            math.exp(nll / n) if n else None
+            for nll, n in zip(nll_K.tolist(), n_tokens_K.tolist(), strict=True)
+        ]
+
+    return {
+        "experts": experts,
+        "perplexity": [per_cluster(name) for name in experts],
+        "dense": per_cluster("dense"),
+        "n_documents": np.bincount(reported.cluster_D, minlength=k).tolist(),
+        "n_tokens": n_tokens_K.astype(int).tolist(),
+    }
 
 
 def _held_out(documents: Scored, experts: list[str]) -> HeldOut:

@@ -4,13 +4,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cbtm_pipeline.mixture import search
 from cbtm_pipeline.mixture.routers import ROUTERS
 
 Row = dict[str, Any]  # an entry of `systems` in metrics.json
 
 WIDTH = 110  # of the table, at most; of its notes 100 characters
 EQUAL = 1.05  # so many times the compute still counts as equal: batches and steps are whole numbers
-DENSE_KINDS = {"batch": "k x batch", "steps": "k x steps"}
+DENSE_KINDS = {"batch": "k x batch", "steps": "k x steps", "large": "twice the layers, from scratch"}
 TOO_FEW = "too few documents for a verdict"
 METRICS_ONLY = ("oracle", "random, uniform", "random, posterior")  # their comparisons get no sentence
 
@@ -91,7 +92,7 @@ def outcome(metrics: dict[str, Any]) -> str:
 
 
 def dense_kind(metrics: dict[str, Any], name: str) -> str:
-    """How a dense model spends the experts' compute: `k x batch` or `k x steps`."""
+    """How a dense model spends the experts' compute: `k x batch`, `k x steps` or in a larger model."""
     return DENSE_KINDS[metrics["dense"] if name == "dense" else name.removeprefix("dense-")]
 
 
@@ -195,6 +196,7 @@ def table(metrics: dict[str, Any]) -> str:
         "FLOPs: all training that the system needed, the seed's included. Ratios below are of perplexities.",
         "",
         *metrics["verdict"],
+        *([search.sentence(metrics["search"])] if "search" in metrics else []),
         *metrics.get("warnings", []),
     ]
     lines.append("")

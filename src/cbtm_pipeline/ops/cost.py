@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cbtm_pipeline import plan
+from cbtm_pipeline import plan, plan_search
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.base.errors import first_sentence
@@ -55,7 +55,7 @@ class Machine(NamedTuple):
 
 def n_jobs(config: Config) -> dict[str, int]:
     """The number of jobs of each rule, from the first rule to the last."""
-    n_experts = 1 + len(plan.experts(config))
+    n_experts, searched = 1 + len(plan.experts(config)), plan.searched(config)
     demo = corpus_files.DEMO in [*config.corpus.train, *(config.corpus.eval or [])]
     random = "random" in config.train.controls
     once = ["tokenizer", "shard", "embed", "fit_kmeans", "assign", "route", "eval_ensemble", "report"]
@@ -64,7 +64,8 @@ def n_jobs(config: Config) -> dict[str, int]:
         **dict.fromkeys(once, 1),
         **({"assign_random": 1} if random else {}),
         **({"ensemble": 1} if stale.packs(config) else {}),
-        "train_expert": n_experts,
+        "train_expert": len(plan.trainings(config)),
+        **({"choose": len(searched), "adopt": sum(map(len, searched.values()))} if searched else {}),
         "score_expert": n_experts,
         **({"eval_task": len(models), "tasks_table": 1} if (models := stale.task_models(config)) else {}),
     }
@@ -76,7 +77,9 @@ def batches(config: Config) -> dict[str, int]:
 
 
 def n_tokens(config: Config) -> dict[str, int]:
-    """Training tokens of each expert, the seed first."""
+    """Training tokens of each training, the seed first. dense-large reads fewer, as a token costs it more: so
+    many cost an expert's model what dense-large costs.
+    """
     return {name: p.n_steps * p.step_tokens for name, p in plan.trainings(config).items()}
 
 
@@ -109,10 +112,16 @@ def disk(config: Config, model: Size, text: TextBytes, n_dimensions: int, n_runn
     return {
         "text and tokens": both / 2 + (both + groupings * text.train) / TOKEN_BYTES * width,
         "vectors": both / DOCUMENT_BYTES * n_dimensions * 4,
-        "weights": 4 * model.n_parameters * (1 + len(experts)),
+        "weights": 4 * model.n_parameters * _n_models(config),
         "states of running trainings": STATES * STATE_BYTES * model.n_parameters * n_running,
         "scores and distances": 4 * n_scored * (1 + len(experts) + k),
     }
+
+
+def _n_models(config: Config) -> int:
+    """How many models of an expert's size have the size of all models together."""
+    trainings = plan.trainings(config).values()
+    return sum(p.depth if isinstance(p, plan.LargePlan) else 1 for p in trainings)
 
 
 def peak(gpu: str, peaks: Mapping[str, float]) -> tuple[str, float] | None:
@@ -212,10 +221,22 @@ def _jobs(config: Config, submitted: Collection[str]) -> str:
 def _tokens(config: Config) -> str:
     tokens = n_tokens(config)
     k, n_random = config.cluster.k, len(plan.random_experts(config))
-    parts = [f"{name} {units(tokens[name])}" for name in ["seed", *plan.dense_experts(config)]]
-    parts += [f"experts {k} x {units(tokens['0'])}"]
-    parts += [f"random experts {n_random} x {units(tokens['random-0'])}"] if n_random else []
+    parts = [_part(config, name, tokens) for name in ["seed", *plan.dense_experts(config)]]
+    parts += [f"experts {k} x {_part(config, '0', tokens).removeprefix('0 ')}"]
+    parts += (
+        [f"random experts {n_random} x {_part(config, 'random-0', tokens).removeprefix('random-0 ')}"]
+        if n_random
+        else []
+    )
     return f"{units(sum(tokens.values()))} in training: {', '.join(parts)}"
+
+
+def _part(config: Config, expert: str, tokens: Mapping[str, int]) -> str:
+    """An expert and its training tokens, with the number of learning rates that are tried."""
+    names = plan_search.candidates(config, expert)
+    fewer = "at most " if expert == plan.LARGE else ""
+    rates = f" x {len(names)} rates" if names else ""
+    return f"{expert} {fewer}{units(tokens[(names or [expert])[0]])}{rates}"
 
 
 def _flops(config: Config, model: Size) -> dict[str, float]:
@@ -226,11 +247,12 @@ def _flops(config: Config, model: Size) -> dict[str, float]:
 def _compute(config: Config, model: Size) -> dict[str, str]:
     flops = _flops(config, model)
     longest = max(flops, key=lambda name: flops[name])
+    large = ", at most twice that for dense-large" if plan.LARGE in config.train.controls else ""
     each = f"{units(model.flops_per_token)} per token; most for {longest}, {flops[longest]:.3g}"
     memory = units(4 * STATE_BYTES // 3 * model.n_parameters, "B")
     return {
         "compute": f"{sum(flops.values()):.3g} FLOPs in training, {each}",
-        "memory": f"{memory} for weights, gradients and optimiser, on each GPU of a training",
+        "memory": f"{memory} for weights, gradients and optimiser, on each GPU of a training{large}",
     }
 
 
@@ -241,11 +263,13 @@ def _hours(config: Config, model: Size, machine: Machine | None) -> dict[str, st
     hours = {name: n / (MFU * machine.peak_flops) / 3600 for name, n in _flops(config, model).items()}
     speed = f"{MFU:.0%} of the {machine.peak_flops / 1e12:.0f} bf16 TFLOP/s of {machine.gpu}"
     rows = {"GPU-hours": f"{duration(3600 * sum(hours.values()))} at {speed}"}
-    for name in dict.fromkeys(["seed", "0", max(hours, key=lambda name: hours[name])]):
+    some = [(plan_search.candidates(config, name) or [name])[0] for name in ("seed", "0")]
+    for name in dict.fromkeys([*some, max(hours, key=lambda name: hours[name])]):
         wall = hours[name] / machine.n_gpus
         n = n_chained(wall, machine.runtime_min, machine.notice_s)
         limit = duration(60 * machine.runtime_min) if n > 1 else ""
         chain = f", so {n} time limits of {limit} one after another" if n > 1 else ""
-        title = f"expert {name}" if name.isdecimal() else name
+        expert = plan_search.base(name)
+        title = f"expert {expert}" if expert.isdecimal() else expert
         rows[title] = f"{duration(3600 * wall)} on {machine.n_gpus} GPU{chain}"
     return rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import harness
-from cbtm_pipeline.provenance import lent, stale
+from cbtm_pipeline.provenance import chosen, lent, stale
 from cbtm_pipeline.provenance.stale import Asked, Job, Start
 
 MANIFESTS = {
@@ -38,6 +38,26 @@ class Run:
     @cached_property
     def experts(self) -> list[str]:
         return plan.trained(self.config)
+
+    @cached_property
+    def trainings(self) -> list[str]:
+        """Ids of the jobs of rule train_expert. Experts whose rate is searched are there as candidates."""
+        return list(plan.trainings(self.config))
+
+    @cached_property
+    def searched(self) -> dict[str, list[str]]:
+        """The kinds of models whose rate is searched, with their models."""
+        return plan.searched(self.config)
+
+    @property
+    def adopted(self) -> list[str]:
+        """The experts that a chosen candidate becomes."""
+        return [name for names in self.searched.values() for name in names]
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders below experts/."""
+        return plan.folders(self.config)
 
     @property
     def reads_demo(self) -> bool:
@@ -91,4 +111,6 @@ class Run:
         job = Job(rule, expert)
         if rule == lent.DEMO_RULE:
             return self.lenders.get(job)
+        if chosen.is_adopted(self.config, rule, expert):  # nothing is saved: it is a link
+            return None
         return self.lenders.get(job) if self.runs(job) and job not in self.start.anew else None

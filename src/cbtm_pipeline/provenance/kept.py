@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cbtm_pipeline import plan_search
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.provenance import expert_files, records
@@ -21,6 +22,7 @@ from cbtm_pipeline.provenance.expert_files import WEIGHTS
 from cbtm_pipeline.provenance.stale import DAMAGED, Job
 
 FOLDER = "kept"
+SEARCH = "search"  # the folder of the choices
 
 
 def keep(outdir: Path, some: Iterable[Job]) -> None:
@@ -36,7 +38,8 @@ def keep(outdir: Path, some: Iterable[Job]) -> None:
 def has(outdir: Path, job: Job) -> bool:
     """Whether outputs of this job may be kept."""
     if job.rule == "train_expert":
-        return any(path.name.rpartition("-")[0] == job.expert for path in replaced(outdir))
+        name = plan_search.base(job.expert or "")
+        return any(path.name.rpartition("-")[0] == name for path in replaced(outdir))
     return any((outdir / FOLDER / output).exists() for output in job.outputs)
 
 
@@ -61,10 +64,33 @@ def put_away(outdir: Path, experts: Iterable[str], packs: bool) -> None:
         (outdir / f"scores/{name}.npz").unlink(missing_ok=True)
         (outdir / f"eval/tasks/{name}.json").unlink(missing_ok=True)
     known = set(experts)
+    _drop_search(outdir, known)
     if not any(name.startswith("random-") for name in known):
         shutil.rmtree(outdir / "random", ignore_errors=True)
     if not packs and (outdir / "ensemble/files.json").exists():
         shutil.rmtree(outdir / "ensemble", ignore_errors=True)
+
+
+def _drop_search(outdir: Path, known: set[str]) -> None:
+    """Delete what is left of candidates that are not `known`, and the choices of a search without any."""
+    for path in (outdir / "experts").glob(f"*{plan_search.MARK}*"):
+        if path.name not in known:  # it has no weights any more
+            shutil.rmtree(path, ignore_errors=True)
+    kinds = {plan_search.kind(name) for name in known if plan_search.MARK in name}
+    for path in (outdir / SEARCH).glob("*.json"):
+        if path.stem not in kinds:
+            path.unlink()
+    with contextlib.suppress(OSError):
+        (outdir / SEARCH).rmdir()  # if it is empty
+
+
+def drop_candidates(outdir: Path) -> None:
+    """Delete the weights of all candidates that were not chosen. Their logs and cards stay."""
+    for path in (outdir / SEARCH).glob("*.json"):
+        choice = artifact.read_sealed(path, "choice")
+        for name in choice["made_from"]:
+            if name != plan_search.candidate(plan_search.base(name), choice["chosen"]):
+                (outdir / "experts" / name / WEIGHTS).unlink(missing_ok=True)
 
 
 def drop_tasks(outdir: Path) -> None:
@@ -81,7 +107,8 @@ def give_back(outdir: Path, job: Job, made_with: dict[str, Any], made_from: dict
     `train_expert` is dropped.
     """
     if job.rule == "train_expert":
-        kept = outdir / FOLDER / "experts" / f"{job.expert}-{_fingerprint(made_with, made_from)}"
+        name = f"{plan_search.base(job.expert or '')}-{_fingerprint(made_with, made_from)}"
+        kept = outdir / FOLDER / "experts" / name
         return _give_back_expert(kept, outdir / f"experts/{job.expert}")
     for output in job.outputs:
         if not (outdir / output).exists():
@@ -100,7 +127,12 @@ def give_back(outdir: Path, job: Job, made_with: dict[str, Any], made_from: dict
 
 
 def tidy(outdir: Path, keep_replaced: bool) -> None:
-    """Drop what is in its place again: everything but replaced models, or these as well."""
+    """Drop what is in its place again: everything but replaced models, or these as well.
+
+    Without `keep_replaced`, the weights of candidates that were not chosen go, too.
+    """
+    if not keep_replaced:
+        drop_candidates(outdir)
     folder = outdir / FOLDER
     if not folder.is_dir():
         return
@@ -110,8 +142,9 @@ def tidy(outdir: Path, keep_replaced: bool) -> None:
         elif path.name != "experts" or not keep_replaced:
             shutil.rmtree(path, ignore_errors=True)
     for path in (folder / "experts").glob("*-*"):
-        current = outdir / "experts" / path.name.rpartition("-")[0]
-        if _name(current) == path.name and (current / WEIGHTS).exists():
+        name = path.name.rpartition("-")[0]
+        current = [outdir / "experts" / name, *(outdir / "experts").glob(f"{name}{plan_search.MARK}*")]
+        if any(_name(folder) == path.name and (folder / WEIGHTS).exists() for folder in current):
             shutil.rmtree(path, ignore_errors=True)
     for path in (folder / "experts", folder):
         with contextlib.suppress(OSError):
@@ -189,12 +222,16 @@ def _give_back_expert(kept: Path, folder: Path) -> bool:
 
 
 def _name(folder: Path) -> str:
-    """The name of an expert's folder among the kept ones: its id and the fingerprint of its record."""
+    """The name of an expert's folder among the kept ones: its id and the fingerprint of its record.
+
+    A candidate has the id of its expert. So it is found again, wherever its weights were.
+    """
+    name = plan_search.base(folder.name)
     try:
         card = artifact.read_sealed(folder / "card.json", "expert")
-        return f"{folder.name}-{_fingerprint(card['made_with'], card['made_from'])}"
+        return f"{name}-{_fingerprint(card['made_with'], card['made_from'])}"
     except DAMAGED:
-        return f"{folder.name}-damaged"
+        return f"{name}-damaged"
 
 
 def _fingerprint(made_with: dict[str, Any], made_from: dict[str, str]) -> str:

@@ -74,14 +74,20 @@ def validation(plan: TrainingPlan, data: Record) -> str | None:
 def train_expert(plan: TrainingPlan, data: Record, tokenizer: Record, seed: Record | None) -> Identities:
     """Of an expert's card. `seed` is the card of the seed model; None for the seed itself.
 
-    The validation text is left out where it decides nothing: only a training with `patience` depends on it.
+    The validation text is left out where it decides nothing. A training with `patience` depends on it, and a
+    candidate, because its validation loss decides about the learning rate.
     """
     found = {"tokens": tokens(plan.group, data), "tokenizer": tokenizer["identity"]}
     if seed is not None:
         found["seed"] = seed["identity"]
-    if plan.patience is not None and (identity := validation(plan, data)):
+    if (plan.patience is not None or plan.candidate) and (identity := validation(plan, data)):
         found["validation"] = identity
     return found
+
+
+def choose(cards: Mapping[str, Record]) -> Identities:
+    """Of search/<kind>.json. `cards` are those of the candidates, by id."""
+    return {name: card["seal"] for name, card in cards.items()}
 
 
 def score_expert(card: Record, shards: Record) -> Identities:
@@ -103,9 +109,13 @@ def route_by_ensemble(shards: Record, ensemble: Record) -> Identities:
     return {"held_out": shards["identity_eval"], "ensemble": ensemble["seal"]}
 
 
-def eval_ensemble(distances: Record, scores: Mapping[str, Record]) -> Identities:
-    """Of eval/metrics.json. `scores` are the records by expert."""
-    return {"distances": distances["seal"], **{f"scores-{name}": r["seal"] for name, r in scores.items()}}
+def eval_ensemble(
+    distances: Record, scores: Mapping[str, Record], choices: Mapping[str, Record] | None = None
+) -> Identities:
+    """Of eval/metrics.json. `scores` are the records by expert, `choices` those of searched rates by kind."""
+    chosen = {f"choice-{kind}": record["seal"] for kind, record in (choices or {}).items()}
+    scored = {f"scores-{name}": record["seal"] for name, record in scores.items()}
+    return {"distances": distances["seal"], **scored, **chosen}
 
 
 def ensemble(

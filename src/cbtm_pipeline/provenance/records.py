@@ -6,6 +6,7 @@ files that the rule left beside it.
 
 import html
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ class Place(NamedTuple):
     outputs: tuple[str, ...]
 
 
+DAMAGED = (ValueError, OSError, KeyError, TypeError, IndexError)  # what reading a strange record may raise
+Read = Callable[..., dict[str, Any]]  # read(rule, expert) gives a record
 DOCUMENTS = "eval/documents.parquet"
 PLACES = {  # by rule, in the order of the data
     "tokenizer": Place(
@@ -41,6 +44,7 @@ PLACES = {  # by rule, in the order of the data
         "experts/{}/card.json",
         tuple(f"experts/{{}}/{name}" for name in (expert_files.WEIGHTS, *expert_files.BESIDE)),
     ),
+    "choose": Place("choice", "search/{}.json", ("search/{}.json",)),
     "score_expert": Place("scores", "scores/{}.npz", ("scores/{}.npz",)),
     "route": Place("distances", "route/distances.npz", ("route/distances.npz",)),
     "eval_ensemble": Place(

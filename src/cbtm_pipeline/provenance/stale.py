@@ -7,18 +7,18 @@ the input is the same, and that nothing has to be done (unchanged.py).
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cbtm_pipeline import plan
+from cbtm_pipeline import plan, plan_search
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.mixture.routers import ROUTERS
-from cbtm_pipeline.provenance import made_from, records, task_files
+from cbtm_pipeline.provenance import chosen, made_from, records, task_files
+from cbtm_pipeline.provenance.records import DAMAGED, Read
 
-DAMAGED = (ValueError, OSError, KeyError, TypeError, IndexError)  # what reading a strange record may raise
 OF_CORPUS = ("tokenizer", "shard")  # rules that read the corpus
 DEMO = "demo/corpus.jsonl.zst"  # below the outdir: the file that builtin:demo stands for
 
@@ -69,22 +69,19 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
         for rule in ("tokenizer", "shard", "embed", "fit_kmeans", "assign", "assign_random", "route")
     )
     names = plan.trained(cfg)
-    seed = Job("train_expert", "seed")
     data = {"corpus": shard, "clusters": assign, "random": dealt}
     found = {tokenizer: [], shard: [tokenizer], embed: [shard], fit: [tokenizer, shard, embed]}
     found[assign] = [shard, embed, fit]
     randoms = [dealt] if plan.random_experts(cfg) else []
     found |= {dealt: [shard]} if randoms else {}
-    found |= {
-        Job("train_expert", name): [tokenizer, data[plan.data_of(name)[0]]]
-        + ([seed] if name != "seed" else [])
-        for name in names
-    }
+    for kind, models in plan.kinds(cfg).items():
+        found |= _trainings(cfg, kind, models, tokenizer, data)
     found[route] = [tokenizer, shard, embed, fit]
     found |= {Job("score_expert", name): [shard, Job("train_expert", name)] for name in names}
     experts = [Job("train_expert", name) for name in names]
     scores = [Job("score_expert", name) for name in names]
-    found[Job("eval_ensemble")] = [route, assign, *randoms, *experts, *scores]
+    choices = [Job("choose", kind) for kind in plan.searched(cfg)]
+    found[Job("eval_ensemble")] = [route, assign, *randoms, *experts, *scores, *choices]
     report = [shard, fit, assign, Job("eval_ensemble"), *experts]
     if packs(cfg):
         clusters = [Job("train_expert", name) for name in plan.cluster_experts(cfg)]
@@ -94,6 +91,24 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
         found[Job("tasks_table")] = [Job("eval_task", name) for name in models]
         report += [Job("tasks_table")]
     found[Job("report")] = report
+    return found
+
+
+def _trainings(
+    cfg: Config, kind: str, models: list[str], tokenizer: Job, data: dict[str, Job]
+) -> dict[Job, list[Job]]:
+    """The trainings of a kind. Where its rate is searched: of its candidates, then the choice, then the job
+    that makes the chosen candidate the expert.
+    """
+    seed, found, made = Job("train_expert", "seed"), {}, {}
+    for name in models:
+        reads = [tokenizer, data[plan.data_of(name)[0]], *([seed] if plan.branches(name) else [])]
+        made[name] = [Job("train_expert", one) for one in plan_search.candidates(cfg, name) or [name]]
+        found |= dict.fromkeys(made[name], reads)
+    if plan_search.is_searched(cfg, models[0]):
+        choice = Job("choose", kind)
+        found[choice] = [one for name in models for one in made[name]]
+        found |= {Job("train_expert", name): [choice, *made[name]] for name in models}
     return found
 
 
@@ -125,8 +140,9 @@ def look(cfg: Config, reads_corpus: bool = True) -> States:
     for job, inputs in jobs(cfg).items():
         downstream = any(states[i].runs and not spares(job, i, states) for i in inputs)
         record, reasons = _read(outdir, job)
-        if record is not None:
-            reasons += _plan_reasons(cfg, job, record)
+        # the rate of an adopted expert may become another one
+        if record is not None and not (downstream and chosen.is_adopted(cfg, *job)):
+            reasons += _plan_reasons(cfg, job, record, states)
             if not downstream and (reads_corpus or job.rule not in OF_CORPUS):
                 reasons += _input_reasons(cfg, job, record, states)
         states[job] = State(reasons, downstream, record)
@@ -145,7 +161,8 @@ def _read(outdir: Path, job: Job) -> tuple[dict[str, Any] | None, list[Reason]]:
     record = None
     try:
         record = records.read(outdir, *job)
-        if missing := records.missing(outdir, *job, record):
+        missing = records.missing(outdir, *job, record)
+        if missing and not (missing == [outdir / job.outputs[0]] and chosen.is_out(outdir, *job, record)):
             return record, [Reason(f"{missing[0].relative_to(outdir)} is missing")]
         records.check_beside(outdir, job.rule, record)
         return record, []
@@ -155,9 +172,20 @@ def _read(outdir: Path, job: Job) -> tuple[dict[str, Any] | None, list[Reason]]:
         return record, [Reason(str(error))]
 
 
-def _plan_reasons(cfg: Config, job: Job, record: dict[str, Any]) -> list[Reason]:
+def _reader(states: States) -> Read:
+    """Reads the records that were found."""
+
+    def read(rule: str, expert: str | None = None) -> dict[str, Any]:
+        found = states[Job(rule, expert)].record
+        assert found is not None
+        return found
+
+    return read
+
+
+def _plan_reasons(cfg: Config, job: Job, record: dict[str, Any], states: States) -> list[Reason]:
     """The values of the plan that have changed."""
-    old, new = record.get("made_with", {}), plan.content(cfg, *job)
+    old, new = record.get("made_with", {}), chosen.content(cfg, *job, _reader(states))
     return [
         Reason("its plan has changed", field, old.get(field), new.get(field))
         for field in dict.fromkeys([*new, *old])
@@ -167,23 +195,14 @@ def _plan_reasons(cfg: Config, job: Job, record: dict[str, Any]) -> list[Reason]
 
 def _input_reasons(cfg: Config, job: Job, record: dict[str, Any], states: States) -> list[Reason]:
     """The inputs that are no longer those that the job was made from. All their jobs are up to date."""
-
-    def read(rule: str, expert: str | None = None) -> dict[str, Any]:
-        found = states[Job(rule, expert)].record
-        assert found is not None
-        return found
-
     try:
-        found, expected = record["made_from"], identities(cfg, job, read)
+        found, expected = record["made_from"], identities(cfg, job, _reader(states))
     except DAMAGED as error:
         return [Reason(str(error))]
     if expected is None:
         return []
     names = [name for name in dict.fromkeys([*expected, *found]) if found.get(name) != expected.get(name)]
     return [Reason(f"its input {name} has changed") for name in names]
-
-
-Read = Callable[..., dict[str, Any]]  # read(rule, expert) gives a record
 
 
 def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
@@ -200,18 +219,22 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
         case "assign_random":
             return made_from.assign_random(read("shard"))
         case "train_expert":
-            assert job.expert
-            training = plan.train_expert(cfg, job.expert)
-            rule = {"corpus": "shard", "clusters": "assign", "random": "assign_random"}[training.data]
-            seed = None if job.expert == "seed" else read("train_expert", "seed")
-            return made_from.train_expert(training, read(rule), read("tokenizer"), seed)
+            planned = plan.train_expert(cfg, chosen.training(cfg, *job, read))
+            rule = {"corpus": "shard", "clusters": "assign", "random": "assign_random"}[planned.data]
+            seed = read("train_expert", "seed") if plan.branches(planned.expert) else None
+            return made_from.train_expert(planned, read(rule), read("tokenizer"), seed)
+        case "choose":
+            models = plan.kinds(cfg)[job.expert or ""]
+            candidates = [one for name in models for one in plan_search.candidates(cfg, name)]
+            return made_from.choose({name: read("train_expert", name) for name in candidates})
         case "score_expert":
             return made_from.score_expert(read("train_expert", job.expert), read("shard"))
         case "route":
             return made_from.route(read("shard"), read("fit_kmeans"))
         case "eval_ensemble":
             scores = {name: read("score_expert", name) for name in plan.trained(cfg)}
-            return made_from.eval_ensemble(read("route"), scores)
+            choices = {kind: read("choose", kind) for kind in plan.searched(cfg)}
+            return made_from.eval_ensemble(read("route"), scores, choices)
         case "report":
             terms = records.read_top_terms(Path(cfg.outdir))
             others = {rule: read(rule, expert) for rule, expert in records.SHOWN.items()}

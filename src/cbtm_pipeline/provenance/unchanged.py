@@ -13,9 +13,9 @@ import argparse
 import os
 from pathlib import Path
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config
 from cbtm_pipeline.base import cli
-from cbtm_pipeline.provenance import kept, lent, records, stale
+from cbtm_pipeline.provenance import chosen, kept, lent, records, stale
 from cbtm_pipeline.provenance.stale import Job
 
 NOTHING = "its plan and inputs are what they were, nothing to do"
@@ -38,7 +38,10 @@ def is_done(cfg: config.Config, job: Job, lender: Path | None = None) -> str:
         except stale.DAMAGED:  # the command says what is wrong with its inputs
             return None
 
-    made_with = plan.content(cfg, *job)
+    try:
+        made_with = chosen.content(cfg, *job, lambda *about: records.read(outdir, *about))
+    except stale.DAMAGED:
+        return ""
     made_from = expected(outdir)
     if made_from is not None and kept.give_back(outdir, job, made_with, made_from):
         return NOTHING

@@ -121,6 +121,9 @@ def names(card: Mapping[str, Any]) -> tuple[str, str]:
         return "Seed model", "the seed model that every expert starts from"
     if "branch" in plan:
         return f"Expert {name}", "an expert that was added to a finished run, from its nearest expert"
+    if "depth" in plan:
+        what = f"a dense model on the whole corpus with {plan['depth']} times the layers, a baseline"
+        return f"Dense model ({name})", what
     if plan["data"] == "corpus":
         return f"Dense model ({name})", "a dense model on the whole corpus, the baseline"
     if plan["data"] == "clusters":
@@ -133,7 +136,8 @@ def _origin(card: Mapping[str, Any], base: str | None) -> str:
     if "branch" in card["made_with"]:
         return "the expert of the run that is nearest to its text"
     first = "random weights" if base is None else base or "a model in a folder"
-    return first if card["expert"] == "seed" else f"the seed model of the run, which began as {first}"
+    from_scratch = card["expert"] == "seed" or "depth" in card["made_with"]
+    return first if from_scratch else f"the seed model of the run, which began as {first}"
 
 
 class Evaluation(NamedTuple):

@@ -65,6 +65,14 @@ class InFlight(NamedTuple):
     read: Callable[[], list[float]]
 
 
+class Diverged(ValueError):
+    """A bad step. The model has the weights of the `n_steps` steps before it."""
+
+    def __init__(self, message: str, n_steps: int):
+        super().__init__(message)
+        self.n_steps = n_steps
+
+
 class Outcome(NamedTuple):
     """What the steps that have ended ask for."""
 
@@ -148,7 +156,7 @@ class Training:
     def settle(self, n_left: int) -> Outcome:
         """Read the numbers of all steps in flight but the newest `n_left`, and log them.
 
-        Raises ValueError for a bad step. The state before it is saved.
+        Raises Diverged for a bad step. The state before it is saved.
         """
         stop = save = False
         while len(self.in_flight) > n_left:
@@ -165,14 +173,15 @@ class Training:
         return Outcome(stop, save)
 
     def fail(self, flight: InFlight, numbers: Numbers) -> None:
-        """Save the last good state, and raise ValueError that says what was wrong with the step."""
+        """Save the last good state, and raise Diverged, which says what was wrong with the step."""
         if flight.step - 1 > self.first:
             self.save(flight.step - 1)
-        raise ValueError(
+        raise Diverged(
             f"expert {self.plan.expert}, step {flight.step}: loss {numbers.loss:.4g}, gradient norm "
             f"{numbers.grad_norm:.4g}. Expected finite numbers, and a loss up to {flight.limit:.4g}, "
             "train.max_loss_jump above the usual one. Lower train.lr or train.clip_norm; the last good state "
-            f"is kept in {self.task.state}."
+            f"is kept in {self.task.state}.",
+            flight.step - 1,
         )
 
     def log(self, metrics: training_log.Metrics, flight: InFlight, numbers: Numbers) -> None:
@@ -206,7 +215,7 @@ def train(
 
     Returns the number of steps after which the training has ended: fewer than planned if the last `patience`
     validations brought nothing better; None if `stop()` came true and the state is saved. All processes of
-    `group` end with the same weights. Raises ValueError for a step whose loss or gradient is not finite, or
+    `group` end with the same weights. Raises Diverged for a step whose loss or gradient is not finite, or
     whose loss is far above the usual one; the state before it is saved.
     """
     n_steps, patience = task.plan.n_steps, task.plan.patience
