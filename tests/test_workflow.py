@@ -72,6 +72,7 @@ CHANGES = {
     "train: {controls: [dense-steps]}": MERGE,
     "model: {scratch: {hidden_size: 16}}": TRAINING,
     "corpus: {eval_fraction: 0.2}": CORPUS,
+    "corpus: {label_field: domain}": CORPUS - {"tokenizer"},
     "corpus: {max_bad_share: 0.5}": CORPUS - {"tokenizer"},
     "tokenizer: {vocab_size: 310}": CORPUS,
     "seed: 1": CORPUS - {"tokenizer", "shard"},

@@ -22,10 +22,10 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import kmeans, prices, regroup
 from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
-from cbtm_pipeline.corpus import heldout, shard_files, token_files
+from cbtm_pipeline.corpus import heldout, labels, shard_files, token_files
 from cbtm_pipeline.embedding import encoder, tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
-from cbtm_pipeline.plan import AssignPlan
+from cbtm_pipeline.plan_clusters import AssignPlan
 from cbtm_pipeline.provenance import made_from
 
 CHUNK_ROWS = 1 << 14
@@ -69,7 +69,8 @@ def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan)
 
     settings = {"balance": balance, "prices": prices_of, "prices_K": prices_K.tolist()}
     identities = made_from.assign(shards_manifest, meta)
-    return Grouping(label, len(centres_KD), identities, plan.content(), settings)
+    crossed = labels.Crossed(len(centres_KD)) if "labels" in identities else None
+    return Grouping(label, len(centres_KD), identities, plan.content(), settings, crossed)
 
 
 def label_validation(
@@ -83,15 +84,15 @@ def label_validation(
     """Clusters of the validation documents, shard by shard, found like those of the training documents."""
     embedder = vector_files.read_embedder(vectors.with_name("embedder.npz"), shards)
     centres_KD = artifact.read_npz(clusterer, "clusterer")[0]["centres_KD"]
-    labels = []
+    found = []
     for (entry, rows), of_shard in zip(selection, documents, strict=True):
         if isinstance(embedder, tfidf.Embedder):
             h_ND = tfidf.embed(of_shard, embedder.E_VD)
         else:
             column = shard_files.attributes(shards.parent, entry, ["text"])["text"]
             h_ND = encoder.embed(embedder, column.take(pa.array(rows)).to_pylist())
-        labels.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
-    return labels
+        found.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,8 +114,10 @@ def main(argv: list[str] | None = None) -> None:
     documents = heldout.read_validation(args.shards, selection)
     grouping = by_clusterer(args.shards, args.vectors, args.clusterer, plan)
     prices_K = grouping.settings["prices_K"]
-    labels = label_validation(args.shards, args.vectors, args.clusterer, prices_K, selection, documents)
-    regroup.write(args.shards, train, args.out, grouping, Validation(documents, labels), args.threads)
+    of_validation = label_validation(
+        args.shards, args.vectors, args.clusterer, prices_K, selection, documents
+    )
+    regroup.write(args.shards, train, args.out, grouping, Validation(documents, of_validation), args.threads)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from cbtm_pipeline.base import artifact, read_yaml
 from cbtm_pipeline.mixture.routers import ROUTERS
 
 LATER_KEYS = {  # keys that the config.json of an older version lacks, and the values that they had then
+    ("corpus", "label_field"): None,
     ("tokenizer", "revision"): None,
     ("embed", "revision"): None,
     ("model", "revision"): None,
@@ -107,6 +108,7 @@ class Corpus(_Section):
     eval_fraction: Annotated[Float, Field(gt=0, lt=1)]
     text_field: str
     id_field: str | None
+    label_field: Annotated[str, Field(pattern=r"\S")] | None
     txt_documents: Literal["file", "block"]
     max_bad_share: Share
     shard_bytes: Annotated[int, Field(ge=1 << 12)]

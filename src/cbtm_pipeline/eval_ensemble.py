@@ -20,7 +20,7 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, documents, scored, sweep, switches, systems, verdict
+from cbtm_pipeline.mixture import bootstrap, by_label, documents, scored, sweep, switches, systems, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
@@ -39,16 +39,21 @@ class Models(NamedTuple):
 
 
 def evaluate(
-    cfg: config.Config, held_out: Scored, cards: Cards, models: Models | None = None
+    cfg: config.Config,
+    held_out: Scored,
+    cards: Cards,
+    models: Models | None = None,
+    labelled: by_label.Labelled | None = None,
 ) -> dict[str, Any]:
-    """Return the content of metrics.json without its meta record. `models` are there with eval.merge.
+    """Return metrics.json without its record. `models` are for eval.merge, `labelled` for label_field.
 
     Raises ValueError when there are too few documents to calibrate on.
     """
     plan, dense = plans.eval_ensemble(cfg), plans.dense_experts(cfg)
     is_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
     calibration = held_out.take(np.flatnonzero(is_calibration_D))
-    reported = held_out.take(np.flatnonzero(~is_calibration_D))
+    rows_D = np.flatnonzero(~is_calibration_D)
+    reported = held_out.take(rows_D)
     inputs = systems.Inputs(
         calibration=calibration,
         reported=reported,
@@ -80,16 +85,27 @@ def evaluate(
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
-    metrics |= _shown(metrics, reported, np.flatnonzero(~is_calibration_D))
+    metrics |= _shown(metrics, reported, rows_D)
     metrics["warnings"] = verdict.at_the_ends(verdict.headline(metrics), plan.content())
+    if labelled:
+        nll_D = nll_DS[:, rows.index(verdict.headline(metrics))]
+        metrics["labels"] = _by_label(plan, reported, labelled.take(rows_D), nll_D, dense)
     if models:
         from cbtm_pipeline.inference import merging  # only here: it needs torch
 
-        score, rows_D = plans.score_expert(cfg), np.flatnonzero(~is_calibration_D)
+        score = plans.score_expert(cfg)
         documents = [models.documents[i] for i in rows_D.tolist()]
         about = calibration, reported, documents, models.folders, score.context, score.stride
         metrics["merge"] = merging.compare(metrics, *about)
     return {**metrics, "verdict": verdict.sentences(metrics)}
+
+
+def _by_label(
+    plan: EvalPlan, reported: Scored, labelled: by_label.Labelled, nll_D: np.ndarray, dense: list[str]
+) -> dict[str, Any]:
+    """The result by label. `nll_D` is that of the headline."""
+    found = by_label.Systems(nll_D, {name: expert_nll(reported, name) for name in dense})
+    return by_label.content(labelled, reported, found, plan.bootstrap, plan.rng_seed)
 
 
 def read_models(
@@ -290,7 +306,9 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
-    p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
+    p.add_argument(
+        "--shards", type=Path, help="shards/manifest.json; needed with eval.merge and corpus.label_field"
+    )
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -301,18 +319,19 @@ def main(argv: list[str] | None = None) -> None:
     expected = scored.Expected(cfg.outdir, experts, k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
     check_data(found, args.experts, args.clusters)
-    models = None
-    if cfg.eval.merge:
-        if args.shards is None:
-            p.error("--shards: expected with eval.merge.")
-        models = read_models(args.shards, found.distances["made_from"]["held_out"], cfg, found, args.experts)
-    metrics = evaluate(cfg, found.scored, found.cards, models)
+    held_out, field = found.distances["made_from"]["held_out"], cfg.corpus.label_field
+    if (cfg.eval.merge or field) and args.shards is None:
+        p.error("--shards: expected with eval.merge and with corpus.label_field.")
+    models = read_models(args.shards, held_out, cfg, found, args.experts) if cfg.eval.merge else None
+    labelled = by_label.read(field, args.shards, args.clusters, held_out) if field else None
+    metrics = evaluate(cfg, found.scored, found.cards, models, labelled)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")
-    identities = made_from.eval_ensemble(found.distances, found.scores)
+    shards = artifact.read_sealed(args.shards, "shards") if field else None
+    identities = made_from.eval_ensemble(found.distances, found.scores, shards)
     by_document_path = args.out.with_name(documents.NAME)
-    documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities)
+    documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities, labelled)
     beside = {"table": artifact.identity(args.out.with_name(TABLE))}
     beside["documents"] = artifact.identity(by_document_path)
     files = [TABLE, documents.NAME]

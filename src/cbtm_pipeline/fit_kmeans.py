@@ -24,7 +24,7 @@ from cbtm_pipeline.clustering import kmeans, words
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
-from cbtm_pipeline.plan import ClusterPlan
+from cbtm_pipeline.plan_clusters import ClusterPlan
 from cbtm_pipeline.provenance import made_from
 
 N_TERMS = 12

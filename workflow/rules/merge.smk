@@ -25,6 +25,7 @@ rule eval_ensemble:
         scores=made(*(f"scores/{expert}.npz" for expert in EXPERTS)),
         experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
         clusters=made(*(MANIFESTS[data] for data in CLUSTERINGS)),
+        labels=made("shards/manifest.json") if CONFIG.corpus.label_field else [],
     output:
         metrics=f"{OUT}/eval/metrics.json",
         table=report(
@@ -41,10 +42,14 @@ rule eval_ensemble:
         launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
         cards=lambda wildcards, input: beside(input.experts, "card.json"),
-        merge=["--shards", f"{OUT}/shards/manifest.json"] if CONFIG.eval.merge else [],
+        shards=(
+            ["--shards", f"{OUT}/shards/manifest.json"]
+            if CONFIG.eval.merge or CONFIG.corpus.label_field
+            else []
+        ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --out {output.metrics:q} --log {log:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.shards:q} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
 

@@ -17,15 +17,16 @@ import pyarrow.parquet as pq
 
 from cbtm_pipeline.base import artifact, cli, parallel
 from cbtm_pipeline.clustering import kmeans
-from cbtm_pipeline.corpus import heldout, shard_files, token_files
+from cbtm_pipeline.corpus import heldout, labels, shard_files, token_files
 
 
 class Shard(NamedTuple):
-    """A shard's entry in the manifest, its documents and their ids."""
+    """A shard's entry in the manifest, its documents, their ids, and their labels if these are read."""
 
     entry: shard_files.Entry
     documents: token_files.Documents
     doc_ids: list[str]
+    labels: list[str] | None = None
 
 
 class Labels(NamedTuple):
@@ -39,7 +40,8 @@ class Grouping(NamedTuple):
     """The rule that gives documents to clusters.
 
     `label` is called once for each shard, in the order of the shards. `made_from` and `settings` (balance,
-    prices) go into the manifest, as does the plan `made_with`.
+    prices) go into the manifest, as does the plan `made_with`. With `crossed`, labels are read, and this
+    table counts them by cluster.
     """
 
     label: Callable[[Shard], Labels]
@@ -47,6 +49,7 @@ class Grouping(NamedTuple):
     made_from: dict[str, str]
     made_with: dict[str, Any]
     settings: dict[str, Any]
+    crossed: labels.Crossed | None = None
 
 
 class Validation(NamedTuple):
@@ -130,6 +133,8 @@ def write(
     content["identity_groups"] = [artifact.fingerprint(list(identities)) for identities in groups]
     if "prices_K" in grouping.settings:
         content["duality_gap"] = totals.duality_gap(np.array(grouping.settings["prices_K"]))
+    if grouping.crossed:
+        content["labels"] = _log_agreement(grouping.crossed.content())
     content["identity_validation"] = None
     content["files"] = [f"{entry['name']}{suffix}" for entry in written for suffix in (".parquet", ".arrow")]
     if validation.documents:
@@ -138,6 +143,13 @@ def write(
         content["files"].append(heldout.VALIDATION_FILE)
     meta = artifact.make_meta("assignments", grouping.made_from, grouping.made_with, **content)
     artifact.write_sealed(out, meta)
+
+
+def _log_agreement(found: dict[str, Any]) -> dict[str, Any]:
+    if found["nmi"] is not None:
+        values = found["n_labels"], found["purity"], found["nmi"]
+        cli.log.info("clusters against %d labels: purity %.3f, NMI %.3f", *values)
+    return found
 
 
 def _write_shards(
@@ -157,17 +169,20 @@ def _write_shards(
 
     def read(entry: shard_files.Entry) -> Shard:
         doc_ids = shard_files.attributes(shards.parent, entry, ["doc_id"])["doc_id"].to_pylist()
-        return Shard(entry, shard_files.documents(shards.parent, entry), doc_ids)
+        names = shard_files.labels(shards.parent, entry) if grouping.crossed else None
+        return Shard(entry, shard_files.documents(shards.parent, entry), doc_ids, names)
 
     def label_in_order(read_shards: Iterable[Shard]) -> Iterator[tuple[Shard, Labels]]:
         for shard in read_shards:
-            labels = grouping.label(shard)
-            totals.add(shard.documents.n_tokens, labels)
-            yield shard, labels
+            found = grouping.label(shard)
+            totals.add(shard.documents.n_tokens, found)
+            if grouping.crossed and shard.labels is not None:
+                grouping.crossed.add(shard.labels, found.labels_N)
+            yield shard, found
 
     def write_one(work: tuple[Shard, Labels]) -> dict[str, Any]:
-        shard, labels = work
-        identities = write_shard(out.parent, shard, labels, grouping.k, grouping.made_from)
+        shard, found = work
+        identities = write_shard(out.parent, shard, found, grouping.k, grouping.made_from)
         identity = artifact.fingerprint(identities)
         return {"name": shard.entry["name"], "identity": identity, "identity_groups": identities}
 

@@ -9,6 +9,7 @@ reads only a part, the identity is of that part:
 | training documents: `identity_train` of shards   | embed, assign, assign_random    |
 | held-out documents: `identity_eval` of shards    | score_expert, route, assign     |
 | tokens of one expert, from all files             | train_expert                    |
+| labels of the documents, if they are read        | fit_kmeans, assign, eval_ensemble |
 | weights and configuration: `identity` of a card  | train_expert, score_expert      |
 
 So new held-out text trains nothing again, and a new clustering trains only the experts whose documents it
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.plan import TrainingPlan
 
 Record = Mapping[str, Any]  # the meta record of an artifact, with its seal
@@ -44,13 +46,19 @@ def fit_kmeans(vectors: Record) -> Identities:
 
 def assign(shards: Record, clusterer: Record) -> Identities:
     """Of assignments/manifest.json. The validation documents are held-out documents."""
-    return {**assign_random(shards), "clusterer": clusterer["seal"]}
+    return {**assign_random(shards), "clusterer": clusterer["seal"], **labels(shards, "train")}
 
 
 def assign_random(shards: Record) -> Identities:
     """Of random/manifest.json. Trainings compare its tokenizer with their own."""
     tokenizer = shards["made_from"]["tokenizer"]
     return {"shards": shards["identity_train"], "held_out": shards["identity_eval"], "tokenizer": tokenizer}
+
+
+def labels(shards: Record, split: str) -> Identities:
+    """The labels of the `train` or `eval` documents, for rules that read them. Nothing if there are none."""
+    identity = shard_files.identity_labels([entry for entry in shards["shards"] if entry["split"] == split])
+    return {"labels": identity} if identity else {}
 
 
 def tokens(group: int, data: Record) -> str:
@@ -103,9 +111,16 @@ def route_by_ensemble(shards: Record, ensemble: Record) -> Identities:
     return {"held_out": shards["identity_eval"], "ensemble": ensemble["seal"]}
 
 
-def eval_ensemble(distances: Record, scores: Mapping[str, Record]) -> Identities:
-    """Of eval/metrics.json. `scores` are the records by expert."""
-    return {"distances": distances["seal"], **{f"scores-{name}": r["seal"] for name, r in scores.items()}}
+def eval_ensemble(
+    distances: Record, scores: Mapping[str, Record], shards: Record | None = None
+) -> Identities:
+    """Of eval/metrics.json. `scores` are the records by expert. `shards`: where labels are read."""
+    of_labels = [labels(shards, split) for split in ("train", "eval")] if shards else None
+    return {
+        "distances": distances["seal"],
+        **{f"scores-{name}": r["seal"] for name, r in scores.items()},
+        **({"labels": artifact.fingerprint(of_labels)} if of_labels else {}),
+    }
 
 
 def ensemble(

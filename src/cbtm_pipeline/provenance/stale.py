@@ -83,7 +83,8 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
     found |= {Job("score_expert", name): [shard, Job("train_expert", name)] for name in names}
     experts = [Job("train_expert", name) for name in names]
     scores = [Job("score_expert", name) for name in names]
-    found[Job("eval_ensemble")] = [route, assign, *randoms, *experts, *scores]
+    labelled = [shard] if cfg.corpus.label_field else []
+    found[Job("eval_ensemble")] = [*labelled, route, assign, *randoms, *experts, *scores]
     report = [shard, fit, assign, Job("eval_ensemble"), *experts]
     if packs(cfg):
         clusters = [Job("train_expert", name) for name in plan.cluster_experts(cfg)]
@@ -208,7 +209,8 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
             return made_from.route(read("shard"), read("fit_kmeans"))
         case "eval_ensemble":
             scores = {name: read("score_expert", name) for name in plan.trained(cfg)}
-            return made_from.eval_ensemble(read("route"), scores)
+            labelled = read("shard") if cfg.corpus.label_field else None
+            return made_from.eval_ensemble(read("route"), scores, labelled)
         case "report":
             terms = records.read_top_terms(Path(cfg.outdir))
             others = {rule: read(rule, expert) for rule, expert in records.SHOWN.items()}
