@@ -153,7 +153,7 @@ def other(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [value[:-1] or ["new.jsonl"], [0.5], [0.8, 0.9], ["new.jsonl"], [7]]
     if isinstance(value, str):
-        return ["new", "block", "documents", "steps", "feed-forward", "cosine", "float32"]
+        return ["new", "block", "label", "documents", "steps", "feed-forward", "cosine", "float32"]
     return [value / 2, int(value) + 1, int(value) + 1 << 12, 0.29]
 
 
@@ -167,6 +167,7 @@ def test_a_changed_key_changes_a_plan_unless_it_is_no_science(key: str) -> None:
     needs = (
         PRETRAINED if key.endswith("revision") or key in ("embed__windows", "route__window_tokens") else {}
     )
+    needs |= {"corpus__label_field": "domain"} if key == "cluster__by" else {}
     for value in other(default):
         try:
             changed = validated(**{**needs, key: value})

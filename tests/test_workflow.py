@@ -62,6 +62,8 @@ CHANGES = {
     | retrained({"0", "1", "2", "random-0", "random-1", "random-2", "dense-steps"})
     | MERGE,
     "cluster: {balance: documents}": CLUSTERING,
+    "cluster: {border_share: 0.1}": {"assign"} | retrained({"0", "1"}) | MERGE,
+    "{corpus: {label_field: domain}, cluster: {by: label}}": CORPUS - {"tokenizer"},
     "embed: {idf_power: 1.0}": {"embed"} | CLUSTERING,
     "embed: {encoder: me/encoder}": ({"embed"} | CLUSTERING) - {"ensemble"},
     "embed: {windows: 2}": set(),

@@ -36,6 +36,7 @@ def configured(
         "eval": None,
         "label_field": None,
     }
+    values["cluster"] |= {"by": "text"}  # new text needs no labels
     given = {key: getattr(args, key) for key in CORPUS if getattr(args, key) is not None}
     values["corpus"] |= given | ({"id_field": None} if args.id_field == "null" else {})
     values["train"] |= {"steps": args.steps} if args.steps is not None else {}

@@ -19,6 +19,8 @@ from cbtm_pipeline.mixture.routers import ROUTERS
 
 LATER_KEYS = {  # keys that the config.json of an older version lacks, and the values that they had then
     ("corpus", "label_field"): None,
+    ("cluster", "by"): "text",
+    ("cluster", "border_share"): 0.0,
     ("tokenizer", "revision"): None,
     ("embed", "revision"): None,
     ("model", "revision"): None,
@@ -134,10 +136,12 @@ class Embed(_Section):
 
 class Cluster(_Section):
     k: Count
+    by: Literal["text", "label", "label+text"]
     balance: Literal["documents", "tokens", "none"]
     fit_documents: Count
     n_init: Count
     max_iterations: Count
+    border_share: Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Model(_Section):
@@ -252,6 +256,11 @@ def validate(content: Any) -> Config:
             "training has seen would be reported on."
         )
     _check_revisions(config)
+    if config.cluster.by != "text" and config.corpus.label_field is None:
+        raise ValueError(
+            f"cluster.by: {config.cluster.by} without corpus.label_field. Expected the field of the labels. "
+            "Set corpus.label_field, or set cluster.by: text."
+        )
     for name in config.tags.get(OF_EXPERTS, {}):
         if name not in map(str, range(config.cluster.k)):
             raise ValueError(

@@ -10,7 +10,7 @@ from cbtm_pipeline.plan_base import Plan
 
 @dataclass(frozen=True)
 class ClusterPlan(Plan):
-    """Rule `fit_kmeans`."""
+    """Rule `fit_kmeans`. Unless `by` is text, labels of documents decide, too (clustering/labelled)."""
 
     k: int
     balance: Literal["documents", "tokens", "none"]
@@ -18,14 +18,19 @@ class ClusterPlan(Plan):
     n_init: int
     max_iterations: int
     rng_seed: int
+    by: Literal["text", "label", "label+text"] = "text"
 
 
 @dataclass(frozen=True)
 class AssignPlan(Plan):
-    """Rule `assign`. `validation_share` of the held-out documents are grouped by cluster, too."""
+    """Rule `assign`. `validation_share` of the held-out documents are grouped by cluster, too.
+
+    `border_share` of each expert's tokens are of documents of other clusters (clustering/borders).
+    """
 
     validation_share: float
     rng_seed: int
+    border_share: float = dataclasses.field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def fit_kmeans(c: Config) -> ClusterPlan:
 
 
 def assign(c: Config) -> AssignPlan:
-    return AssignPlan(c.train.validation_share, c.seed)
+    return AssignPlan(c.train.validation_share, c.seed, border_share=c.cluster.border_share)
 
 
 def assign_random(c: Config) -> AssignRandomPlan:

@@ -39,9 +39,10 @@ def vectors(shards: Record, embedder: Record) -> Identities:
     return {"shards": shards["identity_train"], "embedder": embedder["seal"]}
 
 
-def fit_kmeans(vectors: Record) -> Identities:
-    """Of cluster/clusterer.npz."""
-    return {"vectors": vectors["seal"], "embedder": vectors["made_from"]["embedder"]}
+def fit_kmeans(vectors: Record, shards: Record | None = None) -> Identities:
+    """Of cluster/clusterer.npz. `shards`: where labels are read."""
+    of_labels = labels(shards, "train") if shards else {}
+    return {"vectors": vectors["seal"], "embedder": vectors["made_from"]["embedder"], **of_labels}
 
 
 def assign(shards: Record, clusterer: Record) -> Identities:

@@ -192,7 +192,7 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
         case "embed":
             return made_from.vectors(read("shard"), records.read_embedder(Path(cfg.outdir)))
         case "fit_kmeans":
-            return made_from.fit_kmeans(read("embed"))
+            return made_from.fit_kmeans(read("embed"), read("shard") if cfg.cluster.by != "text" else None)
         case "assign":
             return made_from.assign(read("shard"), read("fit_kmeans"))
         case "assign_random":
