@@ -68,8 +68,8 @@ def _clusters(found: Mapping[str, Any]) -> list[Html]:
         shares = [Number(f"{100 * n / total:.0f} %" if n else "") for n in counts[: len(shown)]]
         rest = sum(counts[len(shown) :])
         more = [Number(f"{100 * rest / total:.0f} %" if rest else "")] if len(names) > len(shown) else []
-        rows.append([f"cluster {j}", *shares, *more])
-    header = ["", *map(_name, shown), *(["other"] if len(names) > len(shown) else [])]
+        rows.append([str(j), *shares, *more])
+    header = ["cluster", *map(_name, shown), *(["other"] if len(names) > len(shown) else [])]
     about = "Share of each label in the training documents of a cluster, the most frequent labels first."
     whole = table(header, rows, label="Labels of the clusters")
     return [tag("h3", "Labels of the clusters"), tag("p", about, class_="note"), whole]
