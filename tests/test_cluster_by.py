@@ -86,7 +86,7 @@ def test_fewer_labels_than_clusters_are_refused(tmp_path: Path) -> None:
 
 
 def test_held_out_documents_go_by_their_text_alone(tmp_path: Path) -> None:
-    """The cluster of a held-out document is the nearest centre, whatever its label, and no router has labels."""
+    """The cluster of a held-out document is the nearest centre, whatever its label."""
     made(tmp_path / "a", "label", 4)
     arrays, _ = artifact.read_npz(tmp_path / "a/route/distances.npz", "distances")
     entry = artifact.read_sealed(tmp_path / "a/shards/manifest.json", "shards")["shards"][-1]
