@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:  ## say what there is
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/ready  ## install everything into .venv (once)
+setup: .venv/ready slurm  ## install everything into .venv (once)
 
 .venv/ready: pyproject.toml envs/constraints.txt envs/demo.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"python3: {sys.version.split()[0]}. Expected 3.11 or newer. Run make PYTHON=/path/to/a/newer/python3.")'
@@ -18,6 +18,10 @@ setup: .venv/ready  ## install everything into .venv (once)
 	$(BIN)/python -m pip install --quiet --constraint envs/constraints.txt --editable '.[dev,serve,clients]'
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --requirement envs/demo.txt
 	@touch $@
+
+# Snakemake looks for a profile by its name in this folder, and for nothing else that lies here.
+slurm:  ## the short name of profiles/slurm, for snakemake --profile slurm
+	ln -s profiles/slurm slurm
 
 demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into results/
 	$(BIN)/snakemake --cores $(CORES) $(ARGS)

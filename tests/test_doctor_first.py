@@ -174,7 +174,39 @@ def gguf(folder: Path) -> None:
     (folder / "model-q4_0.gguf").write_bytes(b"GGUF\x03\0\0\0")
 
 
+def device(name: str, kind: str) -> Change:
+    """A file that is none, in the place of one."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(kind)
+
+    return change
+
+
 SEEDS["only a GGUF file"] = gguf
+# such config.json come from other programs, which know the sizes of a GGUF file and little else
+SEEDS |= {
+    "a size as text": edit(hidden_size="16"),
+    "a size that is null": edit(num_hidden_layers=None),
+    "a size that is half a number": edit(intermediate_size=16.5),
+    "a vocabulary as a list": edit(vocab_size=[N_TOKENS]),
+    "no heads": edit(num_attention_heads=0),
+    "only a kind of model": put("config.json", b'{"model_type": "llama"}'),
+    "positions as text": edit(max_position_embeddings="64"),
+    "an activation that nobody knows": edit(hidden_act="mine"),
+    "a type of numbers that nobody knows": edit(dtype="float99"),
+    "a name of GGUF's own": edit(model_type="llama-gguf"),
+    "NaN in a weight": weights(lambda w: {**w, "model.norm.weight": torch.full((16,), float("nan"))}),
+    "infinity in a weight": weights(lambda w: {**w, "model.norm.weight": torch.full((16,), float("inf"))}),
+    "a pipe for a config": device("config.json", "pipe"),
+    "a pipe for weights": device(WEIGHTS, "pipe"),
+    "a pipe for a tokenizer": device("tokenizer.json", "pipe"),
+    "a pipe for its settings": device("tokenizer_config.json", "pipe"),
+    "a link to /dev/zero for weights": device(WEIGHTS, "/dev/zero"),
+    "a link to /dev/zero for a config": device("config.json", "/dev/zero"),
+    "a link to itself for weights": device(WEIGHTS, WEIGHTS),
+}
 SEEDS["weights without an output layer"] = weights(
     lambda w: {k: v for k, v in w.items() if "lm_head" not in k}
 )
@@ -232,6 +264,16 @@ def test_doctor_fails_first_on_a_seed(name: str, whole: Path, tmp_path: Path) ->
         prepare(seed, tmp_path / "made")
     found = of_seed(seed)
     assert found and all("\n" not in line and line.count(". ") >= 1 for line in found), found
+
+
+def test_a_seed_with_nan_is_told_so_and_which_weight_has_it(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "seed")
+    SEEDS["NaN in a weight"](tmp_path / "seed")
+    with pytest.raises(ValueError) as error:
+        model.pretrained(str(tmp_path / "seed"), None, N_TOKENS, SEQ_LEN)
+    assert f"{tmp_path / 'seed'}: NaN or infinity in model.norm.weight of its weights. Expected" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("name", GOOD)

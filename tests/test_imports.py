@@ -15,7 +15,10 @@ COMMANDS = ("__main__", *__main__.MODULES.values())
 FLOORS = [  # a module imports from its own floor and from those above it in this list
     ("base",),
     ("slurm", "html", "corpus", "embedding", "clustering", "mixture"),
-    ("presets", "config", "plan", "plan_base", "plan_added", "plan_clusters", "plan_tasks"),
+    (
+        *("presets", "config", "config_errors", "config_values"),
+        *("plan", "plan_base", "plan_added", "plan_clusters", "plan_tasks"),
+    ),
     ("provenance",),
     ("training", "ops", "inference"),
     RULES,

@@ -151,7 +151,7 @@ def other(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [value | {"hidden_size": 128}]
     if isinstance(value, list):
-        return [value[:-1] or ["new.jsonl"], [0.5], [0.8, 0.9], ["new.jsonl"], [7]]
+        return [value[1:] or ["new.jsonl"], [0.5], [0.8, 0.9], ["new.jsonl"], [7]]
     if isinstance(value, str):
         return ["new", "block", "label", "documents", "steps", "feed-forward", "cosine", "float32"]
     return [value / 2, int(value) + 1, int(value) + 1 << 12, 0.29]

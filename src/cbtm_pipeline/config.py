@@ -3,19 +3,31 @@
 `config.yaml` holds every default. `plan` says which keys each rule depends on.
 """
 
-import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cbtm_pipeline import presets
+from cbtm_pipeline import config_errors, config_values, presets
 from cbtm_pipeline.base import artifact, read_yaml
-from cbtm_pipeline.mixture.routers import ROUTERS
+from cbtm_pipeline.config_values import (
+    LARGEST,
+    OF_EXPERTS,
+    Count,
+    Float,
+    Name,
+    Outdir,
+    Paths,
+    Positive,
+    RouterName,
+    Scratch,
+    Share,
+    Source,
+    Tags,
+    Whole,
+    as_list,
+)
 
 LATER_KEYS = {  # keys that the config.json of an older version lacks, and the values that they had then
     ("corpus", "label_field"): None,
@@ -31,71 +43,11 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
     ("eval", "merge"): False,
     ("eval", "tasks"): [],
 }
-
-
-def _number(value: Any) -> Any:
-    """Take `2e-4` as a number, which YAML 1.1 reads as text."""
-    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
-    return float(value) if is_number else value
-
-
-def _list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-Float = Annotated[float, BeforeValidator(_number)]
-Share = Annotated[Float, Field(ge=0, le=1)]
-Positive = Annotated[Float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-TAG_KEY = r"[^\s=:]+"
-OF_EXPERTS = "experts"  # the key of section tags that holds the tags of single experts
-TagKey = Annotated[str, Field(pattern=f"^{TAG_KEY}$")]
-Name = Annotated[str, Field(pattern=r"\S")]  # a folder or a name on the hub, or a revision there
-Paths = Annotated[list[str], BeforeValidator(_list), Field(min_length=1)]
-
-
-def _router(name: str) -> str:
-    """Refuse a name that is not in the table of routers."""
-    if name not in ROUTERS:
-        names = " or ".join(map(repr, ROUTERS))
-        raise PydanticCustomError("router", "Input should be {names}", {"names": names})
-    return name
-
-
-RouterName = Annotated[str, AfterValidator(_router)]
+ALL = "all"  # in route.top_k: as many experts as there are
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-def _tags(tags: dict[str, Any]) -> dict[str, Any]:
-    """Refuse values that are no names. `experts` has the tags of single experts; their names become text."""
-    own = tags.get(OF_EXPERTS, {})
-    if not isinstance(own, dict) or not all(isinstance(some, dict) for some in own.values()):
-        _refuse_tag(f"tags.{OF_EXPERTS}", own, 'tags by expert, such as {"3": {licence: mit}}')
-    shared = {key: value for key, value in tags.items() if key != OF_EXPERTS}
-    for where, some in {
-        "tags": shared,
-        **{f"tags.{OF_EXPERTS}.{name}": some for name, some in own.items()},
-    }.items():
-        for key, value in some.items():
-            if not re.fullmatch(TAG_KEY, str(key)):
-                _refuse_tag(where, key, "a key without spaces, = and :")
-            if not isinstance(value, str):
-                _refuse_tag(f"{where}.{key}", value, "string")
-            if not value.strip():
-                _refuse_tag(f"{where}.{key}", value, "a name")
-    experts = {OF_EXPERTS: {str(name): dict(some) for name, some in own.items()}} if own else {}
-    return {**shared, **experts}
-
-
-def _refuse_tag(key: str, found: Any, expected: str) -> None:
-    raise PydanticCustomError(
-        "tag", "{text}", {"text": f"{key}: {_show(found)}. Expected {expected}. Change it in your config."}
-    )
 
 
 def tags_of(tags: Mapping[str, Any], expert: str) -> dict[str, str]:
@@ -113,29 +65,29 @@ class Corpus(_Section):
     label_field: Annotated[str, Field(pattern=r"\S")] | None
     txt_documents: Literal["file", "block"]
     max_bad_share: Share
-    shard_bytes: Annotated[int, Field(ge=1 << 12)]
+    shard_bytes: Annotated[int, Field(ge=1 << 12, le=LARGEST)]
 
 
 class Tokenizer(_Section):
-    pretrained: Name | None
+    pretrained: Source | None
     revision: Name | None
-    vocab_size: Annotated[int, Field(ge=257)]
+    vocab_size: Annotated[int, Field(ge=257, le=LARGEST)]
     train_bytes: Count
 
 
 class Embed(_Section):
-    encoder: Name | None
+    encoder: Source | None
     revision: Name | None
     windows: Count
     n_components: Count
-    idf_power: Annotated[Float, Field(ge=0)]
+    idf_power: Annotated[Float, Field(ge=0, le=10)]  # beyond that, float32 ends
     max_df: Annotated[Float, Field(gt=0, le=1)]
     min_df: Count
     fit_documents: Count
 
 
 class Cluster(_Section):
-    k: Count
+    k: Annotated[int, Field(ge=1, le=10_000)]
     by: Literal["text", "label", "label+text"]
     balance: Literal["documents", "tokens", "none"]
     fit_documents: Count
@@ -145,14 +97,14 @@ class Cluster(_Section):
 
 
 class Model(_Section):
-    pretrained: Name | None
+    pretrained: Source | None
     revision: Name | None
     preset: Literal[presets.NAMES] | None  # pyright: ignore[reportInvalidTypeForm]
-    scratch: dict[str, Any]
+    scratch: Scratch
 
 
 class Train(_Section):
-    seq_len: Annotated[int, Field(ge=2)]
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST)]
     batch_size: Count
     steps: Count
     seed_share: Annotated[Float, Field(ge=0, lt=1)]
@@ -168,7 +120,7 @@ class Train(_Section):
     clip_norm: Positive
     max_loss_jump: Positive
     validation_share: Share
-    validations: Annotated[int, Field(ge=0)]
+    validations: Whole
     patience: Count | None
     micro_batch_size: Count | None
     recompute: bool | None
@@ -179,22 +131,22 @@ class Train(_Section):
 
 class Route(_Section):
     window_tokens: Count
-    routers: Annotated[list[RouterName], BeforeValidator(_list), Field(min_length=1)]
-    top_k: Annotated[list[Count], BeforeValidator(_list), Field(min_length=1)]
-    temperature: Annotated[list[Positive], BeforeValidator(_list), Field(min_length=1)]
-    epsilon: Annotated[list[Share], BeforeValidator(_list), Field(min_length=1)]
-    beta: Annotated[list[Annotated[Float, Field(ge=0)]], BeforeValidator(_list), Field(min_length=1)]
-    hysteresis: Annotated[list[Annotated[Float, Field(ge=1)]], BeforeValidator(_list), Field(min_length=1)]
-    fix_after: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_list)]
+    routers: Annotated[list[RouterName], BeforeValidator(as_list), Field(min_length=1)]
+    top_k: Annotated[list[Count], BeforeValidator(as_list), Field(min_length=1)]
+    temperature: Annotated[list[Positive], BeforeValidator(as_list), Field(min_length=1)]
+    epsilon: Annotated[list[Share], BeforeValidator(as_list), Field(min_length=1)]
+    beta: Annotated[list[Annotated[Float, Field(ge=0)]], BeforeValidator(as_list), Field(min_length=1)]
+    hysteresis: Annotated[list[Annotated[Float, Field(ge=1)]], BeforeValidator(as_list), Field(min_length=1)]
+    fix_after: Annotated[list[Whole], BeforeValidator(as_list)]
     calibration_share: Annotated[Float, Field(gt=0, lt=1)]
 
 
 class Eval(_Section):
     max_document_tokens: Count | None
     stride: Count
-    bootstrap: Count
+    bootstrap: Annotated[int, Field(ge=100, le=LARGEST)]  # fewer say nothing of the ends of an interval
     merge: bool
-    tasks: Annotated[list[Name], BeforeValidator(_list)]
+    tasks: Annotated[list[Source], BeforeValidator(as_list)]
 
 
 class Run(_Section):
@@ -206,9 +158,9 @@ class Run(_Section):
 
 
 class Config(_Section):
-    outdir: str
-    tags: Annotated[dict[TagKey, Any], AfterValidator(_tags)]
-    seed: Annotated[int, Field(ge=0)]
+    outdir: Outdir
+    tags: Tags
+    seed: Whole
     corpus: Corpus
     tokenizer: Tokenizer
     embed: Embed
@@ -222,13 +174,7 @@ class Config(_Section):
 
 def read(path: str | Path) -> Config:
     """Read and validate a complete config file, YAML or JSON."""
-    try:
-        content = read_yaml.read(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: not YAML ({error}). Expected the keys of config.yaml. Mend the file."
-        ) from error
-    return validate(content)
+    return validate(read_yaml.read(path))
 
 
 def validate(content: Any) -> Config:
@@ -238,12 +184,16 @@ def validate(content: Any) -> Config:
     """
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"config: {_show(content)}. Expected sections such as corpus and train. Start from config.yaml."
+            f"config: {config_errors.show(content)}. Expected sections such as corpus and train. Start from "
+            "config.yaml."
         )
+    config_values.check_text("", content)
     try:
-        config = Config.model_validate(_with_later_keys(content))
+        config = Config.model_validate(_with_all(_with_later_keys(content)))
     except ValidationError as error:
-        raise ValueError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+        raise ValueError(
+            "\n".join(dict.fromkeys(config_errors.explain(e, Config) for e in error.errors()))
+        ) from None
     if config.eval.stride > config.train.seq_len:
         raise ValueError(
             f"eval.stride: {config.eval.stride}. Expected at most train.seq_len, {config.train.seq_len}. "
@@ -294,43 +244,19 @@ def _with_later_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _explain(error: Any) -> str:
-    if error["type"] == "tag":
-        return error["msg"]
-    key = ".".join(
-        str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained"))
-    )
-    found = _show(error["input"])
-    if error["type"] == "extra_forbidden":
-        known = _keys(Config)
-        section, _, name = key.rpartition(".")
-        siblings = [k for k in known if k.rpartition(".")[0] == section]
-        near = [k for k in known if k.rpartition(".")[2] == name]
-        near = near or difflib.get_close_matches(key, siblings, 1, 0.6)
-        near = near or difflib.get_close_matches(key, known, 1, 0)
-        return f"{key}: unknown key. Expected a key of config.yaml. Did you mean {near[0]}?"
-    if error["type"] == "missing":
-        return f"{key}: missing. Expected a value. Copy it from config.yaml."
-    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    if error["type"] == "too_short":
-        expected = "at least one value"
-    if error["type"] == "string_pattern_mismatch":
-        expected = "a name, or null"
-    return f"{key}: {found}. Expected {expected}. Change it in your config."
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _with_all(content: dict[str, Any]) -> dict[str, Any]:
+    """The config with the number k for `all` in route.top_k, unless the list has k or more already."""
+    route, cluster = content.get("route"), content.get("cluster")
+    if not isinstance(route, Mapping) or not isinstance(cluster, Mapping):
+        return content
+    top_k, k = as_list(route.get("top_k")), cluster.get("k")
+    if ALL not in top_k:
+        return content
+    k = k if isinstance(k, int) and k > 0 else 1  # a wrong k is an error of its own
+    numbers = [value for value in top_k if value != ALL]
+    has_all = any(isinstance(value, int) and value >= k for value in numbers)
+    resolved = numbers if has_all else [k if value == ALL else value for value in top_k]
+    return {**content, "route": {**route, "top_k": list(dict.fromkeys(resolved))}}
 
 
 def write(config: Config, path: str | Path) -> None:

@@ -7,6 +7,7 @@ nothing and leaves nothing behind. It is also `python -m cbtm_pipeline.doctor`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -62,9 +63,10 @@ def main() -> None:
     p.add_argument(
         "--configfile", nargs="+", action="extend", default=[], metavar="FILE", help="as given to snakemake"
     )
-    p.add_argument("--profile", help="as given to snakemake; default: slurm, where sbatch is in PATH")
+    p.add_argument("--profile", help="as given to snakemake; without it, a run on this machine")
     args = p.parse_args()
-    facts, n = Facts(args.configfile, args.profile), {"ok": 0, "warn": 0, "FAIL": 0}
+    profile = args.profile or os.environ.get("SNAKEMAKE_PROFILE") or None
+    facts, n = Facts(args.configfile, profile), {"ok": 0, "warn": 0, "FAIL": 0}
     for level, text in run(facts):
         n[level] += 1
         line = printable(" ".join(text.split()))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.errors import make_again, run_again
 from cbtm_pipeline.corpus import encoding
 from cbtm_pipeline.inference import model_card, package
 from cbtm_pipeline.mixture import verdict
@@ -78,7 +78,7 @@ def read_experts(weights: list[Path], names: list[str], tokenizer: str, evaluate
         if card["weights"] != evaluated.get(card["expert"]):
             raise ValueError(
                 f"{path}: not the expert that was evaluated. Expected the weights that metrics.json names. "
-                f"{make_again(path)}"
+                f"{run_again(path)}"
             )
         found[card["expert"]] = path.parent, card
     if sorted(found) != sorted(names):

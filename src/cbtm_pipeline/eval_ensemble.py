@@ -18,7 +18,7 @@ import numpy as np
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.errors import run_again
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import bootstrap, by_label, documents, scored, sweep, switches, systems, verdict
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
@@ -43,6 +43,7 @@ def evaluate(
     held_out: Scored,
     cards: Cards,
     models: Models | None = None,
+    n_threads: int = 1,
     labelled: by_label.Labelled | None = None,
 ) -> dict[str, Any]:
     """Return metrics.json without its record. `models` are for eval.merge, `labelled` for label_field.
@@ -65,6 +66,7 @@ def evaluate(
             *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
             *(plan.hysteresis, plan.fix_after),
         ),
+        n_threads=n_threads,
     )
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)
@@ -88,24 +90,24 @@ def evaluate(
     metrics |= _shown(metrics, reported, rows_D)
     metrics["warnings"] = verdict.at_the_ends(verdict.headline(metrics), plan.content())
     if labelled:
-        nll_D = nll_DS[:, rows.index(verdict.headline(metrics))]
-        metrics["labels"] = _by_label(plan, reported, labelled.take(rows_D), nll_D, dense)
+        best_D = nll_DS[:, rows.index(verdict.headline(metrics))]
+        systems_D = by_label.Systems(best_D, {name: expert_nll(reported, name) for name in dense})
+        resamples = plan.bootstrap, plan.rng_seed
+        metrics["labels"] = by_label.content(labelled.take(rows_D), reported, systems_D, *resamples)
     if models:
-        from cbtm_pipeline.inference import merging  # only here: it needs torch
-
-        score = plans.score_expert(cfg)
         documents = [models.documents[i] for i in rows_D.tolist()]
-        about = calibration, reported, documents, models.folders, score.context, score.stride
-        metrics["merge"] = merging.compare(metrics, *about)
+        metrics["merge"] = _merged(cfg, metrics, calibration, reported, models._replace(documents=documents))
     return {**metrics, "verdict": verdict.sentences(metrics)}
 
 
-def _by_label(
-    plan: EvalPlan, reported: Scored, labelled: by_label.Labelled, nll_D: np.ndarray, dense: list[str]
+def _merged(
+    cfg: config.Config, metrics: dict[str, Any], calibration: Scored, reported: Scored, models: Models
 ) -> dict[str, Any]:
-    """The result by label. `nll_D` is that of the headline."""
-    found = by_label.Systems(nll_D, {name: expert_nll(reported, name) for name in dense})
-    return by_label.content(labelled, reported, found, plan.bootstrap, plan.rng_seed)
+    """What one model of averaged weights for each of the reported documents gives."""
+    from cbtm_pipeline.inference import merging  # only here: it needs torch
+
+    score = plans.score_expert(cfg)
+    return merging.compare(metrics, calibration, reported, *models, score.context, score.stride)
 
 
 def read_models(
@@ -277,7 +279,7 @@ def check_data(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Pa
             weights = by_name.get(name, Path(name, "card.json")).with_name("model.safetensors")
             raise ValueError(
                 f"{weights}: trained on other documents than cluster {group} of {path}. "
-                f"Expected that cluster. {make_again(weights)}"
+                f"Expected that cluster. {run_again(weights)}"
             )
 
 
@@ -306,9 +308,8 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
-    p.add_argument(
-        "--shards", type=Path, help="shards/manifest.json; needed with eval.merge and corpus.label_field"
-    )
+    p.add_argument("--shards", type=Path, help="shards/manifest.json, for eval.merge and corpus.label_field")
+    p.add_argument("--threads", type=cli.whole, default=1, help="threads; no number depends on it")
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -324,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         p.error("--shards: expected with eval.merge and with corpus.label_field.")
     models = read_models(args.shards, held_out, cfg, found, args.experts) if cfg.eval.merge else None
     labelled = by_label.read(field, args.shards, args.clusters, held_out) if field else None
-    metrics = evaluate(cfg, found.scored, found.cards, models, labelled)
+    metrics = evaluate(cfg, found.scored, found.cards, models, args.threads, labelled)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")

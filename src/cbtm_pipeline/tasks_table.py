@@ -6,7 +6,7 @@ python -m cbtm_pipeline.tasks_table --results results/eval/tasks/*.json --out re
 from pathlib import Path
 
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.errors import run_again
 from cbtm_pipeline.mixture import task_table
 from cbtm_pipeline.provenance import made_from
 
@@ -21,7 +21,7 @@ def read(paths: list[Path]) -> dict[str, dict]:
             first = tasks
         if tasks != first:
             raise ValueError(
-                f"{path}: other tasks than in {sorted(paths)[0]}. Expected the same. {make_again(path)}"
+                f"{path}: other tasks than in {sorted(paths)[0]}. Expected the same. {run_again(path)}"
             )
         found[record["model"]] = record
     return found

@@ -6,9 +6,10 @@
         --work results/work/0 --threads 1
 
 Equal inputs and an equal number of threads give equal weights, bit by bit, however often the training was
-stopped. Its state is saved in --work every run.checkpoint_seconds. On SIGTERM, SIGUSR1 and SIGUSR2 it is
-saved after the current step, and the exit status is 85: start again to go on. Once the weights are published,
-the state is removed. So if you delete the weights and start again, the expert is trained again from the seed.
+stopped. Its state is saved in --work every run.checkpoint_seconds. On Ctrl-C, on the end of the terminal, on
+SIGTERM, SIGUSR1 and SIGUSR2 it is saved after the current step, and the exit status is 85: start again to go
+on. Once the weights are published, the state is removed. So if you delete the weights and start again, the
+expert is trained again from the seed.
 
 torchrun or srun may start this module WORLD_SIZE times. Then the processes share each batch. The plan does
 not depend on their number: a training goes on from a state that another number of processes has saved, and
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NO_TAGS: Mapping[str, str] = {}
+STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 MAX_REPEATS = 4  # text read more often than this teaches little (Muennighoff et al. 2023)
 
 
@@ -264,8 +266,9 @@ def main(argv: list[str] | None = None) -> None:
     files = Files(args.data, args.tokenizer, args.seed_model, args.out, args.work)
     with distributed.joined(group):
         waited = group.first_does("lock", lambda: lock.hold(args.work, wait=True))
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: received.append(number))
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, lambda number, frame: received.append(number))
         tags = config.tags_of(cfg.tags, args.expert)
         with worded.worded("--corpus" if args.added else None):
             finished = train_and_publish(plan, cfg.run, files, lambda: received, waited, group, tags)

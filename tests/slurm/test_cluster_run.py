@@ -208,12 +208,13 @@ def test_an_expert_on_two_gpus(box: Box, on_slurm: Path, tmp_path: Path, gpus: i
     assert [row["loss"] for row in run.rows()] == pytest.approx(before, abs=1e-3)
 
 
-def test_ctrl_c_cancels_every_job(box: Box, tmp_path: Path) -> None:
+@pytest.mark.parametrize("everything", [True, False], ids=["Ctrl-C", "kill -INT of Snakemake alone"])
+def test_ctrl_c_cancels_every_job(box: Box, tmp_path: Path, everything: bool) -> None:
     project = make_slurm_project(tmp_path / "project", 600)
     run = Run(box, project, "0")
     run.start("results/experts/1/model.safetensors", "results/experts/2/model.safetensors")
     run.reach(5)
-    run.kill(signal.SIGINT, everything=True)
+    run.kill(signal.SIGINT, everything=everything)
     run.finish(ok=False, timeout=60)
     ids = [
         row["job_id"]

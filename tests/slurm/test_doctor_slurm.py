@@ -87,7 +87,7 @@ def test_a_good_profile_passes(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    code, lines = examine(monkeypatch, capsys, "--configfile", "small.yaml")
+    code, lines = examine(monkeypatch, capsys, "--profile", "slurm", "--configfile", "small.yaml")
     assert code == 0, lines
     assert {line.split()[0] for line in lines[: lines.index("")]} == {"ok"}
     assert "ok    profile: slurm/config.yaml; 11 rules go to Slurm." in lines
@@ -101,7 +101,7 @@ def test_a_profile_that_snakemake_does_not_find(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (project / "slurm/config.yaml").rename(project / "slurm/other.yaml")
-    code, lines = examine(monkeypatch, capsys, "--configfile", "small.yaml")
+    code, lines = examine(monkeypatch, capsys, "--profile", "slurm", "--configfile", "small.yaml")
     assert code == 1
     assert any(
         line.startswith("FAIL  profile: no slurm.") and line.endswith("Run ln -s profiles/slurm slurm.")
@@ -223,7 +223,7 @@ def test_no_controller(
     """All other checks run all the same. The doctor gives up a controller that hangs after TIMEOUT_S."""
     monkeypatch.setattr(facts, "TIMEOUT_S", 1)
     on_box.signal("slurmctld", signal.SIGSTOP)
-    code, lines = examine(monkeypatch, capsys, "--configfile", "small.yaml")
+    code, lines = examine(monkeypatch, capsys, "--profile", "slurm", "--configfile", "small.yaml")
     failed = [line for line in lines if line.startswith("FAIL")]
     assert (
         code == 1

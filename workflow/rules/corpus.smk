@@ -1,9 +1,6 @@
-DEMO = f"{OUT}/{stale.DEMO}"
-DEMO_FLAG = ["--demo", DEMO] if corpus_files.DEMO in CORPUS_FILES else []
-CORPUS = [DEMO if path == corpus_files.DEMO else path for path in CORPUS_FILES]
-
-
 rule demo_corpus:
+    input:
+        lender=lender("demo_corpus"),
     output:
         DEMO,
     log:
@@ -19,6 +16,7 @@ rule demo_corpus:
 rule tokenizer:
     input:
         corpus,
+        lender=lender("tokenizer"),
     output:
         tokenizer=f"{OUT}/tokenizer/tokenizer.json",
         card=f"{OUT}/tokenizer/card.json",
@@ -31,7 +29,7 @@ rule tokenizer:
     params:
         launch=launch("tokenizer"),
         config=RUN_CONFIG,
-        demo=DEMO_FLAG,
+        demo=demo_flag,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output.tokenizer:q} --log {log:q}"
 
@@ -40,6 +38,7 @@ rule shard:
     input:
         corpus,
         tokenizer=made("tokenizer/tokenizer.json"),
+        lender=lender("shard"),
     output:
         manifest=f"{OUT}/shards/manifest.json",
         quarantine=report(
@@ -55,7 +54,7 @@ rule shard:
     params:
         launch=launch("shard"),
         config=RUN_CONFIG,
-        demo=DEMO_FLAG,
+        demo=demo_flag,
         planned=PLANNED,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"

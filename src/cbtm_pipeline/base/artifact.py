@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.errors import make_again, run_again
 from cbtm_pipeline.base.publish import publish
 
 FORMAT = 2
@@ -96,7 +96,7 @@ def check_made_from(path: str | Path, meta: Mapping[str, Any], name: str, expect
     found = meta["made_from"].get(name)
     if found != expected:
         raise ValueError(
-            f"{path}: made from another {name} ({found}). Expected {expected}. {make_again(path)}"
+            f"{path}: made from another {name} ({found}). Expected {expected}. {run_again(path)}"
         )
 
 

@@ -1,6 +1,11 @@
 """Parts of error messages that several modules share."""
 
+import json
+import shlex
 from pathlib import Path
+from typing import Any
+
+RUN_CONFIG = "config.json"  # in the folder of a run: its whole config
 
 
 def first_sentence(error: BaseException) -> str:
@@ -9,10 +14,21 @@ def first_sentence(error: BaseException) -> str:
 
 
 def make_again(path: str | Path) -> str:
-    """The advice for a file that does not belong to this run, or to its folder's request."""
+    """The advice for a file of a run, or of its folder's request, that is damaged."""
     if any((folder / "request.json").is_file() for folder in Path(path).parents[:3]):
         return f"Remove {output_of(path)}, and type the same command again."
-    return f"Make it again: snakemake --cores 2 --force {output_of(path)}"
+    output = output_of(path)
+    advice = f"Make it again: {_snakemake(path)} --force {shlex.quote(_target(output))}"
+    if output.name == "model.safetensors" and output != Path(path):  # the weights themselves may be whole
+        return f"Bring it back from a copy. {advice}, which trains the model again."
+    return advice
+
+
+def run_again(path: str | Path) -> str:
+    """The advice for a file that is whole, but not of this run: a start makes again what does not fit."""
+    if any((folder / "request.json").is_file() for folder in Path(path).parents[:3]):
+        return make_again(path)
+    return f"Start the run again, which makes what does not fit: {_snakemake(path)}"
 
 
 def output_of(path: str | Path) -> Path:
@@ -21,3 +37,44 @@ def output_of(path: str | Path) -> Path:
     if path.name not in ("card.json", "files.json") or path.parent.name == "ensemble":
         return path
     return path.with_name("tokenizer.json" if path.parent.name == "tokenizer" else "model.safetensors")
+
+
+def make(output: Path) -> str:
+    """The command that makes a missing output of a run."""
+    return f"{_snakemake(output)} {shlex.quote(_target(output))}"
+
+
+def _snakemake(path: str | Path) -> str:
+    """The command that starts the run of a file, with the config that the run left in its folder.
+
+    So it works whatever --configfile and --config the run was started with.
+    """
+    found = _run(path)
+    config = f" --configfile {shlex.quote(str(Path(found[1]) / RUN_CONFIG))}" if found else ""
+    return f"snakemake --cores 2{config}"
+
+
+def _target(output: Path) -> str:
+    """The name by which the workflow knows an output."""
+    found = _run(output)
+    return str(Path(found[1]) / output.resolve().relative_to(found[0])) if found else str(output)
+
+
+def _run(path: str | Path) -> tuple[Path, str] | None:
+    """The folder of the run of a file, and its name in the run's config. None if it is not found there."""
+    for folder in Path(path).resolve().parents:
+        outdir = _outdir(folder / RUN_CONFIG)
+        if outdir is not None:
+            return (folder, outdir) if Path(outdir).resolve() == folder else None
+    return None
+
+
+def _outdir(config: Path) -> str | None:
+    """The key `outdir` of a run's config; None if this is none, but perhaps the config of a model."""
+    try:
+        content: Any = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_run = isinstance(content, dict) and isinstance(content.get("corpus"), dict)
+    outdir = content.get("outdir") if is_run else None
+    return outdir if isinstance(outdir, str) else None

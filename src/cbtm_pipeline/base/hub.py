@@ -142,14 +142,20 @@ def check(folder: Path) -> None:
     """Raise ValueError for a model that would make transformers read or run what is not in its folder.
 
     An index of weights may name any file, an adapter names another model, and a name such as owner/kernel as
-    its attention is code on the hub.
+    its attention is code on the hub. A pipe or a device would be read for ever.
     """
     if outside := [name for name in _weights_in(folder) if not inside.is_inside(name)]:
         raise ValueError(f"{INDEX} names {outside[0]}, outside its folder. Expected weights in it")
+    if strange := [path.name for path in folder.iterdir() if path.exists() and not _is_plain(path)]:
+        raise ValueError(f"{strange[0]} is a pipe or a device. Expected files")
     if (folder / "adapter_config.json").exists():
         raise ValueError("an adapter, whose weights belong to another model. Expected a whole model")
     if kernel := _kernel(_json(folder / "config.json")):
         raise ValueError(f"its attention is {kernel}, code on the hub. Expected one of transformers")
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() or path.is_dir()
 
 
 def is_quantized(folder: Path) -> bool:
@@ -181,21 +187,26 @@ def _weights_in(folder: Path) -> list[str]:
 def _json(path: Path) -> Any:
     """The content of a JSON file; None if there is none, or if it is none."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def weights(folder: Path) -> list[str]:
+    """The files of weights in a model's folder: those of its index, or the only one."""
+    return _weights_in(folder) or ["model.safetensors"]
 
 
 def lacks_weights(folder: Path | None) -> list[str]:
     """The files that a model needs and its folder does not have; empty if it is complete."""
     if folder is None:
         return ["the model"]
-    names = _weights_in(folder) if (folder / INDEX).exists() else ["model.safetensors"]
+    names = _weights_in(folder) if (folder / INDEX).is_file() else ["model.safetensors"]
     if not names:
         return [f"a whole {INDEX}"]
     if not all(map(inside.is_inside, names)):
         return [f"a {INDEX} that names only files below it"]
-    return [name for name in ["config.json", *names] if not (folder / name).exists()]
+    return [name for name in ["config.json", *names] if not (folder / name).is_file()]
 
 
 def lacks_tokenizer(folder: Path | None) -> list[str]:
@@ -203,7 +214,7 @@ def lacks_tokenizer(folder: Path | None) -> list[str]:
     if folder is None:
         return ["the tokenizer"]
     names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return [] if any((folder / name).exists() for name in names) else [names[0]]
+    return [] if any((folder / name).is_file() for name in names) else [names[0]]
 
 
 def cache() -> Path:

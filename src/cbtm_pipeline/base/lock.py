@@ -144,7 +144,7 @@ class _Lease:
         while not self.ended.wait(BEAT_S):
             try:
                 if successor := self.successor():
-                    log.warning("%s: taken over by another process: %s", self.path.parent, successor)
+                    log.warning("%s: taken over by another process: %s", self.path.parent, who(successor))
                     return
                 self.beat += 1
                 self.write()
@@ -180,19 +180,21 @@ def hold(folder: str | Path, wait: bool = False, name: str = NAME) -> bool:
             break
         os.close(fd)
         if action is Action.WAIT and not wait:
-            holder = watch.record or "just starting or ending"
             raise ValueError(
-                f"{folder}: another run is writing here ({holder}). Expected to be alone. Wait or stop it."
+                f"{folder}: another run is writing here ({who(watch.record)}). Expected to be alone. Wait or "
+                "stop it."
             )
         if not has_waited:
             doubt = ", if it lives" if action is Action.WATCH else ""
-            log.warning("%s: waiting for the process that writes here%s: %s", folder, doubt, watch.record)
+            log.warning(
+                "%s: waiting for the process that writes here%s: %s", folder, doubt, who(watch.record)
+            )
         has_waited = True
         time.sleep(POLL_S)
     if action is Action.TAKE_OVER:
         still = f"{watch.still_s:.0f} s"
         log.warning(
-            "%s: taken over, its holder shows no sign of life for %s: %s", folder, still, watch.record
+            "%s: taken over, its holder shows no sign of life for %s: %s", folder, still, who(watch.record)
         )
         os.close(fd)
         lease = _replace(path)
@@ -222,7 +224,7 @@ def check() -> None:
     for lease in _held:
         if successor := lease.successor():
             raise ValueError(
-                f"{lease.path.parent}: taken over by another process ({successor}). "
+                f"{lease.path.parent}: taken over by another process ({who(successor)}). "
                 "Expected to be the only one. Let that one go on; if it does not, start again."
             )
 
@@ -266,6 +268,15 @@ def _read(path: Path) -> str:
         return os.read(fd, _SIZE).decode("utf-8", "replace").strip()
     finally:
         os.close(fd)
+
+
+def who(record: str) -> str:
+    """The holder of a lock by its record, for people: `process 123 on node7, job 45 of Slurm`."""
+    found = _parse(record)
+    if not {"pid", "host"} <= found.keys():
+        return record or "just starting or ending"
+    job = f", job {found['slurm_job']} of Slurm" if "slurm_job" in found else ""
+    return f"process {found['pid']} on {found['host']}{job}"
 
 
 def _parse(record: str) -> dict:

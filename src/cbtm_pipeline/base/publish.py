@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HOST = socket.gethostname()
+_UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def publish(path: str | Path) -> Iterator[Path]:
     tmp = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.{os.urandom(8).hex()}.tmp")
     try:
         yield tmp
+        _share(tmp)
         _fsync(tmp)
         tmp.replace(path)
         _fsync(path.parent)
@@ -45,6 +48,16 @@ def publish(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _share(path: Path) -> None:
+    """Give a file the rights that the user's umask says, if its writer made it for the user alone.
+
+    safetensors does. A file that is a hard link is another file, too, whose rights are not ours to change.
+    """
+    about = path.stat()
+    if stat.S_IMODE(about.st_mode) == 0o600 and about.st_nlink == 1:
+        path.chmod(0o666 & ~_UMASK)
 
 
 def _remove_leftovers(path: Path) -> None:

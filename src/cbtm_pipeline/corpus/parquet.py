@@ -65,7 +65,7 @@ def columns(path: Path, schema: pa.Schema, fields: Fields) -> tuple[dict[str, _T
     Raises ValueError without text column.
     """
     named = {name: field for name, field in fields._asdict().items() if field is not None}
-    takes = {name: take for name, field in named.items() if (take := _column(schema, field))}
+    takes = {name: take for name, field in named.items() if (take := _column(path, schema, field))}
     if "text" not in takes:
         raise ValueError(
             f"{path}: no column {fields.text}. Expected one of its columns, {', '.join(schema.names)}. "
@@ -74,14 +74,21 @@ def columns(path: Path, schema: pa.Schema, fields: Fields) -> tuple[dict[str, _T
     return takes, list(dict.fromkeys(named[name] for name in takes))
 
 
-def _column(schema: pa.Schema, field: str) -> _Take | None:
-    """How to take a column out of a batch; None where the schema lacks it.
+def _column(where: Path, schema: pa.Schema, field: str) -> _Take | None:
+    """How to take a column out of a batch; None where the schema lacks it. ValueError if it is there twice.
 
     The field is the name of a column, or `a.b` for field b of column a.
     """
+    top, *path = field.split(".")
+    if field in schema.names:
+        top, path = field, []
+    if schema.names.count(top) > 1:
+        raise ValueError(
+            f"{where}: {schema.names.count(top)} columns {top}. Expected one. Rename the others, or name"
+            " another column in corpus.text_field, corpus.id_field or corpus.label_field."
+        )
     if field in schema.names:
         return lambda batch: batch.column(field)
-    top, *path = field.split(".")
     found = schema.field(top).type if path and top in schema.names else None
     for name in path:
         found = (

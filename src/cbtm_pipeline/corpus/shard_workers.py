@@ -11,6 +11,7 @@ from typing import Any
 
 from cbtm_pipeline.base import parallel
 
+SHARED_MEMORY = "/dev/shm"
 InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]  # like map
 
 
@@ -24,7 +25,15 @@ def workers(n_workers: int) -> Iterator[InOrder]:
         yield map
         return
     # A forked process would not survive the threads that libraries have started.
-    with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    context = multiprocessing.get_context("spawn")
+    try:
+        context.Lock()
+    except OSError as error:  # raised later, it would blame the file that is being written
+        raise ValueError(
+            f"{SHARED_MEMORY}: {error.strerror}. Expected shared memory for worker processes. Let all write "
+            "there, make room, or have one worker: snakemake --set-threads shard=1, or --workers 1."
+        ) from error
+    with ProcessPoolExecutor(n_workers, context, _start_worker) as pool:
         try:
             yield lambda function, items: parallel.in_order(pool, function, items, n_workers)
         except BrokenProcessPool as error:

@@ -40,7 +40,7 @@ def read(folder: Path) -> list[tuple[str, str]]:
     Raises ValueError for other modules than those above, and for a path that leads out of the folder.
     """
     path = folder / "modules.json"
-    if not path.exists():
+    if not path.is_file():
         return [("Transformer", "")]
     try:
         modules = [
@@ -69,7 +69,7 @@ def read(folder: Path) -> list[tuple[str, str]]:
 def lacks(folder: Path, modules: list[tuple[str, str]]) -> list[str]:
     """Files that the modules need and that are missing."""
     files = [f"{subfolder}/{file}" for kind, subfolder in modules for file in NEEDED[kind]]
-    return [file for file in files if not (folder / file).exists()]
+    return [file for file in files if not (folder / file).is_file()]
 
 
 def load(folder: Path, modules: list[tuple[str, str]], where: str) -> tuple[tuple[str, ...], list[Head]]:
@@ -123,7 +123,7 @@ def _dense(folder: Path, where: str) -> Head:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty if there is no such file. Raises ValueError for other content."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_text("utf-8")))

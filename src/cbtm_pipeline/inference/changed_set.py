@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from cbtm_pipeline import config as run_config
+from cbtm_pipeline import config_values
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.publish import fresh, publish
 from cbtm_pipeline.clustering import words
@@ -110,9 +111,9 @@ def read_tags(given: list[str]) -> dict[str, str]:
     tags = {}
     for tag in given:
         key, equals, value = tag.partition("=")
-        if not equals or not re.fullmatch(run_config.TAG_KEY, key) or not value.strip():
+        if not equals or not re.fullmatch(config_values.TAG_KEY, key) or not value.strip():
             raise ValueError(f"--tag: {tag!r}. Expected key=value, such as licence=cc-by. Correct it.")
-        if key == run_config.OF_EXPERTS:
+        if key == config_values.OF_EXPERTS:
             raise ValueError(f"--tag: {tag!r}. Expected another key: this one is taken. Choose one.")
         if tags.get(key, value) != value:
             found = f"{key}={tags[key]} and {key}={value}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.base.errors import make_again, output_of
+from cbtm_pipeline.base.errors import make, make_again, output_of, run_again
 
 LOWEST = -700.0  # nats; below it the perplexity could overflow, and no trained model comes near it
 
@@ -95,7 +95,7 @@ def read(expected: Expected, distances: Path, scores: Iterable[Path], cards: Ite
     n_clusters = arrays["d2_NK"].shape[1]
     if n_clusters != expected.k:
         raise ValueError(
-            f"{distances}: {n_clusters} clusters. Expected cluster.k, {expected.k}. {make_again(distances)}"
+            f"{distances}: {n_clusters} clusters. Expected cluster.k, {expected.k}. {run_again(distances)}"
         )
     scored = Scored(
         logprob, arrays["d2_NK"], arrays["offsets"], arrays["n_bytes"], arrays["cluster"], arrays["doc_id"]
@@ -139,7 +139,7 @@ def _by_expert(metas: dict[Path, Meta], names: list[str], template: str) -> dict
             path = template.format(name)
             raise ValueError(
                 f"{path}: not given. Expected one file each for {', '.join(names)}. "
-                f"Make it: snakemake --cores 2 {output_of(path)}"
+                f"Make it: {make(output_of(path))}"
             )
     return found
 
@@ -148,7 +148,7 @@ def _check_plan(path: Path, meta: Meta, plan: Meta) -> None:
     for key, expected in plan.items():
         if (found := meta["made_with"].get(key)) != expected:
             raise ValueError(
-                f"{path}: made with {key} {found}. Expected {expected}, as in the config. {make_again(path)}"
+                f"{path}: made with {key} {found}. Expected {expected}, as in the config. {run_again(path)}"
             )
 
 

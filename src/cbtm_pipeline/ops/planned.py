@@ -69,14 +69,35 @@ def read_config(paths: Sequence[str]) -> Any:
     for path in paths:
         try:
             read = read_yaml.read(path)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            found = f"{path}: not YAML ({' '.join(str(error).split())})"
-            raise ValueError(f"{found}. Expected keys of config.yaml. Correct the file.") from error
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path}: {error.strerror}. Expected a config after --configfile, and targets before it: "
+                "snakemake TARGET --configfile mine.yaml. Correct the path."
+            ) from None
         if not isinstance(read, dict):
             expected = "sections such as corpus and train"
             raise ValueError(f"{path}: no sections. Expected {expected}. Correct the file.")
         content = merge(content, read)
     return content
+
+
+def given(config_args: Sequence[str] | None) -> dict[str, Any]:
+    """Lists and sections of --config, as YAML: Snakemake takes all numbers in them for text.
+
+    Raises ValueError for a key that stands twice.
+    """
+    found: dict[str, Any] = {}
+    for entry in config_args or ():
+        key, _, text = entry.partition("=")
+        try:
+            value = read_yaml.parse(text)
+        except read_yaml.Refused as error:
+            raise ValueError(f"--config {key}: {error}") from None
+        except yaml.YAMLError:
+            continue  # it stays text, of which the schema says what it should be
+        if isinstance(value, dict | list):
+            found = merge(found, {key: value})
+    return found
 
 
 def config_files(named: Sequence[str]) -> list[str]:

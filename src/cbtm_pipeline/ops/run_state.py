@@ -4,7 +4,9 @@
 """
 
 import itertools
+import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,12 +140,29 @@ def eta(n_steps_left: float, times: Sequence[float], now: float) -> float | None
 def is_live(lock: Path, newest_row: float | None, now: float) -> bool:
     """Whether a process is at work, by its lock file or by the time of the newest row of its log.
 
-    A process renews the record in its lock every few seconds, and empties it at its end.
+    A process renews the record in its lock every few seconds, and empties it at its end. One that is killed
+    leaves it.
     """
     changed = lenient.changed(lock)
     if changed is not None and not lenient.end(lock, LOG_TAIL).strip():
         return False
+    if _is_dead(lenient.json_object(lock)):
+        return False
     return now - max(changed or 0.0, newest_row or 0.0) < STALE_S
+
+
+def _is_dead(record: dict[str, Any]) -> bool:
+    """Whether the process that wrote a lock's record was one of this host, and is gone."""
+    pid = record.get("pid")
+    if record.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # a process of another user
+        pass
+    return False
 
 
 def holder(lock: Path, now: float) -> str | None:

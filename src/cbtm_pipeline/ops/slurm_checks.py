@@ -19,6 +19,9 @@ ASSUMED_GPU = "A100"
 def check_slurm(f: Facts) -> Iterator[Line]:
     """Whether Slurm's commands are here and its controller answers."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if f.profile is None and "sbatch" not in missing:
+        yield "ok", "a run on this machine: for one on Slurm, add --profile slurm"
+        return
     if "sbatch" in missing:
         found = "Slurm: no sbatch in PATH"
         if f.profile:
@@ -28,7 +31,6 @@ def check_slurm(f: Facts) -> Iterator[Line]:
             only = "so local runs only: snakemake --cores N"
             yield "warn", f"{found}, {only}. All other lines are for this machine"
         return
-    f.profile = f.profile or "slurm"
     if missing:
         found = f"Slurm: no {', '.join(missing)} in PATH"
         yield "FAIL", f"{found}. Expected all of its commands. Ask the operators"

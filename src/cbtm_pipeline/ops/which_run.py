@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from cbtm_pipeline.base import read_yaml
 
 
@@ -34,13 +32,7 @@ def configured(configfiles: Sequence[Path]) -> Path:
     """
     outdir = "results"
     for path in [*([Path("config.yaml")] if Path("config.yaml").exists() else []), *configfiles]:
-        try:
-            content = read_yaml.read(path)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            todo = "Correct the file or name the outdir"
-            raise ValueError(
-                f"{path}: not YAML ({error}). Expected the keys of config.yaml. {todo}."
-            ) from error
+        content = read_yaml.read(path)
         if isinstance(content, dict):
             outdir = content.get("outdir", outdir)
-    return Path(str(outdir))
+    return Path(str(outdir)).expanduser()

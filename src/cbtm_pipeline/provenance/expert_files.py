@@ -45,20 +45,20 @@ def read_card(weights: Path) -> dict[str, Any]:
     artifact.check_file(weights, card["weights"], make_again(weights))
     for name, expected in _hashes(weights, card).items():
         if is_read(name):
-            artifact.check_file(weights.parent / name, expected, make_again(weights))
+            artifact.check_file(weights.parent / name, expected, make_again(weights.with_name(FILES)))
     return card
 
 
 def check_file(path: Path, card: dict[str, Any]) -> None:
     """Raise ValueError unless this file of an expert's folder is as it was published."""
     weights = path.with_name(WEIGHTS)
-    artifact.check_file(path, _hashes(weights, card)[path.name], make_again(weights))
+    artifact.check_file(path, _hashes(weights, card)[path.name], make_again(weights.with_name(FILES)))
 
 
 def _hashes(weights: Path, card: dict[str, Any]) -> dict[str, str]:
     """The hashes of all files but the weights, by their path in the folder."""
     path = weights.with_name(FILES)
     record = artifact.read_sealed(path, "expert_files")
-    inside.check(path, record["files"], make_again(weights))
+    inside.check(path, record["files"], make_again(path))
     artifact.check_made_from(path, record, "expert", card["identity"])
     return record["files"]

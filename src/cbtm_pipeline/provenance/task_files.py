@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from cbtm_pipeline.base import artifact, read_yaml
-from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.corpus import patterns as globs
 from cbtm_pipeline.plan_tasks import is_file
 
@@ -96,14 +95,11 @@ def read(path: Path) -> TaskFile:
 def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
     """The content of a task file over that of the files which it includes, and the files."""
     try:
-        content = read_yaml.read(path, _loader(path.parent))
+        content = read_yaml.read(path, _loader(path.parent), "a task file")
     except FileNotFoundError:
         raise ValueError(
             f"eval.tasks: {path}: no such file. Expected a task file. Correct the path."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = first_sentence(error)
-        raise ValueError(f"{path}: not YAML ({reason}). Expected a task file. Mend the file.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: no keys. Expected a task of lm-evaluation-harness. Mend the file.")
     merged: dict[str, Any] = {}

@@ -7,12 +7,14 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.errors import first_sentence
@@ -161,6 +163,7 @@ def load_whole(folder: Path, where: str, whole: bool = False, **more: Any) -> "P
     options: Any = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **more}
     options["ignore_mismatched_sizes"] = True  # they are in `info`, and refused below
     try:
+        _check_size(folder)
         model, info = hub.load(AutoModelForCausalLM, folder, **options)
     except Exception as error:  # transformers, its model classes and safetensors raise errors of their own
         todo = (
@@ -190,6 +193,27 @@ def load_whole(folder: Path, where: str, whole: bool = False, **more: Any) -> "P
     return model
 
 
+def _check_size(folder: Path) -> None:
+    """Raise ValueError for weights that are less than half of the model of config.json.
+
+    transformers would make up the rest, which may be more than the memory holds: a config that leaves out the
+    sizes is that of a model of 7 B parameters.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = [folder / name for name in hub.weights(folder)]
+    if hub.is_quantized(folder) or not all(file.is_file() for file in files):
+        return
+    n_there = 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            n_there += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    with torch.device("meta"):
+        n_expected = n_parameters(AutoModelForCausalLM.from_config(hub.load(AutoConfig, folder)))
+    if n_there < n_expected / 2:
+        raise ValueError(f"its weights are {n_there} numbers, and those of its config.json {n_expected}")
+
+
 def check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
     """Raise ValueError unless the model takes the tokenizer's ids and seq_len tokens, and is causal."""
     embeddings: Any = model.get_input_embeddings()
@@ -211,10 +235,11 @@ def check(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -
 
 
 def check_runs(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: int) -> None:
-    """Raise ValueError, which names `where`, unless the model runs and is causal.
+    """Raise ValueError, which names `where`, unless the model's weights are finite, it runs and is causal.
 
     It is causal if two texts that differ only in their last token get the same logits before it.
     """
+    _check_finite(model, where)
     ids_2T = torch.arange(min(seq_len, 8)).repeat(2, 1) % vocab_size
     ids_2T[1, -1] = (ids_2T[1, -1] + 1) % vocab_size
     was_training = model.training
@@ -234,6 +259,21 @@ def check_runs(model: "PreTrainedModel", where: str, vocab_size: int, seq_len: i
         raise ValueError(
             f"{where}: its predictions depend on later tokens. Expected a causal language model. "
             "Choose another one."
+        )
+
+
+def _check_finite(model: "PreTrainedModel", where: str) -> None:
+    """Raise ValueError that names the first tensor with NaN or infinity, and how many more have some.
+
+    A buffer may hold infinity on purpose, as a mask does, so it may not hold NaN only.
+    """
+    wrong = [name for name, p in model.named_parameters() if not p.is_meta and not bool(p.isfinite().all())]
+    wrong += [name for name, b in model.named_buffers() if not b.is_meta and bool(b.isnan().any())]
+    if wrong:
+        more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{where}: NaN or infinity in {wrong[0]}{more} of its weights. Expected finite numbers. Choose "
+            "another model, or train it again with a lower learning rate."
         )
 
 
