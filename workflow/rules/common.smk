@@ -106,6 +106,13 @@ def clusterings(wildcards):
     return [made_by(run, name) for name in run.clusterings]
 
 
+def labels_read(wildcards):
+    """The shards, where the result is told by the labels of documents."""
+    run = run_of(wildcards)
+    has_labels = run.config.corpus.label_field is not None
+    return [made_by(run, "shards/manifest.json")] if has_labels else []
+
+
 def lender(rule):
     """The outputs of this job in the run that lends them: they have to be there first. Nothing outside a study."""
 
