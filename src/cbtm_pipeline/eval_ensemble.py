@@ -265,27 +265,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the rule from the command line."""
     p = cli.parser(__doc__)
     p.add_argument("--distances", required=True, type=Path, help="distances.npz")
-    p.add_argument(
-        "--scores",
-        required=True,
-        type=Path,
-        nargs="+",
-        help="score files of the seed and of every expert, in any order",
-    )
-    p.add_argument(
-        "--experts",
-        required=True,
-        type=Path,
-        nargs="+",
-        help="card.json of the seed and of every expert, in any order",
-    )
-    p.add_argument(
-        "--clusters",
-        required=True,
-        type=Path,
-        nargs="+",
-        help="assignments/manifest.json, and random/manifest.json for random experts",
-    )
+    cards = "of the seed and of every expert, in any order"
+    manifests = "assignments/manifest.json, and random/manifest.json for random experts"
+    for name, what in (
+        ("scores", f"score files {cards}"),
+        ("experts", f"card.json {cards}"),
+        ("clusters", manifests),
+    ):
+        p.add_argument(f"--{name}", required=True, type=Path, nargs="+", help=what)
     p.add_argument("--shards", type=Path, help="shards/manifest.json, for eval.merge and corpus.label_field")
     p.add_argument("--choices", type=Path, nargs="*", default=[], help="search/*.json, if train.lr is a list")
     p.add_argument("--threads", type=cli.whole, default=1, help="threads; no number depends on it")
