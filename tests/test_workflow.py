@@ -277,7 +277,7 @@ def test_a_second_run_in_the_same_folder_is_refused(finished: Path, tmp_path: Pa
     ) as first:
         assert first.stdout and first.stdout.readline() == "held\n"
         before = (project / weights).read_bytes()
-        assert f'"pid": {first.pid}' in snakemake(project, "--cores", "1", "--force", weights, ok=False)
+        assert f"process {first.pid} " in snakemake(project, "--cores", "1", "--force", weights, ok=False)
         assert (project / weights).read_bytes() == before, "a refused run touches nothing"
         first.kill()
     snakemake(project, "--cores", "1", "--force", weights)

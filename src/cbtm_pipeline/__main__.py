@@ -4,6 +4,7 @@ cbtm preview [TARGET ...]     what a start would run, why, at what cost, and whi
 cbtm status [OUTDIR ...]      how a run is going
 cbtm doctor [--profile NAME]  what would fail and what a run would cost, before anything is started
 
+cbtm compare RUN RUN ...      finished runs side by side: settings, perplexities, ratios to dense, cost
 cbtm clusters                 the clusters of a run: size, what sets them apart, how well their experts do
 cbtm generate [PROMPT]        go on with a text
 cbtm score FILE ...           perplexity and bits per byte of any text
@@ -26,6 +27,7 @@ MODULES = {  # by command
     "preview": "preview",
     "status": "status",
     "doctor": "doctor",
+    "compare": "compare",
     "clusters": "clusters",
     "generate": "generate",
     "score": "score",

@@ -39,7 +39,7 @@ class Models(NamedTuple):
 
 
 def evaluate(
-    cfg: config.Config, held_out: Scored, cards: Cards, models: Models | None = None
+    cfg: config.Config, held_out: Scored, cards: Cards, models: Models | None = None, n_threads: int = 1
 ) -> dict[str, Any]:
     """Return the content of metrics.json without its meta record. `models` are there with eval.merge.
 
@@ -60,6 +60,7 @@ def evaluate(
             *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
             *(plan.hysteresis, plan.fix_after),
         ),
+        n_threads=n_threads,
     )
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)
@@ -291,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         help="assignments/manifest.json, and random/manifest.json for random experts",
     )
     p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
+    p.add_argument("--threads", type=cli.whole, default=1, help="threads; no number depends on it")
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
     args = p.parse_args(argv)
     cli.start_logging("eval", args.log)
@@ -306,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.shards is None:
             p.error("--shards: expected with eval.merge.")
         models = read_models(args.shards, found.distances["made_from"]["held_out"], cfg, found, args.experts)
-    metrics = evaluate(cfg, found.scored, found.cards, models)
+    metrics = evaluate(cfg, found.scored, found.cards, models, args.threads)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")

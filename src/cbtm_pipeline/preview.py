@@ -21,6 +21,7 @@ from cbtm_pipeline.base.printable import printable
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import harness
 from cbtm_pipeline.ops import cost, lenient, planned
+from cbtm_pipeline.ops.started import Run
 from cbtm_pipeline.provenance import expert_files, kept, stale
 from cbtm_pipeline.provenance.stale import Asked, Job, Reason, Start, States
 
@@ -58,6 +59,25 @@ def lines(cfg: config.Config, states: States, start: Start) -> list[str]:
         *(f"  {line}" for line in _trainings(cfg, outdir, states, start)),
         *(f"  {line}" for line in _replaced(cfg, outdir, states, start)),
     ]
+
+
+def of_runs(runs: Mapping[str, Run]) -> list[str]:
+    """The lines about a start of one run, or a line for each run of a study that has something to do."""
+    if len(runs) == 1:
+        (run,) = runs.values()
+        return lines(run.config, run.states, run.start)
+    found, n_made, n_lent = [], 0, 0
+    for name, run in runs.items():
+        lent = [job for job in run.start.run if run.lender(*job)]
+        made = [job for job in run.start.run if job not in lent]
+        n_made, n_lent = n_made + len(made), n_lent + len(lent)
+        told = _replaced(run.config, Path(run.out), run.states, run.start)
+        if run.start.run:
+            taken = f"; takes {len(lent)} from other runs" if lent else ""
+            found += [f"  {name}: {_counted(made) or 'nothing'}{taken}", *(f"    {line}" for line in told)]
+    if not found:
+        return []
+    return [f"{len(runs)} runs: {n_made} jobs, and {n_lent} whose outputs another run has", *found]
 
 
 def _counted(some: Iterable[Job]) -> str:

@@ -2,6 +2,7 @@
 rule embed:
     input:
         shards=made("shards/manifest.json"),
+        lender=lender("embed"),
     output:
         manifest=f"{OUT}/embed/manifest.json",
         embedder=f"{OUT}/embed/embedder.npz",
@@ -24,6 +25,7 @@ rule fit_kmeans:
         vectors=made("embed/manifest.json"),
         shards=made("shards/manifest.json"),
         tokenizer=made("tokenizer/tokenizer.json"),
+        lender=lender("fit_kmeans"),
     output:
         clusterer=f"{OUT}/cluster/clusterer.npz",
         top_terms=report(
@@ -50,6 +52,7 @@ rule assign:
         shards=made("shards/manifest.json"),
         vectors=made("embed/manifest.json"),
         clusterer=made("cluster/clusterer.npz"),
+        lender=lender("assign"),
     output:
         f"{OUT}/assignments/manifest.json",
     log:
@@ -69,6 +72,7 @@ rule assign:
 rule assign_random:
     input:
         shards=made("shards/manifest.json"),
+        lender=lender("assign_random"),
     output:
         f"{OUT}/random/manifest.json",
     log:

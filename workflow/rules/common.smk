@@ -1,98 +1,120 @@
-# What all rules share: the validated config, the experts, the environment of the jobs.
+# What all rules share: the runs, their experts, and how a job begins. RUNS and OUT come from one_run.smk or study.smk.
+# In a study, OUT has the wildcard {run}. Every function below finds its run by it.
 import functools
 import json
 import sys
 from pathlib import Path
 
 
-include: "environment.smk"
-
-
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import plan, preview
-from cbtm_pipeline.inference import harness
-from cbtm_pipeline.provenance import kept, records, stale
-from cbtm_pipeline.base import cli, lock, printable, read_yaml, trust
+from cbtm_pipeline import compare, plan, preview
+from cbtm_pipeline.base import cli, lock, printable, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.ops import interrupt, planned, terminal
+from cbtm_pipeline.ops import interrupt, started, terminal
+from cbtm_pipeline.provenance import kept, lent, records, stale
 from cbtm_pipeline.slurm import request
 
-try:
-    for path in [DEFAULTS, *workflow.overwrite_configfiles]:
-        read_yaml.read(
-            path
-        )  # a key that stands twice is an error, which Snakemake does not see
-    planned.check_given_once(sys.argv)
-    CONFIG = schema.validate(
-        planned.merge(config, planned.given(workflow.config_settings.config_args))
-    )
-    CORPUS_FILES = corpus_files.find(
-        CONFIG.corpus.train, CONFIG.corpus.eval, CONFIG.outdir
-    )
-    STATES = stale.look(CONFIG)
-    harness.check_at_start(CONFIG, STATES)
-except (ValueError, OSError) as error:
-    sys.exit(cli.explain(error))
-
-OUT = str(Path(CONFIG.outdir))  # Snakemake warns of double slashes in names
 RUN_CONFIG = f"{OUT}/config.json"
 PLANNED = f"{OUT}/{content.PLANNED}"
+DEMO = f"{OUT}/{stale.DEMO}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
-EXPERTS = plan.trained(CONFIG)
-TASK_MODELS = stale.task_models(CONFIG)
-MANIFESTS = {
-    "corpus": "shards/manifest.json",
-    "clusters": "assignments/manifest.json",
-    "random": "random/manifest.json",
-}
-PRODUCERS = {output: job for job in STATES for output in job.outputs}
-CLUSTERINGS = ["clusters", "random"] if plan.random_experts(CONFIG) else ["clusters"]
+EXPERTS = list(dict.fromkeys(name for run in RUNS.values() for name in run.experts))
+TASK_MODELS = list(
+    dict.fromkeys(name for run in RUNS.values() for name in run.task_models)
+)
+
+
+def run_of(wildcards):
+    """The run that a job belongs to."""
+    return RUNS[wildcards.get("run", "")]
 
 
 @functools.cache
-def start():
-    """The jobs of this start. Known once Snakemake has read its command line, so not while it reads this file."""
+def begin():
+    """Decide what this start runs. Known once Snakemake has read its command line, so not while it reads this file.
+
+    The records in the outdirs say it (stale.py), neither the times of files nor what Snakemake remembers: it runs
+    what is forced or missing, and what reads that.
+    """
     settings = workflow.dag_settings
+    targets = sorted(settings.targets)
     asked = stale.Asked(
-        targets=sorted(settings.targets),
+        targets=[] if set(targets) & WHOLE else targets,
         anew=sorted(settings.forcerun),
         all_anew=settings.forceall,
         targets_anew=settings.forcetargets,
     )
-    found = stale.start(CONFIG, STATES, asked)
-    for line in preview.lines(CONFIG, STATES, found):
+    for run in RUNS.values():
+        run.begin(asked)
+        workflow.dag.forcefiles.update(run.outdated())
+    for line in preview.of_runs(RUNS):
         print(printable.printable(line), file=sys.stderr, flush=True)
-    return found
 
 
 def corpus(wildcards):
-    """The corpus. Every run asks for this input before Snakemake decides what to run.
+    """The corpus of a run."""
+    begin()
+    run = run_of(wildcards)
+    demo = run.path(stale.DEMO)
+    return ancient([demo if path == corpus_files.DEMO else path for path in run.spoken])
 
-    So here, Snakemake is told which outputs to make again. The records in the outdir say it (stale.py), neither the
-    times of files nor what Snakemake remembers: it runs what is forced or missing, and what reads that.
-    """
-    outputs = [f"{OUT}/{output}" for job in start().run for output in job.outputs]
-    workflow.dag.forcefiles.update(
-        output for output in outputs if Path(output).exists()
-    )
-    return ancient(CORPUS)
+
+def demo_flag(wildcards):
+    """The option that says where the built-in corpus lies, for a run that reads it."""
+    run = run_of(wildcards)
+    return ["--demo", run.path(stale.DEMO)] if run.reads_demo else []
 
 
 def made(*outputs):
     """Inputs that other rules make, below the outdir. Their times count only if these rules run in this start."""
 
     def paths(wildcards):
-        named = [output.format(**dict(wildcards.items())) for output in outputs]
         found = [
-            (
-                f"{OUT}/{name}"
-                if PRODUCERS[name] in start().run
-                else ancient(f"{OUT}/{name}")
-            )
-            for name in named
+            made_by(run_of(wildcards), output.format(**dict(wildcards.items())))
+            for output in outputs
         ]
         return found if len(found) > 1 else found[0]
+
+    return paths
+
+
+def made_by(run, name):
+    """An output of a run, by its path below the outdir, as an input."""
+    begin()
+    return run.path(name) if run.produces(name) else ancient(run.path(name))
+
+
+def of_experts(pattern, clusters_only=False):
+    """Inputs that are made for each expert."""
+
+    def paths(wildcards):
+        run = run_of(wildcards)
+        names = plan.cluster_experts(run.config) if clusters_only else run.experts
+        return [made_by(run, pattern.format(name)) for name in names]
+
+    return paths
+
+
+def clusterings(wildcards):
+    """The manifests of the clusters, and of the random ones if there are any."""
+    run = run_of(wildcards)
+    return [made_by(run, name) for name in run.clusterings]
+
+
+def lender(rule):
+    """The outputs of this job in the run that lends them: they have to be there first. Nothing outside a study."""
+
+    def paths(wildcards):
+        begin()
+        expert = wildcards.get("expert")
+        other = run_of(wildcards).lender(rule, expert)
+        if other is None:
+            return []
+        is_demo = rule == lent.DEMO_RULE
+        if is_demo:
+            return ancient(other.path(stale.DEMO))
+        return made_by(other, records.PLACES[rule].outputs[0].format(expert))
 
     return paths
 
@@ -103,29 +125,38 @@ TOUCH = bool(
 
 
 def before_start():
-    """Lock the outdir, write the config that the jobs read, and keep what they replace."""
+    """Lock the outdirs, write the configs that the jobs read, and keep what they replace."""
     try:
-        lock.hold(OUT)
+        for run in RUNS.values():
+            lock.hold(run.out)
     except ValueError as error:
         sys.exit(cli.explain(error))
-    if open_to_all := trust.local_warning(Path(OUT)):
-        print(printable.printable(open_to_all), file=sys.stderr, flush=True)
-    if TOUCH:
-        return
-    interrupt.pass_on()
-    schema.write(CONFIG, RUN_CONFIG)
-    content.write_planned(CORPUS_FILES, Path(PLANNED))
-    kept.keep(Path(OUT), start().run)
-    if stale.Job("eval_ensemble") in start().run and is_whole():
-        kept.put_away(Path(OUT), EXPERTS, stale.packs(CONFIG))
-    if stale.Job("report") in start().run and is_whole() and not TASK_MODELS:
-        kept.drop_tasks(Path(OUT))
+    for run in RUNS.values():
+        if open_to_all := trust.local_warning(Path(run.out)):
+            print(printable.printable(open_to_all), file=sys.stderr, flush=True)
+        if not TOUCH:
+            prepare(run)
+    if not TOUCH:
+        interrupt.pass_on()
+
+
+def prepare(run):
+    """Write what the jobs of a run read, and keep what they replace."""
+    out = Path(run.out)
+    schema.write(run.config, out / "config.json")
+    content.write_planned(run.corpus_files, out / content.PLANNED)
+    kept.keep(out, run.start.run)
+    if run.runs(stale.Job("eval_ensemble")) and is_whole():
+        kept.put_away(out, run.experts, stale.packs(run.config))
+    if run.runs(stale.Job("report")) and is_whole() and not run.task_models:
+        kept.drop_tasks(out)
 
 
 def after_success():
     """Drop what was kept and is in its place again. A run of a part, or --touch, drops nothing."""
     if is_whole() and not TOUCH:
-        kept.tidy(Path(OUT), CONFIG.run.keep_replaced)
+        for run in RUNS.values():
+            kept.tidy(Path(run.out), run.config.run.keep_replaced)
 
 
 def is_whole():
@@ -133,31 +164,24 @@ def is_whole():
     return not workflow.dag_settings.until and not workflow.dag_settings.omit_from
 
 
-def unless_done(job):
-    """A check that ends a job if its plan and inputs are those that its outputs were made from.
+def unless_done(run, job):
+    """A check that ends a job if its plan and inputs are those that its outputs were made from, here or in the
+    run that lends them.
 
     Nothing, if no earlier run has made outputs, or if the user wants them made again.
     """
-    if (
-        job not in STATES
-        or job in start().anew
-        or not (STATES[job].record or kept.has(Path(OUT), job))
-    ):
+    other = run.lender(*job)
+    was_made = job in run.states and (
+        run.states[job].record or kept.has(Path(run.out), job)
+    )
+    if (not was_made and other is None) or job in run.start.anew:
         return []
     expert = ["--expert", job.expert] if job.expert else []
-    log = (
-        f"{OUT}/logs/{job.rule}/{job.expert}.log"
-        if job.expert
-        else f"{OUT}/logs/{job.rule}.log"
-    )
+    log = f"{job.rule}/{job.expert}.log" if job.expert else f"{job.rule}.log"
     check = [
-        "python",
-        "-m",
-        "cbtm_pipeline.provenance.unchanged",
-        "--config",
-        RUN_CONFIG,
-        "--log",
-        log,
+        *("python", "-m", "cbtm_pipeline.provenance.unchanged"),
+        *("--config", run.path("config.json"), "--log", run.path(f"logs/{log}")),
+        *(["--lender", other.out] if other else []),
     ]
     return [*check, "--rule", job.rule, *expert, "--"]
 
@@ -165,7 +189,7 @@ def unless_done(job):
 def expert_inputs(wildcards):
     """The data, the tokenizer and the seed model of an expert. The seed itself has no seed model."""
     inputs = {
-        "data": MANIFESTS[plan.data_of(wildcards.expert)[0]],
+        "data": started.MANIFESTS[plan.data_of(wildcards.expert)[0]],
         "tokenizer": "tokenizer/tokenizer.json",
     }
     if wildcards.expert != "seed":
@@ -175,20 +199,51 @@ def expert_inputs(wildcards):
 
 def task_model(wildcards):
     """The model that is given the tasks. It may be packed again without being another one (stale.spares)."""
-    weights, *_ = TASK_MODELS[wildcards.expert].outputs
-    if stale.Job("eval_task", wildcards.expert) in start().run:
+    run = run_of(wildcards)
+    weights, *_ = run.task_models[wildcards.expert].outputs
+    if run.runs(stale.Job("eval_task", wildcards.expert)):
         return made(weights)(wildcards)
-    return ancient(f"{OUT}/{weights}")
+    return ancient(run.path(weights))
+
+
+def task_results(wildcards):
+    """The results of all models that are given the tasks."""
+    run = run_of(wildcards)
+    return [made_by(run, f"eval/tasks/{name}.json") for name in run.task_models]
+
+
+def tasks_of_report(wildcards):
+    """The table of the tasks, if the run has any."""
+    run = run_of(wildcards)
+    return [made_by(run, "eval/tasks.json")] if run.task_models else []
+
+
+def study_inputs(wildcards):
+    """The results of all runs of a study. Their table is made again if it is of other results."""
+    begin()
+    runs = RUNS.values()
+    if not compare.is_of(Path(RESULTS[0]), [Path(run.out) for run in runs]):
+        workflow.dag.forcefiles.update(name for name in RESULTS if Path(name).exists())
+    return [made_by(run, "eval/metrics.json") for run in runs]
 
 
 def state_folder(wildcards):
     """The folder in which a training keeps its resumable state."""
-    return f"{OUT}/work/{wildcards.expert}"
+    return run_of(wildcards).path(f"work/{wildcards.expert}")
 
 
 def beside(paths, name):
     """For each path, the file called `name` in the same folder."""
     return [str(Path(path).with_name(name)) for path in paths]
+
+
+def shown_records(wildcards):
+    """The artifacts whose plans the report shows, besides those of its inputs."""
+    run = run_of(wildcards)
+    return [
+        run.path(records.PLACES[rule].record.format(expert))
+        for rule, expert in records.SHOWN.items()
+    ]
 
 
 def launch(rule, name=None, state_folder=None):
@@ -198,17 +253,19 @@ def launch(rule, name=None, state_folder=None):
     """
 
     def prefix(wildcards, input, output, threads, resources):
-        expert = wildcards.get("expert")
+        run, expert = run_of(wildcards), wildcards.get("expert")
         submit = request.command_line(
             name=f"{name}-{expert}" if name else rule,
-            folder=f"{OUT}/slurm",
+            folder=run.path("slurm"),
             resources=dict(resources.items()),
             threads=threads,
-            depends_on=json.dumps(plan.content(CONFIG, rule, expert), sort_keys=True),
-            inputs=[*input, *UNSPOKEN],
+            depends_on=json.dumps(
+                plan.content(run.config, rule, expert), sort_keys=True
+            ),
+            inputs=[*input, *run.unspoken],
             outputs=output,
             work=state_folder(wildcards) if state_folder else None,
         )
-        return [*unless_done(stale.Job(rule, expert)), *submit]
+        return [*unless_done(run, stale.Job(rule, expert)), *submit]
 
     return prefix

@@ -1,15 +1,6 @@
-DEMO = f"{OUT}/{stale.DEMO}"
-DEMO_FLAG = ["--demo", DEMO] if corpus_files.DEMO in CORPUS_FILES else []
-# Snakemake replaces {x} and <x> in the names of inputs, so it does not hear of such files. The rules find them.
-UNSPOKEN = [path for path in CORPUS_FILES if set(path) & set("{}<>")]
-CORPUS = [
-    DEMO if path == corpus_files.DEMO else path
-    for path in CORPUS_FILES
-    if path not in UNSPOKEN
-]
-
-
 rule demo_corpus:
+    input:
+        lender=lender("demo_corpus"),
     output:
         DEMO,
     log:
@@ -25,6 +16,7 @@ rule demo_corpus:
 rule tokenizer:
     input:
         corpus,
+        lender=lender("tokenizer"),
     output:
         tokenizer=f"{OUT}/tokenizer/tokenizer.json",
         card=f"{OUT}/tokenizer/card.json",
@@ -37,7 +29,7 @@ rule tokenizer:
     params:
         launch=launch("tokenizer"),
         config=RUN_CONFIG,
-        demo=DEMO_FLAG,
+        demo=demo_flag,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.tokenizer --config {params.config:q} {params.demo:q} --out {output.tokenizer:q} --log {log:q}"
 
@@ -46,6 +38,7 @@ rule shard:
     input:
         corpus,
         tokenizer=made("tokenizer/tokenizer.json"),
+        lender=lender("shard"),
     output:
         manifest=f"{OUT}/shards/manifest.json",
         quarantine=report(
@@ -61,7 +54,7 @@ rule shard:
     params:
         launch=launch("shard"),
         config=RUN_CONFIG,
-        demo=DEMO_FLAG,
+        demo=demo_flag,
         planned=PLANNED,
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.shard --config {params.config:q} --tokenizer {input.tokenizer:q} {params.demo:q}"

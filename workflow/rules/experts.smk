@@ -3,6 +3,7 @@
 rule train_expert:
     input:
         unpack(expert_inputs),
+        lender=lender("train_expert"),
     output:
         weights=f"{OUT}/experts/{{expert}}/model.safetensors",
         card=report(
@@ -38,6 +39,7 @@ rule score_expert:
     input:
         expert=made("experts/{expert}/model.safetensors"),
         shards=made("shards/manifest.json"),
+        lender=lender("score_expert"),
     output:
         f"{OUT}/scores/{{expert}}.npz",
     log:

@@ -4,6 +4,7 @@ rule route:
         embedder=made("embed/embedder.npz"),
         clusterer=made("cluster/clusterer.npz"),
         tokenizer=made("tokenizer/tokenizer.json"),
+        lender=lender("route"),
     output:
         f"{OUT}/route/distances.npz",
     log:
@@ -22,9 +23,9 @@ rule route:
 rule eval_ensemble:
     input:
         distances=made("route/distances.npz"),
-        scores=made(*(f"scores/{expert}.npz" for expert in EXPERTS)),
-        experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
-        clusters=made(*(MANIFESTS[data] for data in CLUSTERINGS)),
+        scores=of_experts("scores/{}.npz"),
+        experts=of_experts("experts/{}/model.safetensors"),
+        clusters=clusterings,
     output:
         metrics=f"{OUT}/eval/metrics.json",
         table=report(
@@ -37,14 +38,19 @@ rule eval_ensemble:
         f"{OUT}/logs/eval_ensemble.log",
     conda:
         CONDA
+    threads: 2
     params:
         launch=launch("eval_ensemble"),
         config=RUN_CONFIG,
         cards=lambda wildcards, input: beside(input.experts, "card.json"),
-        merge=["--shards", f"{OUT}/shards/manifest.json"] if CONFIG.eval.merge else [],
+        merge=lambda wildcards: (
+            ["--shards", run_of(wildcards).path("shards/manifest.json")]
+            if run_of(wildcards).config.eval.merge
+            else []
+        ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --out {output.metrics:q} --log {log:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.merge:q} --threads {threads} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 
 
@@ -54,8 +60,8 @@ rule report:
         top_terms=made("cluster/top_terms.json"),
         assignments=made("assignments/manifest.json"),
         shards=made("shards/manifest.json"),
-        experts=made(*(f"experts/{expert}/model.safetensors" for expert in EXPERTS)),
-        tasks=made("eval/tasks.json") if TASK_MODELS else [],
+        experts=of_experts("experts/{}/model.safetensors"),
+        tasks=tasks_of_report,
     output:
         report(
             f"{OUT}/report.html",
@@ -70,12 +76,9 @@ rule report:
         launch=launch("report"),
         logs=lambda wildcards, input: beside(input.experts, "metrics.jsonl"),
         tokenizer=f"{OUT}/tokenizer/tokenizer.json",
-        records=[
-            f"{OUT}/{records.PLACES[rule].record.format(expert)}"
-            for rule, expert in records.SHOWN.items()
-        ],
-        tasks=["--tasks", f"{OUT}/eval/tasks.json"] if TASK_MODELS else [],
-        demo=["--demo"] if DEMO_FLAG else [],
+        records=shown_records,
+        tasks=lambda wildcards, input: ["--tasks", *input.tasks] if input.tasks else [],
+        demo=lambda wildcards: demo_flag(wildcards)[:1],
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.report --metrics {input.metrics:q} --top-terms {input.top_terms:q}"
         " --assignments {input.assignments:q} --shards {input.shards:q} --training {params.logs:q} --records {params.records:q} --tokenizer {params.tokenizer:q} {params.tasks:q} {params.demo:q} --out {output:q} --log {log:q}"
@@ -89,12 +92,7 @@ rule ensemble:
         clusterer=made("cluster/clusterer.npz"),
         top_terms=made("cluster/top_terms.json"),
         tokenizer=made("tokenizer/tokenizer.json"),
-        experts=made(
-            *(
-                f"experts/{expert}/model.safetensors"
-                for expert in plan.cluster_experts(CONFIG)
-            )
-        ),
+        experts=of_experts("experts/{}/model.safetensors", clusters_only=True),
     output:
         report(
             f"{OUT}/ensemble/files.json",

@@ -1,7 +1,8 @@
 # Run only if eval.tasks names tasks: `report` asks for their table then.
 rule eval_task:
     input:
-        task_model,
+        model=task_model,
+        lender=lender("eval_task"),
     output:
         f"{OUT}/eval/tasks/{{expert}}.json",
     log:
@@ -14,14 +15,14 @@ rule eval_task:
         launch=launch("eval_task", "tasks"),
         config=RUN_CONFIG,
     shell:
-        "exec {params.launch:q} python -m cbtm_pipeline.eval_task --config {params.config:q} --name {wildcards.expert} --model {input:q}"
+        "exec {params.launch:q} python -m cbtm_pipeline.eval_task --config {params.config:q} --name {wildcards.expert} --model {input.model:q}"
         " --out {output:q} --threads {threads} --log {log:q}"
 
 
 # The command's own output goes to /dev/null: the Snakefile prints the table at the end of the run.
 rule tasks_table:
     input:
-        made(*(f"eval/tasks/{name}.json" for name in TASK_MODELS)),
+        task_results,
     output:
         results=f"{OUT}/eval/tasks.json",
         table=report(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 PLANNED = ".corpus-files.json"  # in an outdir: the files that a start has found
 SEEN = ".corpus.json"  # in an outdir: the identities of corpus files, remembered
-# What a run writes at the top of its outdir. What else lies there may be the user's.
+# What a run or a study writes at the top of its outdir. What else lies there may be the user's.
 NAMES = frozenset(
     (
         *("added", "assignments", "cluster", "config.json", "demo", "embed", "ensemble", "eval", "experts"),
         *("kept", "logs", "random", "report.html", "route", "scored", "scores", "shards", "slurm"),
-        *("tokenizer", "work"),
+        *("tokenizer", "work", "runs", "study.html", "study.json", "study.parquet", "study.txt"),
     )
 )
 DEMO = "demo"  # of these names, the one with text to train on: a run may name it as its corpus

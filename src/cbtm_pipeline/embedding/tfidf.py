@@ -199,7 +199,8 @@ def embed_prefixes(
     for start in range(0, len(x_T), chunk_rows):
         s_RD = E_VD[x_T[start : start + chunk_rows]].astype(np.float64)
         s_RD[0] += sum_D
-        np.cumsum(s_RD, axis=0, out=s_RD)
+        # the sums of numpy, twice as fast along this axis
+        s_RD = torch.cumsum(torch.from_numpy(s_RD), dim=0).numpy()
         sum_D = s_RD[-1].copy()
         yield _normalise(s_RD)
 

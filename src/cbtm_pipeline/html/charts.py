@@ -1,5 +1,6 @@
 """Charts as inline SVG markup. The style sheet has the colours, so charts follow light and dark mode."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 28, 42  # margins around the plot
 END_HEIGHT = 12  # of a name at the end of a line
 FOREST_LEFT, ROW_HEIGHT = 132, 23
+APART = 20  # between two ticks, at least
 
 Points = Sequence[tuple[float, float]]
 Scale = Callable[[float], float]
@@ -19,8 +21,8 @@ class Series(NamedTuple):
     """A line of a chart.
 
     A label of "" keeps the line out of the legend. `colour` is a class of the style sheet: `c0` ... `c5` or
-    `grey`. The style is "", "thin", "strong" or "dashed". A dashed line is horizontal, at the height of its
-    first point.
+    `grey`. The style is "", "thin", "strong", "points" (no line) or "dashed": horizontal, at the height of
+    its first point.
     """
 
     label: str
@@ -41,8 +43,20 @@ def nice_ticks(low: float, high: float, n: int = 6) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Numbers 1, 2 and 5 times a power of ten within [low, high]; powers alone where there are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        if len(found := [tick for tick in ticks if low <= tick <= high]) <= 7:
+            return found
+    return found[:: math.ceil(len(found) / 7)]
+
+
 def brief(value: float) -> str:
-    """A number for an axis: `0.05`, `27.5`, `1.2M`."""
+    """A number for an axis: `0.05`, `27.5`, `1.2M`, `1e+18`."""
+    if abs(value) >= 1e15:
+        return f"{value:.2g}"
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             unit = 1e3 if suffix == "k" else size
@@ -68,7 +82,8 @@ def lines(
 ) -> Html:
     """A line chart with its legend.
 
-    Points above `y_top` are not drawn. Up to 8 different values of x get a tick each; more get round ticks.
+    Points above `y_top` are not drawn. Up to 8 different values of x that lie apart get a tick each; others
+    get round ticks.
     """
     xs = sorted({a for s in series for a, _ in s.points if s.style != "dashed"})
     ys = [b for s in series for _, b in s.points]
@@ -79,7 +94,9 @@ def lines(
     x = _scale(xs[0], xs[-1], LEFT + 8, right - 8, log_x)
     y = _scale(low, high, HEIGHT - BOTTOM, TOP)
 
-    x_ticks = xs if len(xs) <= 8 else nice_ticks(xs[0], xs[-1])
+    apart = all(x(b) - x(a) >= APART for a, b in itertools.pairwise(xs))
+    round_ticks = (log_ticks if log_x else nice_ticks)(xs[0], xs[-1])
+    x_ticks = xs if len(xs) <= 8 and apart else round_ticks or [xs[0], xs[-1]]
     middle = (LEFT + WIDTH - RIGHT) // 2
     parts = [
         tag("title", title),
@@ -93,9 +110,10 @@ def lines(
             level = f"M{LEFT} {y(s.points[0][1]):.1f}H{WIDTH - RIGHT}"
             parts.append(tag("path", d=level, class_=f"line dashed {s.colour}"))
             continue
-        path = _path([(a, b) for a, b in s.points if b <= high], x, y)
-        named = tag("title", s.label) if s.label else ""
-        parts.append(tag("path", named, d=path, class_=f"line {s.style} {s.colour}"))
+        if s.style != "points":
+            path = _path([(a, b) for a, b in s.points if b <= high], x, y)
+            named = tag("title", s.label) if s.label else ""
+            parts.append(tag("path", named, d=path, class_=f"line {s.style} {s.colour}"))
         for a, b in s.points if s.dots else ():
             parts.append(_dot(x(a), y(b), f"{s.label}, {x_label} {brief(a)}: {b:.4g}", s.colour))
     parts += _ends(series, x, lambda value: y(min(value, high)))
@@ -160,7 +178,8 @@ def forest(title: str, rows: Sequence[Estimate]) -> Html:
     bottom = TOP + ROW_HEIGHT * len(rows)
     ends = [end for row in rows for end in row.ci95 or [row.ratio]]
     low, high = 0.98 * min(1.0, *ends), 1.02 * max(1.0, *ends)
-    x = _scale(low, high, FOREST_LEFT, WIDTH - RIGHT, log=True)
+    left = min(max([FOREST_LEFT, *(6.6 * len(row.label) for row in rows)]), WIDTH / 2)
+    x = _scale(low, high, left, WIDTH - RIGHT, log=True)
     parts = [tag("title", title)]
     for tick in nice_ticks(low, high):
         class_ = "one" if math.isclose(tick, 1) else "grid"

@@ -1361,9 +1361,12 @@ def _new_file(path: Path) -> Iterator[Any]:
     """Write a file that is there whole or not at all. One that is there may be a link to another's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.unlink(missing_ok=True)
     try:
-        with tmp.open("wb") as file:
+        with tmp.open("xb") as file:  # a link of this name is not followed
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)

@@ -58,6 +58,7 @@ class Router(NamedTuple):
     colour: Literal["c0", "c1", "c2", "c3", "c4", "c5", "grey"]  # a class of html/report.css
     may_stay: bool = False  # whether it has hysteresis and fix_after, too
     idle_alone: tuple[Literal["epsilon", "beta"], ...] = ()  # parameters without effect at top_k 1
+    screened: bool = False  # whether `screen` can say fast which settings are worth an exact evaluation
     in_model: bool = False  # whether inference/modeling_cbtm.py has it, too
 
 
@@ -86,6 +87,7 @@ ROUTERS: dict[str, Router] = {
         colour="c0",
         may_stay=True,
         idle_alone=("beta",),  # a single active expert has nothing to share
+        screened=True,
         in_model=True,
     ),
 }

@@ -48,6 +48,7 @@ class Inputs:
     randoms: list[str]  # the experts on random clusters; may be empty
     train_flops: dict[str, float]  # of each training, the seed's included
     grid: sweep.Grid
+    n_threads: int = 1  # of the sweep
 
     @property
     def k(self) -> int:
@@ -128,7 +129,7 @@ def _ensembles(inputs: Inputs) -> Iterator[System]:
     marks the best of each router. All are chosen on the calibration documents.
     """
     calibration = _held_out(inputs.calibration, inputs.clusters)
-    results = sweep.sweep(calibration, inputs.reported_clusters, inputs.grid)
+    results = sweep.sweep(calibration, inputs.reported_clusters, inputs.grid, inputs.n_threads)
     moving = [result for result in results if not result.setting.stays]
     calibrated = sweep.best(moving, lambda setting: (setting.router, setting.top_k))
     headlines = sweep.best(moving, lambda setting: setting.router)

@@ -19,6 +19,7 @@ from cbtm_pipeline.mixture.routers import ROUTERS
 from cbtm_pipeline.provenance import made_from, records, task_files
 
 DAMAGED = (ValueError, OSError, KeyError, TypeError, IndexError)  # what reading a strange record may raise
+OF_CORPUS = ("tokenizer", "shard")  # rules that read the corpus
 DEMO = "demo/corpus.jsonl.zst"  # below the outdir: the file that builtin:demo stands for
 
 
@@ -113,10 +114,11 @@ def task_models(cfg: Config) -> dict[str, Job]:
     return {name: Job("train_expert", name) for name in names} | dict.fromkeys(ensembles, Job("ensemble"))
 
 
-def look(cfg: Config) -> States:
+def look(cfg: Config, reads_corpus: bool = True) -> States:
     """The state of every job. Reads the records in the outdir, and corpus files that look changed.
 
-    Raises ValueError for tasks that cannot be run here.
+    Without `reads_corpus`, the corpus may be gone: it counts as what it was. Raises ValueError for tasks that
+    cannot be run here.
     """
     task_files.check(cfg.eval.tasks)
     outdir, states = Path(cfg.outdir), {}
@@ -125,7 +127,8 @@ def look(cfg: Config) -> States:
         record, reasons = _read(outdir, job)
         if record is not None:
             reasons += _plan_reasons(cfg, job, record)
-            reasons += [] if downstream else _input_reasons(cfg, job, record, states)
+            if not downstream and (reads_corpus or job.rule not in OF_CORPUS):
+                reasons += _input_reasons(cfg, job, record, states)
         states[job] = State(reasons, downstream, record)
     return states
 

@@ -1,0 +1,224 @@
+"""Finished runs side by side: what differs in their settings, their models, and which settings do best.
+
+`cbtm compare` and the last rule of a study make the same content here, from any set of models that the
+metrics of the runs have.
+
+Shapes: D held-out documents.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cbtm_pipeline.corpus.heldout import MIN_REPORTED
+from cbtm_pipeline.mixture import bootstrap, verdict
+
+Content = dict[str, Any]  # of study.json
+Row = dict[str, Any]
+K, SEED = "cluster.k", "seed"
+BUDGET = ("train.steps", "train.batch_size", "train.seq_len")  # keys that decide the tokens of training
+ALL_PAIRS = 4  # up to so many runs, each is compared with each; more are compared with the best
+MODEL_KEYS = ("system", "router", "k", "top_k", "n_active", "passes", "perplexity", "bits_per_byte")
+
+
+class Documents(NamedTuple):
+    """The held-out documents of a run, (D,) each: which are reported, and the nll under each model, nats."""
+
+    doc_id_D: np.ndarray
+    is_reported_D: np.ndarray
+    n_tokens_D: np.ndarray
+    n_bytes_D: np.ndarray
+    nll_D: Mapping[str, np.ndarray]  # of `ensemble`, which is the headline, and of each model
+
+
+class Finished(NamedTuple):
+    """A finished run."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]  # by config key, such as `cluster.k`
+    metrics: dict[str, Any]
+    n_tokens: int  # that all experts together were trained on, without the seed
+    n_parameters: dict[str, int]  # of each model
+    held_out: str  # identity of the held-out documents, as tokens
+    text: str  # the same, as text
+    tokenizer: str
+    documents: Documents
+
+
+def check_comparable(runs: Sequence[Finished]) -> bool:
+    """Whether the runs have the same tokenizer, and so comparable perplexities. Else bits per byte compare.
+
+    Raises ValueError for a run whose numbers are of other text than those of the first.
+    """
+    first, *others = runs
+    for run in others:
+        where = f"{run.folder}: cannot be compared with {first.folder}"
+        if run.held_out != first.held_out and run.text != first.text:
+            raise ValueError(
+                f"{where}: other held-out text. Expected the same documents. Give both runs the same "
+                "corpus.eval, and run them again."
+            )
+        if not _same_parts(run.documents, first.documents):
+            raise ValueError(
+                f"{where}: other parts of the held-out documents were scored. Expected the same parts. Give "
+                "both runs the same eval.max_document_tokens (null if their tokenizers differ), and run them "
+                "again."
+            )
+    return all(run.tokenizer == first.tokenizer for run in others)
+
+
+def _same_parts(a: Documents, b: Documents) -> bool:
+    """Whether the same bytes of the same documents were scored."""
+    sizes = [dict(zip(x.doc_id_D.tolist(), x.n_bytes_D.tolist(), strict=True)) for x in (a, b)]
+    return sizes[0] == sizes[1]
+
+
+def compare(runs: Sequence[Finished]) -> Content:
+    """The content of study.json, without its record. Raises ValueError for runs that cannot be compared.
+
+    `unit` says which figure compares runs: `perplexity`, or `bits_per_byte` where tokenizers differ.
+    """
+    unit = "perplexity" if check_comparable(runs) else "bits_per_byte"
+    keys = differing([run.settings for run in runs])
+    rows = [_run(run, keys) for run in runs]
+    groups = _groups(rows)
+    return {
+        "unit": unit,
+        "differs": keys,
+        "runs": rows,
+        "groups": groups,
+        "best_k": _best_k(groups, unit),
+        "pairs": _pairs(runs, rows, unit),
+    }
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same everywhere, in the order of the config."""
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
+
+
+def _run(run: Finished, keys: Iterable[str]) -> Row:
+    """A run with its headline beside the strongest dense model, and all its main models."""
+    metrics = run.metrics
+    best, strongest = verdict.headline(metrics), verdict.strongest_dense(metrics)
+    models = [_model(row, strongest, run.n_parameters) for row in verdict.main_rows(metrics)]
+    headline = models[[row is best for row in verdict.main_rows(metrics)].index(True)]
+    return {
+        "run": run.name,
+        "setting": {key: run.settings.get(key) for key in keys},
+        "k": metrics["k"],
+        "n_tokens": run.n_tokens,
+        "n_documents": metrics["n_documents"],
+        "dense": strongest,
+        "headline": headline,
+        "models": models,
+    }
+
+
+def _model(row: Row, strongest: str, n_parameters: Mapping[str, int]) -> Row:
+    """A model of a run. `ratio` is that of its perplexity to the strongest dense model of the run."""
+    name = "random-0" if row["system"] == "random" else str(row["system"])
+    size = n_parameters.get(name, n_parameters["0"])
+    n_active = row["n_active"]
+    return {
+        "model": verdict.label(row),
+        **{key: row.get(key) for key in MODEL_KEYS},
+        **{f"{key}_to_dense": row["ratios"]["dense"][key] for key in ("ratio", "ci95")},
+        **{key: row["ratios"][strongest][key] for key in ("ratio", "ci95")},
+        "active_parameters": None if n_active is None else n_active * size,
+        "train_flops": row["train_flops"],
+        "is_headline": row["headline"],
+    }
+
+
+def _groups(rows: Sequence[Row]) -> list[Row]:
+    """Runs that differ in their random seed alone, as one: geometric means, and the range of their ratios."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        setting = {key: value for key, value in row["setting"].items() if key != SEED}
+        found.setdefault(repr(setting), []).append(row)
+    groups = []
+    for some in found.values():
+        ratios = [row["headline"]["ratio"] for row in some]
+        means = {key: _mean(row["headline"][key] for row in some) for key in ("perplexity", "bits_per_byte")}
+        setting = {key: value for key, value in some[0]["setting"].items() if key != SEED}
+        groups.append(
+            {
+                **{"runs": [row["run"] for row in some], "setting": setting},
+                **{key: some[0][key] for key in ("k", "n_tokens")},
+                **{"ratio": _mean(ratios), "range": [min(ratios), max(ratios)], **means},
+            }
+        )
+    return groups
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    return math.exp(float(np.mean([math.log(value) for value in values])))
+
+
+def others_of(group: Row) -> dict[str, Any]:
+    """The setting of a group without k and the keys of the budget: what a line of a chart stands for."""
+    return {key: value for key, value in group["setting"].items() if key not in (K, *BUDGET)}
+
+
+def _best_k(groups: Sequence[Row], unit: str) -> list[Row]:
+    """For each budget at which several k were tried, the k whose ensemble predicts best."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for group in groups:
+        # a token more or less comes from rounding the batch of an expert
+        found.setdefault((repr(others_of(group)), _rounded(group["n_tokens"])), []).append(group)
+    best = []
+    for some in found.values():
+        if len({group["k"] for group in some}) > 1:
+            winner = min(some, key=lambda group: group[unit])
+            tried = sorted({group["k"] for group in some})
+            keys = ("n_tokens", "k", "ratio", unit)
+            best.append({"setting": others_of(winner), "tried": tried, **{key: winner[key] for key in keys}})
+    return sorted(best, key=lambda row: (repr(row["setting"]), row["n_tokens"]))
+
+
+def _rounded(n_tokens: int) -> int:
+    """Tokens by two digits."""
+    return round(n_tokens, 1 - int(math.log10(n_tokens))) if n_tokens else 0
+
+
+def _pairs(runs: Sequence[Finished], rows: Sequence[Row], unit: str) -> list[Row]:
+    """The headline ensembles of two runs on the documents that both report, with paired intervals.
+
+    The ratio is of perplexities per token, or per byte where tokenizers differ.
+    """
+    order = sorted(range(len(runs)), key=lambda i: rows[i]["headline"][unit])
+    if len(runs) <= ALL_PAIRS:
+        pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+    else:
+        pairs = [(order[0], b) for b in order[1:]]
+    return [{"run": runs[a].name, "against": runs[b].name, **_pair(runs[a], runs[b], unit)} for a, b in pairs]
+
+
+def _pair(a: Finished, b: Finished, unit: str) -> Row:
+    at_A, at_B = _shared(a.documents, b.documents)
+    nll_D, reference_D = a.documents.nll_D["ensemble"][at_A], b.documents.nll_D["ensemble"][at_B]
+    size_D = (a.documents.n_tokens_D if unit == "perplexity" else a.documents.n_bytes_D)[at_A]
+    per, n_documents = ("token" if unit == "perplexity" else "byte"), len(at_A)
+    if n_documents < MIN_REPORTED:
+        return {"ratio": None, "ci95": None, "per": per, "n_documents": n_documents}
+    about = a.metrics["made_with"]
+    ratio = float(bootstrap.perplexity_ratio(nll_D[:, None], reference_D, size_D)[0])
+    ci95_12 = bootstrap.ratio_intervals(
+        nll_D[:, None], reference_D, size_D, about["bootstrap"], about["rng_seed"]
+    )
+    return {"ratio": ratio, "ci95": ci95_12[0].tolist(), "per": per, "n_documents": n_documents}
+
+
+def _shared(a: Documents, b: Documents) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the documents that both runs report, in the same order."""
+    row_B = {name: i for i, name in enumerate(b.doc_id_D.tolist()) if b.is_reported_D[i]}
+    ids = enumerate(a.doc_id_D.tolist())
+    pairs = [(i, row_B[name]) for i, name in ids if a.is_reported_D[i] and name in row_B]
+    return np.array([i for i, _ in pairs], int), np.array([j for _, j in pairs], int)

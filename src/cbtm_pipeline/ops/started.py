@@ -1,0 +1,94 @@
+"""What a start of the workflow knows of each of its runs: one, or all those of a study."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from cbtm_pipeline import config, plan
+from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.inference import harness
+from cbtm_pipeline.provenance import lent, stale
+from cbtm_pipeline.provenance.stale import Asked, Job, Start
+
+MANIFESTS = {
+    "corpus": "shards/manifest.json",
+    "clusters": "assignments/manifest.json",
+    "random": "random/manifest.json",
+}
+
+
+class Run:
+    """A run with its config, the files of its corpus and the state of its jobs.
+
+    `lenders` are the folders of the runs of a study that lend outputs, by job. Raises ValueError or OSError
+    for what the user has to mend.
+    """
+
+    def __init__(self, cfg: config.Config):
+        self.config = cfg
+        self.out = str(Path(cfg.outdir))  # Snakemake warns of double slashes in names
+        self.corpus_files = corpus_files.find(cfg.corpus.train, cfg.corpus.eval, cfg.outdir)
+        self.states = stale.look(cfg)
+        harness.check_at_start(cfg, self.states)
+        self.task_models = stale.task_models(cfg)
+        self.producers = {output: job for job in self.states for output in job.outputs}
+        self.lenders: Mapping[Job, Run] = {}
+        self._start: Start | None = None
+
+    @cached_property
+    def experts(self) -> list[str]:
+        return plan.trained(self.config)
+
+    @property
+    def reads_demo(self) -> bool:
+        return corpus_files.DEMO in self.corpus_files
+
+    @property
+    def unspoken(self) -> list[str]:
+        """Files of the corpus that Snakemake does not hear of: it replaces {x} and <x> in names of inputs."""
+        return [path for path in self.corpus_files if set(path) & set("{}<>")]
+
+    @property
+    def spoken(self) -> list[str]:
+        """The other files of the corpus."""
+        return [path for path in self.corpus_files if path not in self.unspoken]
+
+    @property
+    def clusterings(self) -> list[str]:
+        """The manifests that the evaluation reads."""
+        names = ["clusters", "random"] if plan.random_experts(self.config) else ["clusters"]
+        return [MANIFESTS[name] for name in names]
+
+    def path(self, name: str) -> str:
+        """A file of the run, by its path below the outdir."""
+        return f"{self.out}/{name}"
+
+    def begin(self, asked: Asked) -> Start:
+        """Decide which jobs the start runs. Later calls change nothing."""
+        self._start = self._start or stale.start(self.config, self.states, asked)
+        return self._start
+
+    @property
+    def start(self) -> Start:
+        assert self._start is not None, "Snakemake has not asked for the corpus yet"
+        return self._start
+
+    def runs(self, job: Job) -> bool:
+        """Whether this start runs a job."""
+        return job in self.start.run
+
+    def produces(self, name: str) -> bool:
+        """Whether this start makes an output."""
+        return self.runs(self.producers[name])
+
+    def outdated(self) -> list[str]:
+        """The outputs that are there and are made again."""
+        outputs = (self.path(output) for job in self.start.run for output in job.outputs)
+        return [output for output in outputs if Path(output).exists()]
+
+    def lender(self, rule: str, expert: str | None = None) -> "Run | None":
+        """The run whose outputs a job of this start takes, if they fit."""
+        job = Job(rule, expert)
+        if rule == lent.DEMO_RULE:
+            return self.lenders.get(job)
+        return self.lenders.get(job) if self.runs(job) and job not in self.start.anew else None

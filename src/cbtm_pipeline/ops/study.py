@@ -1,0 +1,240 @@
+"""A study: a grid of settings, each a run of its own, and what these runs share.
+
+study.yaml has four keys:
+
+    base     config files that all runs begin with, laid over config.yaml
+    outdir   the folder of the study; run NAME has its ordinary results in <outdir>/runs/NAME
+    grid     for each config key the values to try, such as {cluster.k: [1, 2], train.steps: [200, 800]}
+    runs     further runs by name, each with the keys in which it differs from the base
+
+Two runs share a job's outputs if the job has the same plan in both, and so have all jobs that it reads from.
+The plan knows every parameter of a job, so `keys` follows from it alone. One run, the lender, makes the
+outputs; the others take them from its folder (provenance/lent.py).
+
+Snakemake's Paramspace makes names and wildcards of settings, too. Its columns have to be identifiers, which
+`cluster.k` is not, and each run needs a value in every column, which `runs` do not have.
+"""
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cbtm_pipeline import config, plan
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.ops import planned
+from cbtm_pipeline.ops.started import Run
+from cbtm_pipeline.provenance import stale
+from cbtm_pipeline.provenance.lent import DEMO_RULE, LENT
+from cbtm_pipeline.provenance.stale import Job, States
+
+KEYS = ("base", "outdir", "grid", "runs")
+RUNS = "runs"  # the folder of the runs, in that of the study
+NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}"  # of a run: a name of a folder
+Setting = dict[str, Any]  # values by config key, such as `cluster.k`
+
+
+class Study(NamedTuple):
+    """A study as its file gives it, with the setting of each run."""
+
+    outdir: str
+    base: list[str]
+    settings: dict[str, Setting]  # by name of the run
+
+    def folder(self, name: str) -> str:
+        """The outdir of a run."""
+        return f"{self.outdir}/{RUNS}/{name}"
+
+
+def read(content: Any) -> Study:
+    """The study that a file describes. Raises ValueError for a wrong key or value."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"study: {_show(content)}. Expected the keys {', '.join(KEYS)}. Correct the file.")
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(
+                f"{key}: unknown key of a study. Expected {', '.join(KEYS)}. Put keys of config.yaml into a "
+                "file that base names, or into grid."
+            )
+    base, outdir = content.get("base") or [], content.get("outdir")
+    if not isinstance(outdir, str) or not outdir.strip():
+        raise ValueError(f"outdir: {_show(outdir)}. Expected a folder for the study. Name one.")
+    base = [base] if isinstance(base, str) else base
+    if not isinstance(base, list) or not all(isinstance(path, str) for path in base):
+        raise ValueError(f"base: {_show(base)}. Expected a list of config files. Correct the file.")
+    settings = {**_of_grid(content.get("grid") or {}), **_of_runs(content.get("runs") or {})}
+    if not settings:
+        raise ValueError("grid: nothing to try. Expected keys with their values. Add grid or runs.")
+    return Study(str(Path(outdir)), base, settings)
+
+
+def _of_grid(grid: Any) -> dict[str, Setting]:
+    """Every combination of the values, by its name. The last key changes fastest."""
+    if not isinstance(grid, Mapping):
+        raise ValueError(f"grid: {_show(grid)}. Expected values by config key. Correct the file.")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(
+                f"grid.{key}: {_show(values)}. Expected a list of the values to try. Write [{_show(values)}]."
+            )
+        _check_key(f"grid.{key}", key)
+    short, found = short_names(list(grid)), {}
+    for values in itertools.product(*grid.values()) if grid else ():
+        name = ",".join(f"{short[key]}={slug(value)}" for key, value in zip(grid, values, strict=True))
+        if name in found or not re.fullmatch(NAME, name):
+            fault = "given twice" if name in found else "no name of a folder"
+            raise ValueError(
+                f"grid: {name}: {fault}. Expected one short name for each combination. Name these runs "
+                "yourself, under runs."
+            )
+        found[name] = dict(zip(grid, values, strict=True))
+    return found
+
+
+def _of_runs(runs: Any) -> dict[str, Setting]:
+    """The runs that have names of their own. A setting may be written in sections, as in config.yaml."""
+    if not isinstance(runs, Mapping):
+        raise ValueError(f"runs: {_show(runs)}. Expected keys by name of the run. Correct the file.")
+    found = {}
+    for name, setting in runs.items():
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+            raise ValueError(f"runs: {_show(name)}. Expected a name of letters and digits. Rename it.")
+        if not isinstance(setting, Mapping | None):
+            raise ValueError(f"runs.{name}: {_show(setting)}. Expected config keys. Correct the file.")
+        found[name] = flat(setting or {})
+        for key in found[name]:
+            _check_key(f"runs.{name}.{key}", key)
+    return found
+
+
+def _check_key(where: str, key: Any) -> None:
+    """Refuse what is no key of the config, and the outdir, which the study sets."""
+    if not isinstance(key, str) or key == "outdir":
+        raise ValueError(
+            f"{where}: not for a run. Expected a key of config.yaml, such as cluster.k. Remove it."
+        )
+
+
+def flat(setting: Mapping[str, Any], section: str = "") -> Setting:
+    """Values by dotted key: {cluster: {k: 2}} becomes {cluster.k: 2}."""
+    found: Setting = {}
+    for key, value in setting.items():
+        if isinstance(value, Mapping) and value and not section and "." not in key:
+            found |= flat(value, f"{key}.")
+        else:
+            found[f"{section}{key}"] = value
+    return found
+
+
+def nested(setting: Setting) -> dict[str, Any]:
+    """The sections of a setting: {cluster.k: 2} becomes {cluster: {k: 2}}."""
+    sections: dict[str, Any] = {}
+    for key, value in setting.items():
+        *names, last = key.split(".")
+        at = sections
+        for name in names:
+            at = at.setdefault(name, {})
+        at[last] = value
+    return sections
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """For each key its last part, or all of it where two keys end in the same part."""
+    ends = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def slug(value: Any) -> str:
+    """A value as a part of a name: `2`, `0.008`, `dense-steps+random`."""
+    if isinstance(value, list):
+        return "+".join(map(slug, value)) or "none"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "none"
+
+
+def configs(study: Study) -> dict[str, config.Config]:
+    """The config of each run. Raises ValueError for a wrong key or value, with the name of the run."""
+    base = planned.read_config(planned.config_files(study.base))
+    found = {}
+    for name, setting in study.settings.items():
+        content = planned.merge(base, nested(setting)) | {"outdir": study.folder(name)}
+        try:
+            found[name] = config.validate(content)
+        except ValueError as error:
+            faults = str(error).splitlines()
+            raise ValueError("\n".join(f"run {name}: {fault}" for fault in faults)) from None
+    _check_held_out(found)
+    return found
+
+
+def _check_held_out(found: Mapping[str, config.Config]) -> None:
+    """Refuse runs that would report on other text than the first, before anything is trained for them."""
+    (_, first), *others = found.items()
+    for name, cfg in others:
+        about, of_first = _held_out(cfg), _held_out(first)
+        if key := next((key for key in about if about[key] != of_first[key]), None):
+            raise ValueError(
+                f"run {name}: another {key} changes the held-out text. Expected the same for all runs, as "
+                "others cannot be compared. Make a study of its own for each."
+            )
+
+
+def _held_out(cfg: config.Config) -> dict[str, Any]:
+    """The config values that decide which text is held out, and which part of it is scored."""
+    c = cfg.corpus
+    named: dict[str, Any] = {
+        f"corpus.{key}": getattr(c, key) for key in ("eval", "text_field", "txt_documents")
+    }
+    if c.eval is None:
+        named |= {"corpus.train": c.train, "corpus.eval_fraction": c.eval_fraction}
+    return {**named, "eval.max_document_tokens": cfg.eval.max_document_tokens}
+
+
+def runs(study: Study) -> dict[str, Run]:
+    """The runs of a study, each with those that lend it outputs. Raises ValueError as `configs` does."""
+    found = {name: Run(cfg) for name, cfg in configs(study).items()}
+    by_run = {name: keys(run.config) for name, run in found.items()}
+    lent = lenders(by_run, {name: run.states for name, run in found.items()})
+    for name, run in found.items():
+        run.lenders = {job: found[other] for job, other in lent[name].items()}
+    return found
+
+
+def keys(cfg: config.Config) -> dict[Job, str]:
+    """What each job of a run depends on, as a hash: its plan, and those of all that it reads from."""
+    uses_demo = corpus_files.DEMO in [*cfg.corpus.train, *(cfg.corpus.eval or [])]
+    found = {Job(DEMO_RULE): ""} if uses_demo else {}
+    for job, inputs in stale.jobs(cfg).items():
+        # the plan leaves out paths, as the content behind them counts; that is not read here
+        corpus = [cfg.corpus.train, cfg.corpus.eval] if job.rule in stale.OF_CORPUS else []
+        found[job] = artifact.fingerprint(
+            [str(job), plan.content(cfg, *job), corpus, [found[read] for read in inputs]]
+        )
+    return found
+
+
+def lenders(keys: Mapping[str, Mapping[Job, str]], states: Mapping[str, States]) -> dict[str, dict[Job, str]]:
+    """For each run, the run that lends it a job's outputs, by job; nothing where it makes them itself.
+
+    The lender is the first run in whose folder the outputs are up to date, else the first of all.
+    """
+    owner: dict[str, str] = {}
+    for is_made in (True, False):
+        for name, by_job in keys.items():
+            for job, key in by_job.items():
+                state = states[name].get(job)
+                if job.rule in LENT and (not is_made or (state and not state.runs)):
+                    owner.setdefault(key, name)
+    return {
+        name: {job: owner[key] for job, key in by_job.items() if owner.get(key, name) != name}
+        for name, by_job in keys.items()
+    }
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

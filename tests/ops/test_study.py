@@ -1,0 +1,179 @@
+"""Studies: the runs of a grid, what they share, and what is refused before anything runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cbtm_pipeline import config, plan
+from cbtm_pipeline.ops import planned, study
+from cbtm_pipeline.provenance.stale import Job, Reason, State
+from made_project import ROOT
+
+GRID = {"cluster.k": [1, 2, 4], "train.steps": [200, 800], "seed": [0, 1]}
+
+
+def configs(grid: dict[str, list]) -> dict[str, config.Config]:
+    return study.configs(study.read({"base": [str(ROOT / "config.yaml")], "outdir": "o", "grid": grid}))
+
+
+@pytest.fixture
+def anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_combination_is_a_run_with_its_own_folder_and_values(anywhere: Path) -> None:
+    found = configs(GRID)
+    assert len(found) == 12 and len({cfg.outdir for cfg in found.values()}) == 12
+    cfg = found["k=2,steps=800,seed=1"]
+    assert (cfg.cluster.k, cfg.train.steps, cfg.seed) == (2, 800, 1)
+    assert cfg.outdir == "o/runs/k=2,steps=800,seed=1"
+
+
+def test_runs_with_names_of_their_own_come_beside_the_grid(anywhere: Path) -> None:
+    content = {
+        "base": str(ROOT / "config.yaml"),
+        "outdir": "o",
+        "grid": {"cluster.k": [2]},
+        "runs": {"unbalanced": {"cluster": {"k": 2, "balance": "none"}}, "base": None},
+    }
+    found = study.configs(study.read(content))
+    assert list(found) == ["k=2", "unbalanced", "base"]
+    assert found["unbalanced"].cluster.balance == "none" and found["k=2"].cluster.balance == "tokens"
+
+
+def test_the_example_of_the_documentation_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = study.configs(study.read(planned.read_config(["docs/examples/study.yaml"])))
+    assert len(found) == 6 and {cfg.train.batch_size for cfg in found.values()} == {16}
+
+
+keys = st.sampled_from(["cluster.k", "train.steps", "seed", "embed.fit_documents", "cluster.fit_documents"])
+
+
+@given(
+    st.dictionaries(keys, st.lists(st.integers(1, 10**6), min_size=1, max_size=4, unique=True), min_size=1)
+)
+def test_names_are_folders_and_none_stands_for_two_settings(grid: dict[str, list[int]]) -> None:
+    settings = study.read({"outdir": "o", "grid": grid}).settings
+    expected = 1
+    for values in grid.values():
+        expected *= len(values)
+    assert len(settings) == expected == len({repr(setting) for setting in settings.values()})
+    assert all("/" not in name and not name.startswith(".") for name in settings)
+
+
+@given(st.dictionaries(keys, st.integers(), min_size=1))
+def test_sections_and_dotted_keys_say_the_same(setting: dict[str, int]) -> None:
+    assert study.flat(study.nested(setting)) == setting
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([], "Expected the keys base, outdir, grid, runs"),
+        ({"outdir": "o", "grid": {"seed": [0]}, "cluster": {"k": 2}}, "cluster: unknown key of a study"),
+        ({"grid": {"seed": [0]}}, "outdir: null. Expected a folder"),
+        ({"outdir": "o"}, "grid: nothing to try"),
+        (
+            {"outdir": "o", "grid": {"seed": 0}},
+            "grid.seed: 0. Expected a list of the values to try. Wr",
+        ),
+        ({"outdir": "o", "grid": {"outdir": ["a"]}}, "grid.outdir: not for a run"),
+        ({"outdir": "o", "grid": {"seed": [1, 1]}}, "seed=1: given twice"),
+        ({"outdir": "o", "runs": {"../up": {}}}, "Expected a name of letters and digits"),
+        ({"outdir": "o", "base": 3, "grid": {"seed": [1]}}, "base: 3. Expected a list of config files"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_line(content: Any, found: str) -> None:
+    with pytest.raises(ValueError) as error:
+        study.read(content)
+    assert found in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_key_of_a_run_names_the_run_and_the_nearest_key(anywhere: Path) -> None:
+    with pytest.raises(ValueError, match=r"run stps=3: train\.stps: unknown key\..*train\.steps\?"):
+        configs({"train.stps": [3]})
+
+
+@pytest.mark.parametrize("key", ["corpus.eval_fraction", "eval.max_document_tokens"])
+def test_runs_on_other_held_out_text_are_refused_before_anything_is_trained(anywhere: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"another {key} changes the held-out text\. Expected"):
+        configs({key: [0.25, 0.5] if key.startswith("corpus") else [100, 200]})
+
+
+def shared(a: config.Config, b: config.Config) -> set[str]:
+    """The jobs that two runs share."""
+    first, second = study.keys(a), study.keys(b)
+    return {str(job) for job in first.keys() & second.keys() if first[job] == second[job]}
+
+
+CORPUS = {"demo_corpus", "tokenizer", "shard"}
+SEED_AND_DENSE = {f"{rule} {name}" for rule in ("train_expert", "score_expert") for name in ("seed", "dense")}
+CLUSTERS = {"fit_kmeans", "assign", "assign_random", "route"}
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "expected"),
+    [
+        ("cluster.k", [2, 4], CORPUS | {"embed"} | SEED_AND_DENSE),
+        ("train.steps", [100, 200], CORPUS | {"embed"} | CLUSTERS),
+        ("seed", [0, 1], CORPUS),
+        ("embed.idf_power", [1.0, 2.0], CORPUS | {"assign_random"}),
+        ("tokenizer.vocab_size", [300, 400], {"demo_corpus"}),
+    ],
+)
+def test_runs_share_what_does_not_depend_on_the_key(
+    anywhere: Path, key: str, values: list, expected: set[str]
+) -> None:
+    found = shared(*configs({key: values}).values())
+    others = {name for name in found if name.startswith(("train_expert", "score_expert"))}
+    if key == "embed.idf_power":  # dense models and random clusters read no vectors
+        assert {
+            f"{rule} {name}" for rule in ("train_expert", "score_expert") for name in ("seed", "random-0")
+        }
+        assert others and not any(name.endswith((" 0", " 1")) for name in others)
+        found -= others
+    assert found == expected
+
+
+def test_routers_alone_share_everything_before_the_evaluation(anywhere: Path) -> None:
+    a, b = configs({"route.top_k": [[1], [2]]}).values()
+    assert {str(job) for job in study.keys(a)} - shared(a, b) == {"eval_ensemble", "report", "ensemble"}
+
+
+def states(cfg: config.Config, done: set[str]) -> dict[Job, State]:
+    return {
+        job: State([] if str(job) in done else [Reason("not made yet")], False, None)
+        for job in study.keys(cfg)
+    }
+
+
+def test_the_first_run_lends_unless_another_has_the_outputs_already(anywhere: Path) -> None:
+    found = configs({"cluster.k": [2, 4, 8]})
+    by_run = {name: study.keys(cfg) for name, cfg in found.items()}
+    nothing = {name: states(cfg, set()) for name, cfg in found.items()}
+    lent = study.lenders(by_run, nothing)
+    assert lent["k=2"] == {}
+    assert lent["k=4"] == lent["k=8"]
+    assert lent["k=4"][Job("train_expert", "dense")] == "k=2" and Job("fit_kmeans") not in lent["k=4"]
+    grown = {**nothing, "k=8": states(found["k=8"], {"tokenizer", "shard"})}
+    lent = study.lenders(by_run, grown)
+    assert lent["k=2"] == {Job("tokenizer"): "k=8", Job("shard"): "k=8"}
+    assert lent["k=4"][Job("shard")] == "k=8" and lent["k=4"][Job("embed")] == "k=2"
+
+
+def test_nothing_about_a_whole_run_is_lent(anywhere: Path) -> None:
+    a, b = configs({"run.log_seconds": [1, 2]}).values()
+    assert study.keys(a) == study.keys(b)
+    names = {"a": study.keys(a), "b": study.keys(b)}
+    lent = study.lenders(names, {"a": states(a, set()), "b": states(b, set())})
+    assert {job.rule for job in names["b"]} - {job.rule for job in lent["b"]} == {
+        "eval_ensemble",
+        "report",
+        "ensemble",
+    }
+    assert set(plan.RULES) >= {job.rule for job in lent["b"]}

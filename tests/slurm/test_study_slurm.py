@@ -1,0 +1,69 @@
+"""A study on Slurm, killed in the middle and started again: shared parts once, the numbers of a local one."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cbtm_pipeline.slurm import events
+from made_project import make_project, snakemake, snakemake_command
+
+from .box import Box
+from .machine import wait
+from .runs import write_profile
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+STUDY = {
+    "base": ["small.yaml"],
+    "outdir": "results/study",
+    "grid": {"cluster.k": [1, 2], "train.steps": [4, 8]},
+}
+FEW = {"train": {"controls": []}, "route": {"fix_after": [], "hysteresis": [1]}, "embed": {}, "eval": {}}
+
+
+def made(folder: Path) -> Path:
+    project = make_project(folder, **FEW)
+    (project / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    return project
+
+
+def submitted(project: Path) -> dict[str, int]:
+    """How often a job was submitted, by its name, over all runs."""
+    found: dict[str, int] = {}
+    for path in project.glob("results/study/runs/*/slurm/*/events.jsonl"):
+        n = sum(row["event"] == "submitted" for row in events.read(path.parent))
+        found[path.parent.name] = found.get(path.parent.name, 0) + n
+    return found
+
+
+def test_a_study_killed_in_the_middle_makes_shared_parts_once(box: Box, tmp_path: Path) -> None:
+    here, there = made(tmp_path / "here"), made(tmp_path / "there")
+    study = ("-s", "workflow/study.smk")
+    write_profile(there)
+    words = snakemake_command(*study, "--profile", "slurm", configfiles=["study.yaml"])
+    environment = {**box.env, "OMP_NUM_THREADS": "1"}
+    log = (there / "first.log").open("wb")
+    first = subprocess.Popen(
+        words, cwd=there, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    seeds = there / "results/study/runs/k=1,steps=4/experts/seed/model.safetensors"
+    wait(seeds.exists, 300, "the first seed")
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    again = subprocess.run(words, cwd=there, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    found = submitted(there)
+    once = {"tokenizer": 1, "shard": 1, "embed": 1, "fit_kmeans": 2, "assign": 2, "route": 2}
+    twice = {f"{kind}-{name}": 2 for kind in ("expert", "score") for name in ("seed", "dense")}
+    own = {"expert-0": 4, "expert-1": 2, "score-0": 4, "score-1": 2, "eval_ensemble": 4}
+    for name, n in {**once, **twice, **own}.items():
+        assert found[name] == n, f"{name}: {found}"
+    snakemake(here, *study, "--cores", "2", configfiles=["study.yaml"])
+    for name in ("k=1,steps=4", "k=1,steps=8", "k=2,steps=4", "k=2,steps=8"):
+        metrics = f"results/study/runs/{name}/eval/metrics.json"
+        assert (there / metrics).read_bytes() == (here / metrics).read_bytes(), name
+    results = "results/study/study.json"
+    assert (there / results).read_bytes() == (here / results).read_bytes()
