@@ -15,7 +15,7 @@ setup: .venv/ready slurm  ## install everything into .venv (once)
 .venv/ready: pyproject.toml envs/constraints.txt envs/demo.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"python3: {sys.version.split()[0]}. Expected 3.11 or newer. Run make PYTHON=/path/to/a/newer/python3.")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint envs/constraints.txt --editable '.[dev,serve,clients]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint envs/constraints.txt --editable '.[dev,serve,clients]'
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --require-hashes --requirement envs/demo.txt
 	@touch $@
 
