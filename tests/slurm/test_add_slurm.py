@@ -19,7 +19,7 @@ from .machine import wait
 from .runs import write_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-STEPS = 600
+STEPS = 150
 
 
 def command(*argv: str) -> list[str]:
