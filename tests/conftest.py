@@ -1,9 +1,12 @@
 """What tests of several modules share."""
 
+import os
+import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from browser import chromium
@@ -13,8 +16,14 @@ from made_project import make_project, snakemake
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project after one whole run, whose terminal is printed.txt; tests must leave it as it is."""
-    folder = make_project(tmp_path_factory.mktemp("finished") / "project")
-    (folder / "printed.txt").write_text(snakemake(folder, "--cores", "2"))
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all workers
+    folder = base / "finished/project"
+    with filelock.FileLock(base / "finished.lock"):
+        if not (folder / "printed.txt").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_project(folder)
+            (folder / "printed.txt").write_text(snakemake(folder, "--cores", "2"))
     return folder
 
 
