@@ -276,13 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the rule from the command line."""
     p = cli.parser(__doc__)
     p.add_argument("--distances", required=True, type=Path, help="distances.npz")
-    p.add_argument(
-        "--scores",
-        required=True,
-        type=Path,
-        nargs="+",
-        help="score files of the seed and of every expert, in any order",
-    )
+    p.add_argument("--scores", required=True, type=Path, nargs="+", help="scores/*.npz, in any order")
     p.add_argument(
         "--experts",
         required=True,
