@@ -33,6 +33,23 @@ def test_programs_get_the_same(outdir: Path, capsys) -> None:
     assert rows[1]["top_terms"] == ["ship", "mast"] and rows[1]["validation_loss"] == 3.5
 
 
+def test_where_documents_have_labels_each_cluster_shows_its_own(outdir: Path, capsys) -> None:
+    counts = {"names": ["news", "m\x1bail", ""], "n_documents": [[9, 1, 0], [5, 5, 0], [0, 0, 10]]}
+    change_json(outdir / "assignments/manifest.json", labels=counts)
+    assert made.command(clusters.main, "--outdir", outdir, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["labels"] for row in rows] == [
+        {"news": 0.9, "m\x1bail": 0.1},
+        {"m\x1bail": 0.5, "news": 0.5},
+        {"": 1.0},
+    ]
+    assert made.command(clusters.main, "--outdir", outdir) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.index("labels") < header.index("what sets it apart")
+    assert "news 90 %, m\\x1bail 10 %  butter flour" in lines[0].replace("   ", "  ")
+    assert "(none) 100 %" in lines[2] and lines[2].endswith("rose soil")
+
+
 def test_an_expert_that_is_missing_or_of_other_clusters_has_no_loss(outdir: Path, capsys) -> None:
     (outdir / "experts/0/card.json").unlink()
     card = outdir / "experts/1/card.json"

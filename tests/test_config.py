@@ -38,6 +38,8 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ({"cluster__kk": 3}, "cluster.kk: unknown key. .*Did you mean cluster.k?"),
         ({"topk": 3}, "topk: unknown key. .*Did you mean route.top_k?"),
         ({"train__learning_rate": 1e-3}, "train.learning_rate: unknown key"),
+        ({"cluster__by": "label"}, "cluster.by: label without corpus.label_field. Expected the field"),
+        ({"cluster__by": "labels"}, "cluster.by: 'labels'. Expected 'text', 'label' or 'label.text'"),
         ({"corpus__textfield": "x"}, "Did you mean corpus.text_field"),
         ({"eval__top_k": 3}, "Did you mean route.top_k"),
         ({"cluster__k": 0}, r"cluster.k: 0\. Expected greater than or equal to 1"),

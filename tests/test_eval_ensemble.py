@@ -14,7 +14,7 @@ from cbtm_pipeline import config, eval_ensemble, plan
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import verdict
-from made_run import QUICK, Files, evaluate, make, make_config, make_report_inputs, render, run_rule
+from made_run import LABELS, QUICK, Files, evaluate, make, make_config, make_report_inputs, render, run_rule
 from resealed import change_json, change_npz
 
 
@@ -112,6 +112,59 @@ def test_numbers_are_those_of_the_reported_documents(run: Files):
         assert (matrix["n_documents"][cluster], matrix["n_tokens"][cluster]) == (here.sum(), n_here)
         assert matrix["perplexity"][2][cluster] == pytest.approx(math.exp(nll("2", here) / n_here))
         assert matrix["dense"][cluster] == pytest.approx(math.exp(nll("dense", here) / n_here))
+
+
+def test_numbers_by_label_are_those_of_its_reported_documents(tmp_path: Path):
+    cfg = make_config(outdir=str(tmp_path), cluster={"k": 3}, corpus={"label_field": "source"}, **QUICK)
+    run = make(tmp_path, cfg)
+    metrics = evaluate(run)
+    found = metrics["labels"]
+    assert (found["field"], found["n_labels"], found["training"]["n_labels"]) == ("source", 2, 2)
+    assert 0 <= found["held_out"]["nmi"] < 0.2 and found["training"]["nmi"] < 0.01
+    distances, _ = artifact.read_npz(run.distances, "distances")
+    reported = ~heldout.calibration_documents(distances["doc_id"], 0.3, 0)
+    label_D = np.resize(np.array(LABELS, object), len(reported))
+    assert [row["label"] for row in found["rows"]] == [
+        "news",
+        *sorted(LABELS[1:3], key=lambda name: -sum(label_D[reported] == name)),
+    ]
+    table = pq.read_table(run.out.with_name("documents.parquet")).to_pydict()
+    assert table["label"] == label_D.tolist()
+    best = verdict.headline(metrics)
+    total = dict.fromkeys(("ensemble", "dense", "dense-steps"), 0.0)
+    for row in found["rows"]:
+        here = reported & (label_D == row["label"])
+        n_tokens = np.array(table["n_tokens"])[here].sum()
+        assert (row["n_documents"], row["n_tokens"]) == (here.sum(), n_tokens)
+        for name in total:
+            nll = np.array(table[f"nll_{name}"])[here].sum()
+            total[name] += nll
+            assert row["perplexity"][name] == pytest.approx(math.exp(nll / n_tokens))
+        ratio = row["ratios"]["dense"]
+        assert ratio["ratio"] == pytest.approx(row["perplexity"]["ensemble"] / row["perplexity"]["dense"])
+        if here.sum() < heldout.MIN_REPORTED:
+            assert ratio["ci95"] is None
+        else:
+            assert ratio["ci95"][0] <= ratio["ratio"] <= ratio["ci95"][1]
+    assert any(row["n_documents"] < heldout.MIN_REPORTED for row in found["rows"])
+    assert total["ensemble"] / metrics["n_tokens"] == pytest.approx(best["nll"])
+    assert "labels" in metrics["made_from"]
+    text = render(make_report_inputs(run))
+    assert "&lt;b&gt;mail" in text and "<b>mail" not in text and "(none)" in text
+
+
+def test_labels_change_no_other_number(tmp_path: Path):
+    without, labelled = (
+        evaluate(
+            make(
+                tmp_path / name,
+                make_config(outdir=str(tmp_path / name), corpus={"label_field": field}, **QUICK),
+            )
+        )
+        for name, field in (("a", None), ("b", "source"))
+    )
+    differ = {key for key in labelled if labelled[key] != without.get(key)}
+    assert differ == {"labels", "made_from", "documents", "seal"}
 
 
 def test_flops_are_apart_and_a_row_pays_for_all_that_it_needed(run: Files):

@@ -22,10 +22,10 @@ from cbtm_pipeline.corpus.formats import FORMATS, Format
 from cbtm_pipeline.mixture.routers import ROUTERS, Router
 
 
-def parse_tsv(lines, text_field, id_field):
+def parse_tsv(lines, fields):
     for line in lines:
         name, tab, text = line.partition(b"\\t")
-        yield (text, name) if tab else records.Defect("no tab: one column")
+        yield (text, name, None) if tab else records.Defect("no tab: one column")
 
 
 def nearest(held_out, setting):

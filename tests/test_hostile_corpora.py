@@ -326,7 +326,7 @@ MODELS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("weights only as a pickle", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ""),
     ("weights with a header of 2^63 bytes", write("model.safetensors", b"\xff" * 7 + b"\x7f"), ""),
     ("weights of other shapes", lambda f: edit(f, hidden_size=16), "no fitting weights for"),
-    ("weights of more layers", lambda f: edit(f, num_hidden_layers=3), "no fitting weights"),
+    ("weights of more layers", lambda f: edit(f, num_hidden_layers=3), "its weights are"),
 ]
 
 

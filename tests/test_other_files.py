@@ -33,6 +33,7 @@ from cbtm_pipeline.corpus import (
     tokenizer_config,
 )
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.html import sections
 from cbtm_pipeline.mixture import verdict
 from cbtm_pipeline.ops import planned
@@ -293,9 +294,9 @@ IDS: dict[str, tuple[Any, list[str]]] = {
 
 def documents_of(path: Path, **keys: Any) -> list[rows.Document | rows.BadRow]:
     files = corpus_files.name([path])
-    fields = {"text_field": "text", "id_field": "id", **keys}
-    parts = blocks.parts(files, 1 << 20, **fields, txt_documents="file")
-    return [row for part in parts for row in rows.read(part, **fields)]
+    fields = Fields(**{"text": "text", "id": "id", **keys})
+    parts = blocks.parts(files, 1 << 20, fields, txt_documents="file")
+    return [row for part in parts for row in rows.read(part, fields)]
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -547,7 +548,7 @@ def test_a_damaged_arrow_file_is_one_line(make: Any, tmp_path: Path) -> None:
 def test_an_arrow_file_without_the_text_column_is_one_line(tmp_path: Path) -> None:
     arrow("a.arrow", pa.ipc.new_file)(tmp_path)
     with pytest.raises(ValueError, match=r"no column body\. Expected one of its columns, id, text\."):
-        documents_of(tmp_path / "a.arrow", text_field="body")
+        documents_of(tmp_path / "a.arrow", text="body")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a b.tsv", "a.csv.gz"])

@@ -43,10 +43,22 @@ class Result:
         self.train: dict[str, str] = {}
         self.eval: dict[str, str] = {}
         self.ids: dict[str, list[int]] = {}
+        self.labels: dict[str, str] = {}
         artifact.check_made_from("manifest", self.manifest, "tokenizer", artifact.identity(tokenizer_json))
         for entry in self.manifest["shards"]:
             table = pq.read_table(folder / f"{entry['name']}.parquet")
-            assert table.schema.equals(shard_block.SCHEMA, check_metadata=False)
+            labelled = [shard_files.LABEL] if shard_files.N_LABELLED in entry else []
+            assert table.schema.names == [
+                *shard_block.SCHEMA.names[:1],
+                *labelled,
+                *shard_block.SCHEMA.names[1:],
+            ]
+            assert table.drop_columns(labelled).schema.equals(shard_block.SCHEMA, check_metadata=False)
+            self.labels |= (
+                dict(zip(*(table[c].to_pylist() for c in ("doc_id", *labelled)), strict=True))
+                if labelled
+                else {}
+            )
             arrow = folder / f"{entry['name']}.arrow"
             documents = token_files.read_unverified(arrow, 0)
             assert entry["n_documents"] == len(table) == len(documents) > 0
@@ -54,7 +66,7 @@ class Result:
             assert entry["n_bytes"] == sum(table["n_bytes"].to_pylist())
             assert entry["identity_groups"] == [documents.identity]
             assert entry["identity_columns"] == {
-                name: made_corpus.column_identity(table[name]) for name in shard_block.SCHEMA.names
+                name: made_corpus.column_identity(table[name]) for name in table.schema.names
             }
             assert documents.n_tokens.tolist() == table["n_tokens"].to_pylist()
             for i, row in enumerate(table.to_pylist()):
@@ -271,6 +283,57 @@ def test_files_of_different_schemas_together(tmp_path: Path, tokenizer_json: Pat
         "p": "in a struct",
         "c.parquet:1": "in a column",
     }
+
+
+def test_documents_keep_their_label_beside_their_id(tmp_path: Path, tokenizer_json: Path) -> None:
+    (tmp_path / "in").mkdir()
+    rows = made_texts.rows(40)
+    for i, row in enumerate(rows):
+        row["meta"] = {"source": ["news", "mail", 7, None][i % 4]}
+    made_texts.write_jsonl(tmp_path / "in/a.jsonl", [*rows, rows[3]])
+    (tmp_path / "in/b.txt").write_text("a text file")
+    pq.write_table(pa.table({"text": ["a row"], "id": ["p"]}), tmp_path / "in/c.parquet")
+    column = pa.array([{"source": "books"}])
+    pq.write_table(
+        pa.table({"text": ["another row"], "id": ["q"], "meta": column}), tmp_path / "in/d.parquet"
+    )
+    about = {"eval_fraction": 0.3, "shard_bytes": 4096}
+    without = make(tokenizer_json, tmp_path / "none", tmp_path / "in", **about)
+    assert without.labels == {}
+    for workers in (1, 2):
+        found = make(
+            tokenizer_json,
+            tmp_path / f"s{workers}",
+            tmp_path / "in",
+            workers=workers,
+            label_field="meta.source",
+            **about,
+        )
+        assert found.all == without.all and found.quarantine == without.quarantine
+        expected = {row["id"]: ["news", "mail", "7", ""][i % 4] for i, row in enumerate(rows)}
+        assert found.labels == {**expected, "b.txt:1": "", "p": "", "q": "books"}
+        n_labelled = sum(entry[shard_files.N_LABELLED] for entry in found.manifest["shards"])
+        assert n_labelled == sum(map(bool, found.labels.values()))
+        for split in ("train", "eval"):
+            name = f"identity_{split}"
+            assert found.manifest[name] == without.manifest[name], "labels train nothing again"
+            entries = [entry for entry in found.manifest["shards"] if entry["split"] == split]
+            assert shard_files.identity_labels(entries)
+            assert shard_files.labels(found.folder, entries[0]) == [
+                found.labels[name]
+                for name in pq.read_table(found.folder / f"{entries[0]['name']}.parquet")[
+                    "doc_id"
+                ].to_pylist()
+            ]
+
+
+def test_a_label_field_that_no_row_has(tmp_path: Path, tokenizer_json: Path) -> None:
+    corpus = made_texts.write_jsonl(tmp_path / "a.jsonl", made_texts.rows(9))
+    with pytest.raises(
+        ValueError, match=r"^corpus.label_field: domian: no document has it. Expected a field of"
+    ):
+        make(tokenizer_json, tmp_path / "s", corpus, label_field="domian")
+    assert not (tmp_path / "s/manifest.json").exists()
 
 
 def test_held_out_files(tmp_path: Path, tokenizer_json: Path) -> None:

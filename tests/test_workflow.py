@@ -62,6 +62,8 @@ CHANGES = {
     | retrained({"0", "1", "2", "random-0", "random-1", "random-2", "dense-steps"})
     | MERGE,
     "cluster: {balance: documents}": CLUSTERING,
+    "cluster: {border_share: 0.1}": {"assign"} | retrained({"0", "1"}) | MERGE,
+    "{corpus: {label_field: domain}, cluster: {by: label}}": CORPUS - {"tokenizer"},
     "embed: {idf_power: 1.0}": {"embed"} | CLUSTERING,
     "embed: {encoder: me/encoder}": ({"embed"} | CLUSTERING) - {"ensemble"},
     "embed: {windows: 2}": set(),
@@ -80,6 +82,7 @@ CHANGES = {
     "train: {controls: [dense-steps]}": MERGE,
     "model: {scratch: {hidden_size: 16}}": TRAINING,
     "corpus: {eval_fraction: 0.2}": CORPUS,
+    "corpus: {label_field: domain}": CORPUS - {"tokenizer"},
     "corpus: {max_bad_share: 0.5}": CORPUS - {"tokenizer"},
     "tokenizer: {vocab_size: 310}": CORPUS,
     "seed: 1": CORPUS - {"tokenizer", "shard"},

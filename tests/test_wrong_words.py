@@ -381,6 +381,7 @@ def test_setup_gives_the_profile_its_short_name(tmp_path: Path) -> None:
 def test_ctrl_c_and_a_closed_terminal_save_the_training(tmp_path: Path) -> None:
     """Also where only Snakemake gets the signal; and a second run meanwhile is one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the background of a script ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     project = make_project(tmp_path / "project", train={"steps": 10**6}, run={"checkpoint_seconds": 600})
     seed, log = (
         project / "results/experts/seed/model.safetensors",

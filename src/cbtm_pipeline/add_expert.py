@@ -31,7 +31,12 @@ def configured(
 ) -> config.Config:
     """The config of the training: that of the run with the new documents, and what the options say."""
     values = cfg.model_dump()
-    values["corpus"] |= {"train": [str(Path(path).absolute()) for path in args.corpus], "eval": None}
+    values["corpus"] |= {
+        "train": [str(Path(path).absolute()) for path in args.corpus],
+        "eval": None,
+        "label_field": None,
+    }
+    values["cluster"] |= {"by": "text"}  # new text needs no labels
     given = {key: getattr(args, key) for key in CORPUS if getattr(args, key) is not None}
     values["corpus"] |= given | ({"id_field": None} if args.id_field == "null" else {})
     values["train"] |= {"steps": args.steps} if args.steps is not None else {}

@@ -4,9 +4,10 @@
         --vectors results/embed/manifest.json --clusterer results/cluster/clusterer.npz \\
         --out results/assignments/manifest.json
 
-A document goes to the cluster with the least squared distance plus price. The prices balance the documents
-that they were fitted on. If the corpus holds more documents, passes over its vectors first correct the prices
-for all of them (`prices.refine`). The clusterer keeps its own prices.
+A document goes to the cluster with the least squared distance plus price, or where its label says
+(cluster.by). The prices balance the documents that they were fitted on. If the corpus holds more documents,
+passes over its vectors first correct the prices for all of them (`prices.refine`). The clusterer keeps its
+own prices.
 
 Shapes: N documents of a shard, R documents of a chunk, D dimensions, K clusters.
 """
@@ -20,12 +21,12 @@ import pyarrow as pa
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.clustering import kmeans, prices, regroup
+from cbtm_pipeline.clustering import borders, kmeans, labelled, prices, regroup
 from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
-from cbtm_pipeline.corpus import heldout, shard_files, token_files
+from cbtm_pipeline.corpus import heldout, labels, shard_files, token_files
 from cbtm_pipeline.embedding import encoder, tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
-from cbtm_pipeline.plan import AssignPlan
+from cbtm_pipeline.plan_clusters import AssignPlan
 from cbtm_pipeline.provenance import made_from
 
 CHUNK_ROWS = 1 << 14
@@ -41,8 +42,12 @@ def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan)
     manifest = vector_files.read_manifest(vectors, shards)
     arrays, meta = artifact.read_npz(clusterer, "clusterer")
     artifact.check_made_from(clusterer, meta, "vectors", manifest["seal"])
-    centres_KD, prices_K, certificate = arrays["centres_KD"], arrays["prices_K"], meta["certificate"]
-    balance, prices_of = certificate["balance"], "clusterer"
+    identities = made_from.assign(shards_manifest, meta)
+    if "labels" in meta:
+        artifact.check_made_from(clusterer, meta, "labels", identities.get("labels", "none"))
+    rule, certificate = labelled.read(arrays, meta), meta["certificate"]
+    known_K = arrays["prices_K"] if rule.fit_prices_K is None else rule.fit_prices_K
+    k, prices_K, balance, prices_of = len(known_K), known_K, certificate["balance"], "clusterer"
     by_name = {entry["name"]: entry for entry in manifest["shards"]}
 
     def read_vectors(entry: shard_files.Entry) -> np.ndarray:
@@ -50,7 +55,8 @@ def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan)
 
     def read_chunks() -> Iterator[prices.Chunk]:
         for entry in train:
-            x_ND = read_vectors(entry)
+            names = shard_files.labels(shards.parent, entry) if rule.means else None
+            x_ND = rule.space(read_vectors(entry), names)
             n_tokens_N = shard_files.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
             weights_N = regroup.weights(n_tokens_N, balance)
             for start in range(0, len(x_ND), CHUNK_ROWS):
@@ -58,18 +64,33 @@ def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan)
                 yield x_ND[rows], weights_N[rows]
 
     n_documents = sum(entry["n_documents"] for entry in train)
-    if balance != "none" and n_documents > certificate["n_documents"]:
-        prices_K, largest = prices.refine(read_chunks, centres_KD, prices_K)
-        prices_of = "clusterer" if np.array_equal(prices_K, arrays["prices_K"]) else "corpus"
+    if balance != "none" and n_documents > certificate["n_documents"] and not rule.groups:
+        prices_K, largest = prices.refine(read_chunks, rule.priced_centres_KD, prices_K)
+        prices_of = "clusterer" if np.array_equal(prices_K, known_K) else "corpus"
         message = "prices of the %s balance the whole corpus: largest load over mean %.3f"
         cli.log.info(message, prices_of, largest)
 
+    def at_border(entry: shard_files.Entry) -> borders.Border:
+        names = shard_files.labels(shards.parent, entry) if rule.groups or rule.means else None
+        x_ND = read_vectors(entry)
+        own_N, _ = rule.assign(x_ND, names, prices_K)
+        n_tokens_N = shard_files.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
+        return borders.border(rule.costs(x_ND, names, prices_K), own_N, n_tokens_N)
+
+    lent = {}
+    if plan.border_share and k > 1:
+        found = borders.lend([at_border(entry) for entry in train], k, plan.border_share)
+        lent = dict(zip((entry["name"] for entry in train), found, strict=True))
+
     def label(shard: Shard) -> Labels:
-        return Labels(*kmeans.assign(read_vectors(shard.entry), centres_KD, prices_K))
+        found = rule.assign(read_vectors(shard.entry), shard.labels, prices_K)
+        return Labels(*found, lent.get(shard.entry["name"]))
 
     settings = {"balance": balance, "prices": prices_of, "prices_K": prices_K.tolist()}
-    identities = made_from.assign(shards_manifest, meta)
-    return Grouping(label, len(centres_KD), identities, plan.content(), settings)
+    settings |= rule.settings(prices_K)
+    crossed = labels.Crossed(k) if "labels" in identities else None
+    border_share = plan.border_share if lent else 0.0
+    return Grouping(label, k, identities, plan.content(), settings, crossed, border_share)
 
 
 def label_validation(
@@ -83,15 +104,15 @@ def label_validation(
     """Clusters of the validation documents, shard by shard, found like those of the training documents."""
     embedder = vector_files.read_embedder(vectors.with_name("embedder.npz"), shards)
     centres_KD = artifact.read_npz(clusterer, "clusterer")[0]["centres_KD"]
-    labels = []
+    found = []
     for (entry, rows), of_shard in zip(selection, documents, strict=True):
         if isinstance(embedder, tfidf.Embedder):
             h_ND = tfidf.embed(of_shard, embedder.E_VD)
         else:
             column = shard_files.attributes(shards.parent, entry, ["text"])["text"]
             h_ND = encoder.embed(embedder, column.take(pa.array(rows)).to_pylist())
-        labels.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
-    return labels
+        found.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,8 +134,10 @@ def main(argv: list[str] | None = None) -> None:
     documents = heldout.read_validation(args.shards, selection)
     grouping = by_clusterer(args.shards, args.vectors, args.clusterer, plan)
     prices_K = grouping.settings["prices_K"]
-    labels = label_validation(args.shards, args.vectors, args.clusterer, prices_K, selection, documents)
-    regroup.write(args.shards, train, args.out, grouping, Validation(documents, labels), args.threads)
+    of_validation = label_validation(
+        args.shards, args.vectors, args.clusterer, prices_K, selection, documents
+    )
+    regroup.write(args.shards, train, args.out, grouping, Validation(documents, of_validation), args.threads)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.clustering import regroup
 from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
 from cbtm_pipeline.corpus import heldout, shard_files
-from cbtm_pipeline.plan import AssignRandomPlan
+from cbtm_pipeline.plan_clusters import AssignRandomPlan
 from cbtm_pipeline.provenance import made_from
 
 

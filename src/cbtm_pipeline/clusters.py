@@ -3,6 +3,7 @@
     cbtm clusters
     cbtm clusters --model DIR
 
+Where documents have labels (corpus.label_field), the most frequent ones of each cluster stand there, too.
 With --model, there is a row for each expert of an ensemble that lies elsewhere or was changed; documents and
 tokens are not known there. The validation loss (nats per token) is that of the expert on held-out documents
 of its own cluster, at the end of its training. What is not made yet is left out. It is also
@@ -16,11 +17,13 @@ from typing import Any
 
 from cbtm_pipeline.base import artifact, cli, printable
 from cbtm_pipeline.base.printable import printable as as_printable
+from cbtm_pipeline.corpus import labels
 from cbtm_pipeline.inference import changed_set, where
 from cbtm_pipeline.ops import which_run
 
 N_TERMS = 8
 HEADER = ("cluster", "documents", "tokens", "share", "validation loss", "what sets it apart")
+LABELS = "labels"  # the column before the last, where documents have labels
 
 
 def read(outdir: Path) -> list[dict[str, Any]]:
@@ -48,9 +51,16 @@ def read(outdir: Path) -> list[dict[str, Any]]:
                 "share": n_tokens / total,
                 "validation_loss": card.get("validation_loss") if is_its_own else None,
                 "top_terms": [term.strip() for term in terms["top_terms"][j]],
+                **({"labels": _labels(manifest, j)} if "labels" in manifest else {}),
             }
         )
     return rows
+
+
+def _labels(manifest: dict[str, Any], j: int) -> dict[str, float]:
+    """The most frequent labels of cluster j, each with its share of the documents."""
+    found = manifest["labels"]
+    return labels.top(found["names"], found["n_documents"][j], manifest["n_documents"][j])
 
 
 def read_model(folder: Path) -> list[dict[str, Any]]:
@@ -67,6 +77,8 @@ def read_model(folder: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned plain text."""
+    labelled = any("labels" in row for row in rows)
+    header = [*HEADER[:-1], LABELS, HEADER[-1]] if labelled else HEADER
     cells = [
         (
             f"{row['cluster']}",
@@ -74,13 +86,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             "" if row["n_tokens"] is None else f"{row['n_tokens']:,}",
             "" if row["share"] is None else f"{100 * row['share']:.1f} %",
             "" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}",
+            *([as_printable(labels.shown(row.get("labels", {})), keep="")] if labelled else []),
             as_printable(" ".join(row["top_terms"][:N_TERMS]), keep=""),
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(HEADER, *cells, strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     lines = []
-    for *numbers, terms in [HEADER, *cells]:
+    for *numbers, terms in [header, *cells]:
         lines.append("  ".join([*map(str.rjust, numbers, widths), terms]).rstrip())
     return "".join(f"{line}\n" for line in lines)
 

@@ -31,6 +31,9 @@ from cbtm_pipeline.config_values import (
 )
 
 LATER_KEYS = {  # keys that the config.json of an older version lacks, and the values that they had then
+    ("corpus", "label_field"): None,
+    ("cluster", "by"): "text",
+    ("cluster", "border_share"): 0.0,
     ("tokenizer", "revision"): None,
     ("embed", "revision"): None,
     ("model", "revision"): None,
@@ -60,6 +63,7 @@ class Corpus(_Section):
     eval_fraction: Annotated[Float, Field(gt=0, lt=1)]
     text_field: str
     id_field: str | None
+    label_field: Annotated[str, Field(pattern=r"\S")] | None
     txt_documents: Literal["file", "block"]
     max_bad_share: Share
     shard_bytes: Annotated[int, Field(ge=1 << 12, le=LARGEST)]
@@ -85,10 +89,12 @@ class Embed(_Section):
 
 class Cluster(_Section):
     k: Annotated[int, Field(ge=1, le=10_000)]
+    by: Literal["text", "label", "label+text"]
     balance: Literal["documents", "tokens", "none"]
     fit_documents: Count
     n_init: Count
     max_iterations: Count
+    border_share: Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Model(_Section):
@@ -202,6 +208,11 @@ def validate(content: Any) -> Config:
         )
     _check_revisions(config)
     _check_controls(config)
+    if config.cluster.by != "text" and config.corpus.label_field is None:
+        raise ValueError(
+            f"cluster.by: {config.cluster.by} without corpus.label_field. Expected the field of the labels. "
+            "Set corpus.label_field, or set cluster.by: text."
+        )
     for name in config.tags.get(OF_EXPERTS, {}):
         if name not in map(str, range(config.cluster.k)):
             raise ValueError(

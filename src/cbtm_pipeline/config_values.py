@@ -129,8 +129,14 @@ def tags(given: dict[str, Any]) -> dict[str, Any]:
     return {**shared, **experts}
 
 
+_STRANGE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
 def check_text(where: str, content: Any) -> None:
-    """Raise ValueError for text that is no UTF-8 (`"\\ud800"` in YAML), which no file could hold."""
+    """Raise ValueError for text that is no UTF-8 (`"\\ud800"` in YAML), which no file could hold.
+
+    Bytes of file names that are no UTF-8 may stay, as Python writes them.
+    """
     if isinstance(content, dict):
         for key, value in content.items():
             check_text(where, key)
@@ -138,7 +144,7 @@ def check_text(where: str, content: Any) -> None:
     elif isinstance(content, list):
         for number, value in enumerate(content):
             check_text(f"{where}.{number}", value)
-    elif isinstance(content, str) and any("\ud800" <= letter <= "\udfff" for letter in content):
+    elif isinstance(content, str) and _STRANGE.search(content):
         raise ValueError(f"{where}: {show(content)}. Expected valid UTF-8. Change it in your config.")
 
 

@@ -9,7 +9,6 @@ serves to choose the routers' settings. The numbers are of the other part.
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +17,23 @@ import numpy as np
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.base.errors import run_again
 from cbtm_pipeline.corpus import heldout
-from cbtm_pipeline.mixture import bootstrap, documents, scored, search, sweep, switches, systems, verdict
+from cbtm_pipeline.mixture import (
+    bootstrap,
+    by_label,
+    documents,
+    scored,
+    search,
+    sweep,
+    switches,
+    systems,
+    verdict,
+)
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 from cbtm_pipeline.mixture.scored import Scored
 from cbtm_pipeline.mixture.systems import Row, expert_nll
 from cbtm_pipeline.plan import EvalPlan
-from cbtm_pipeline.provenance import chosen, made_from
+from cbtm_pipeline.provenance import chosen, made_from, same_clusters
 
 TABLE = "table.txt"  # beside metrics.json
 Cards = dict[str, dict[str, Any]]  # card.json of the seed and of every expert
@@ -45,17 +53,19 @@ def evaluate(
     models: Models | None = None,
     choices: chosen.Choices | None = None,
     n_threads: int = 1,
+    labelled: by_label.Labelled | None = None,
 ) -> dict[str, Any]:
     """Return the content of metrics.json without its meta record.
 
-    `models` are there with eval.merge, `choices` where train.lr is a list.
+    `models` are there with eval.merge, `choices` where train.lr is a list, `labelled` with label_field.
 
     Raises ValueError when there are too few documents to calibrate on.
     """
     plan, dense = plans.eval_ensemble(cfg), plans.dense_experts(cfg)
     is_calibration_D = heldout.calibration_documents(held_out.doc_id_D, plan.calibration_share, plan.rng_seed)
     calibration = held_out.take(np.flatnonzero(is_calibration_D))
-    reported = held_out.take(np.flatnonzero(~is_calibration_D))
+    rows_D = np.flatnonzero(~is_calibration_D)
+    reported = held_out.take(rows_D)
     inputs = _inputs(cfg, calibration, reported, cards, choices or {}, n_threads)
     partial_rows, nlls = zip(*systems.make(inputs), strict=True)
     nll_DS = np.stack(nlls, axis=1)
@@ -76,18 +86,19 @@ def evaluate(
         "flops": _flops(cfg, cards),
         "weights": {name: card["weights"] for name, card in cards.items()},
     }
-    metrics |= _shown(metrics, reported, np.flatnonzero(~is_calibration_D))
+    metrics |= _shown(metrics, reported, rows_D)
     metrics["warnings"] = verdict.at_the_ends(verdict.headline(metrics), plan.content())
     if choices:
         metrics["search"] = chosen.shown(choices)
         metrics["warnings"] += search.at_the_ends(metrics["search"])
+    if labelled:
+        best_D = nll_DS[:, rows.index(verdict.headline(metrics))]
+        systems_D = by_label.Systems(best_D, {name: expert_nll(reported, name) for name in dense})
+        resamples = plan.bootstrap, plan.rng_seed
+        metrics["labels"] = by_label.content(labelled.take(rows_D), reported, systems_D, *resamples)
     if models:
-        from cbtm_pipeline.inference import merging  # only here: it needs torch
-
-        score, rows_D = plans.score_expert(cfg), np.flatnonzero(~is_calibration_D)
         documents = [models.documents[i] for i in rows_D.tolist()]
-        about = calibration, reported, documents, models.folders, score.context, score.stride
-        metrics["merge"] = merging.compare(metrics, *about)
+        metrics["merge"] = _merged(cfg, metrics, calibration, reported, models._replace(documents=documents))
     return {**metrics, "verdict": verdict.sentences(metrics)}
 
 
@@ -117,6 +128,16 @@ def _inputs(
         ),
         n_threads=n_threads,
     )
+
+
+def _merged(
+    cfg: config.Config, metrics: dict[str, Any], calibration: Scored, reported: Scored, models: Models
+) -> dict[str, Any]:
+    """What one model of averaged weights for each of the reported documents gives."""
+    from cbtm_pipeline.inference import merging  # only here: it needs torch
+
+    score = plans.score_expert(cfg)
+    return merging.compare(metrics, calibration, reported, *models, score.context, score.stride)
 
 
 def read_models(
@@ -240,58 +261,19 @@ def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
     return {**flops, **forward}
 
 
-def check_data(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
-    """Raise ValueError unless each expert on a cluster was trained on that cluster of these manifests, and
-    the distances are to the centres of these clusters.
-
-    `paths` are those of the cards, in any order.
-    """
-    manifests, routed = {}, found.distances["made_from"]
-    for path in clusters:
-        manifest = artifact.read_sealed(path, "assignments")
-        is_random = "clusterer" not in manifest["made_from"]
-        for name in ["held_out"] if is_random else ["held_out", "clusterer"]:
-            artifact.check_made_from(path, manifest, name, routed[name])
-        manifests["random" if is_random else "clusters"] = path, manifest
-    by_name = {path.parent.name: path for path in paths}
-    for name, card in found.cards.items():
-        data, group = plans.data_of(name)
-        if data == "corpus":
-            continue
-        if data not in manifests:
-            raise ValueError(
-                f"--clusters: no manifest of {data}. Expected that of {name}, too. "
-                "Add it to the command line."
-            )
-        path, manifest = manifests[data]
-        if group >= manifest["k"] or card["made_from"]["tokens"] != made_from.tokens(group, manifest):
-            weights = by_name.get(name, Path(name, "card.json")).with_name("model.safetensors")
-            raise ValueError(
-                f"{weights}: trained on other documents than cluster {group} of {path}. "
-                f"Expected that cluster. {run_again(weights)}"
-            )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the rule from the command line."""
     p = cli.parser(__doc__)
     p.add_argument("--distances", required=True, type=Path, help="distances.npz")
-    p.add_argument("--scores", required=True, type=Path, nargs="+", help="scores/*.npz, in any order")
-    p.add_argument(
-        "--experts",
-        required=True,
-        type=Path,
-        nargs="+",
-        help="card.json of the seed and of every expert, in any order",
-    )
-    p.add_argument(
-        "--clusters",
-        required=True,
-        type=Path,
-        nargs="+",
-        help="assignments/manifest.json, and random/manifest.json for random experts",
-    )
-    p.add_argument("--shards", type=Path, help="shards/manifest.json; needed with eval.merge")
+    cards = "of the seed and of every expert, in any order"
+    manifests = "assignments/manifest.json, and random/manifest.json for random experts"
+    for name, what in (
+        ("scores", f"score files {cards}"),
+        ("experts", f"card.json {cards}"),
+        ("clusters", manifests),
+    ):
+        p.add_argument(f"--{name}", required=True, type=Path, nargs="+", help=what)
+    p.add_argument("--shards", type=Path, help="shards/manifest.json, for eval.merge and corpus.label_field")
     p.add_argument("--choices", type=Path, nargs="*", default=[], help="search/*.json, if train.lr is a list")
     p.add_argument("--threads", type=cli.whole, default=1, help="threads; no number depends on it")
     p.add_argument("--out", required=True, type=Path, help="metrics.json; the other files go beside it")
@@ -303,20 +285,21 @@ def main(argv: list[str] | None = None) -> None:
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
     expected = scored.Expected(cfg.outdir, experts, branched, cfg.cluster.k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
-    check_data(found, args.experts, args.clusters)
-    models = None
-    if cfg.eval.merge:
-        if args.shards is None:
-            p.error("--shards: expected with eval.merge.")
-        models = read_models(args.shards, found.distances["made_from"]["held_out"], cfg, found, args.experts)
+    same_clusters.check(found, args.experts, args.clusters)
+    held_out, field = found.distances["made_from"]["held_out"], cfg.corpus.label_field
+    if (cfg.eval.merge or field) and args.shards is None:
+        p.error("--shards: expected with eval.merge and with corpus.label_field.")
+    models = read_models(args.shards, held_out, cfg, found, args.experts) if cfg.eval.merge else None
+    labelled = by_label.read(field, args.shards, args.clusters, held_out) if field else None
     choices = chosen.read(cfg, args.choices, found.cards)
-    metrics = evaluate(cfg, found.scored, found.cards, models, choices, args.threads)
+    metrics = evaluate(cfg, found.scored, found.cards, models, choices, args.threads, labelled)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")
-    identities = made_from.eval_ensemble(found.distances, found.scores, choices)
+    shards = artifact.read_sealed(args.shards, "shards") if field else None
+    identities = made_from.eval_ensemble(found.distances, found.scores, choices, shards)
     by_document_path = args.out.with_name(documents.NAME)
-    documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities)
+    documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities, labelled)
     beside = {"table": artifact.identity(args.out.with_name(TABLE))}
     beside["documents"] = artifact.identity(by_document_path)
     meta = artifact.make_meta(

@@ -11,7 +11,7 @@ Shapes: N documents of the sample, D dimensions, K clusters, V terms.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -20,11 +20,12 @@ from tokenizers import Tokenizer
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
-from cbtm_pipeline.clustering import kmeans, words
+from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.clustering import kmeans, label_passes, labelled, regroup, words
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
-from cbtm_pipeline.plan import ClusterPlan
+from cbtm_pipeline.plan_clusters import ClusterPlan
 from cbtm_pipeline.provenance import made_from
 
 N_TERMS = 12
@@ -66,7 +67,8 @@ def _word(string: str) -> str:
 class Sample(NamedTuple):
     """Documents from all shards: vectors and numbers of tokens.
 
-    `counts` holds the term counts of the documents whose row numbers are `counted`, `begins` their first
+    `labels` are there if the documents have any. `counts` holds the
+    term counts of the documents whose row numbers are `counted`, `begins` their first
     BEGIN_TOKENS token ids.
     """
 
@@ -75,6 +77,7 @@ class Sample(NamedTuple):
     counts: sparse.csr_array
     counted: np.ndarray
     begins: list[np.ndarray]
+    labels: list[str] | None = None
 
 
 def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
@@ -84,11 +87,15 @@ def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
     train = shard_files.entries(shards, shards_manifest, "train")
     step = -(-min(n, sum(entry["n_documents"] for entry in train)) // TERM_DOCUMENTS)
     drawn = zip(shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True)
+    labels = [] if shard_files.identity_labels(train) else None
     x, n_tokens, counts, counted, begins, start = [], [], [], [], [], 0
     for (entry, rows), vectors_entry in drawn:
         documents = shard_files.documents(shards.parent, entry)
         x.append(vector_files.read(vectors.parent, vectors_entry)[rows])
         n_tokens.append(documents.n_tokens[rows])
+        if labels is not None:
+            of_shard = shard_files.labels(shards.parent, entry)
+            labels += [of_shard[row] for row in rows.tolist()]
         some = documents.take(rows[::step])
         counts.append(tfidf.count(some, shards_manifest["vocab_size"]))
         ends = np.minimum(some.offsets[1:], some.offsets[:-1] + 1 + BEGIN_TOKENS)  # the separator is first
@@ -96,7 +103,8 @@ def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
         counted.append(np.arange(start, start + len(rows), step))
         start += len(rows)
     counts_NV = sparse.csr_array(sparse.vstack(counts, "csr"))
-    return Sample(np.concatenate(x), np.concatenate(n_tokens), counts_NV, np.concatenate(counted), begins)
+    x_ND, n_tokens_N, counted_N = map(np.concatenate, (x, n_tokens, counted))
+    return Sample(x_ND, n_tokens_N, counts_NV, counted_N, begins, labels)
 
 
 def describe(
@@ -141,8 +149,40 @@ def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
     )
 
 
+def fit_by_label(
+    shards: Path, vectors: Path, sample: Sample, plan: ClusterPlan
+) -> tuple[kmeans.Clustering, labelled.Rule]:
+    """Cluster by labels, or by labels and text. The means are those of all training documents.
+
+    Raises ValueError where documents have no labels, or labels do not fit the number of clusters.
+    """
+    if sample.labels is None:
+        raise ValueError(f"{shards}: no labels. Expected those of corpus.label_field. {make_again(shards)}")
+    weights, weights_N = (
+        label_passes.weights(shards, plan.balance),
+        regroup.weights(sample.n_tokens_N, plan.balance),
+    )
+    groups = labelled.deal(weights, plan.k) if plan.by == "label" else labelled.numbered(weights)
+    n = plan.k if plan.by == "label" else len(groups)
+    means_nD = labelled.means(label_passes.chunks(shards, vectors, plan.balance), groups, n)
+    if plan.by == "label":
+        rule = labelled.Rule(means_nD, groups=groups)
+        labels_N, _ = rule.assign(sample.x_ND, sample.labels, np.zeros(plan.k))
+    else:
+        means = dict(zip(groups, means_nD, strict=True))
+        found = fit(sample._replace(x_ND=labelled.pulled(sample.x_ND, sample.labels, means)), plan)
+        labels_N = found.labels_N
+        centres_KD = labelled.centres(sample.x_ND, weights_N, labels_N, plan.k)
+        rule = labelled.Rule(centres_KD, None, means, found.centres_KD, found.prices_K)
+    return labelled.certified(rule, sample.x_ND, weights_N, labels_N), rule
+
+
 def write_clusterer(
-    out: Path, clustering: kmeans.Clustering, plan: ClusterPlan, identities: dict[str, str]
+    out: Path,
+    clustering: kmeans.Clustering,
+    plan: ClusterPlan,
+    identities: dict[str, str],
+    rule: labelled.Rule | None = None,
 ) -> str:
     """Write clusterer.npz, and log its certificate. Returns the file's seal."""
     certificate = {
@@ -159,13 +199,16 @@ def write_clusterer(
         for key, value in certificate.items()
     )
     cli.log.info("%s", "  ".join(values))
-    about = {"certificate": certificate, "files": [TOP_TERMS]}
+    about: dict[str, Any] = {"certificate": certificate, "files": [TOP_TERMS]}
+    arrays, of_labels = rule.stored() if rule else ({}, None)
+    about |= {"labels": of_labels} if of_labels else {}
     return artifact.write_npz(
         out,
         artifact.make_meta("clusterer", identities, plan.content(), **about),
         centres_KD=clustering.centres_KD,
         prices_K=clustering.prices_K,
         loads_K=clustering.loads_K,
+        **arrays,
     )
 
 
@@ -181,16 +224,21 @@ def main() -> None:
     cli.start_logging("fit_kmeans", args.log)
 
     plan = plans.fit_kmeans(config.read(args.config))
+    shards = artifact.read_sealed(args.shards, "shards")
     embedder = args.vectors.with_name("embedder.npz")
     sample = read_sample(args.vectors, args.shards, plan.fit_documents, plan.rng_seed)
     idf_V = vector_files.term_weights(embedder, args.shards, sample.counts)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
-    clustering = fit(sample, plan)
+    if plan.by == "text":
+        clustering, rule = fit(sample, plan), None
+    else:
+        clustering, rule = fit_by_label(args.shards, args.vectors, sample, plan)
     terms = describe(sample, idf_V, clustering.labels_N[sample.counted], plan.k, tokenizer)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
-    identities = made_from.fit_kmeans(artifact.read_sealed(args.vectors, "vectors"))
-    seal = write_clusterer(args.out, clustering, plan, identities)
+    vectors = artifact.read_sealed(args.vectors, "vectors")
+    identities = made_from.fit_kmeans(vectors, shards if plan.by != "text" else None)
+    seal = write_clusterer(args.out, clustering, plan, identities, rule)
     meta = artifact.make_meta("top_terms", {"clusterer": seal}, plan.content(), top_terms=terms)
     artifact.write_sealed(args.out.with_name(TOP_TERMS), meta)
 

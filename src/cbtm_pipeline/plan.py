@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from cbtm_pipeline import plan_search, plan_tasks, presets
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.plan_base import EnsemblePlan, Plan
+from cbtm_pipeline.plan_clusters import assign, assign_random, fit_kmeans
 from cbtm_pipeline.plan_training import LARGE, LARGE_DEPTH, Data, LargePlan, SeedPlan, TrainingPlan
 
 
@@ -69,6 +70,7 @@ class ShardPlan(_CorpusPlan):
 
     max_bad_share: float
     shard_bytes: int
+    label_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,33 +92,6 @@ class EncoderPlan(Plan):
     encoder: str
     windows: int
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class ClusterPlan(Plan):
-    """Rule `fit_kmeans`."""
-
-    k: int
-    balance: Literal["documents", "tokens", "none"]
-    fit_documents: int
-    n_init: int
-    max_iterations: int
-    rng_seed: int
-
-
-@dataclass(frozen=True)
-class AssignPlan(Plan):
-    """Rule `assign`. `validation_share` of the held-out documents are grouped by cluster, too."""
-
-    validation_share: float
-    rng_seed: int
-
-
-@dataclass(frozen=True)
-class AssignRandomPlan(AssignPlan):
-    """Rule `assign_random`."""
-
-    k: int
 
 
 @dataclass(frozen=True)
@@ -197,7 +172,7 @@ def scratch(config: Config) -> dict[str, Any]:
 def tokenizer(c: Config) -> TokenizerPlan:
     pretrained = c.tokenizer if c.tokenizer.pretrained else c.model
     revision = pretrained.revision if pretrained.pretrained else None
-    corpus = _corpus(c, without={"max_bad_share", "shard_bytes"})
+    corpus = _corpus(c, without={"max_bad_share", "shard_bytes", "label_field"})
     own = _values(c.tokenizer, without={"revision"})
     return TokenizerPlan(**corpus, **own, model=c.model.pretrained, revision=revision)
 
@@ -215,18 +190,6 @@ def embed(c: Config) -> TfidfPlan | EncoderPlan:
     if c.embed.encoder:
         return EncoderPlan(c.embed.encoder, c.embed.windows, c.embed.revision)
     return TfidfPlan(**_values(c.embed, without={"encoder", "windows", "revision"}), rng_seed=c.seed)
-
-
-def fit_kmeans(c: Config) -> ClusterPlan:
-    return ClusterPlan(**_values(c.cluster), rng_seed=c.seed)
-
-
-def assign(c: Config) -> AssignPlan:
-    return AssignPlan(c.train.validation_share, c.seed)
-
-
-def assign_random(c: Config) -> AssignRandomPlan:
-    return AssignRandomPlan(c.train.validation_share, c.seed, c.cluster.k)
 
 
 def branches(expert: str) -> bool:

@@ -30,7 +30,7 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
     "shard": ("corpus",),
     "embed": ("embed",),
     "fit_kmeans": ("cluster",),
-    "assign": ("train",),
+    "assign": ("train", "cluster"),
     "assign_random": ("train", "cluster"),
     "train_expert": ("train", "model"),
     "score_expert": ("eval",),

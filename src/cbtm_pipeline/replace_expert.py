@@ -17,6 +17,7 @@ import numpy as np
 from cbtm_pipeline.base import cli, printable
 from cbtm_pipeline.corpus import blocks, encoding, rows, token_files
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.inference import changed_set, fitting, package
 from cbtm_pipeline.ops import worded
 
@@ -45,11 +46,10 @@ def read_documents(
         sums = branch.add(sums, documents, found.embedding_VD, "documents")
         waiting.clear()
 
-    parts = blocks.parts(
-        corpus_files.name(corpus_files.input_files(paths)), PART_BYTES, args.text_field, "id", "file"
-    )
+    fields = Fields(args.text_field, "id")
+    parts = blocks.parts(corpus_files.name(corpus_files.input_files(paths)), PART_BYTES, fields, "file")
     for part in parts:
-        for row in rows.read(part, args.text_field, "id"):
+        for row in rows.read(part, fields):
             if isinstance(row, rows.Document):
                 ids = encoder.encode(row.text, fast=not encoder.why_slow)
                 if len(texts) < N_DOCUMENTS:

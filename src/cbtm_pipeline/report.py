@@ -20,7 +20,7 @@ from cbtm_pipeline import plan
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import demo_sources, heldout
-from cbtm_pipeline.html import clusters, sections, texts, training
+from cbtm_pipeline.html import clusters, labels, sections, texts, training
 from cbtm_pipeline.html.page import Html, Number, count, join, page, section, table, tag
 from cbtm_pipeline.provenance import expert_files, made_from, records
 from cbtm_pipeline.training import expert_card
@@ -267,6 +267,7 @@ def render(report: Report) -> str:
         clusters.clusters(
             report.assignments, metrics["matrix"]["n_documents"], report.top_terms, report.typical
         ),
+        *([labels.by_label(metrics, report.assignments)] if "labels" in metrics else []),
         *([texts.texts_section(report.examples, metrics["matrix"]["experts"])] if report.examples else []),
         sections.heat_map(metrics),
         training.training(logs, metrics["matrix"]["experts"]),

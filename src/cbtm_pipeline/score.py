@@ -27,6 +27,7 @@ from cbtm_pipeline.base.printable import printable as as_printable
 from cbtm_pipeline.corpus import blocks, encoding, rows
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.inference import changed_set, score_jobs, where
 from cbtm_pipeline.inference.mixture import Mixture
 from cbtm_pipeline.inference.score_jobs import Counts
@@ -130,8 +131,9 @@ def _check_documents(file: Counts) -> None:
 def _rows(path: Path, args: argparse.Namespace) -> Iterator[rows.Document | rows.BadRow]:
     """The rows of a file, as `shard` reads them. Ids do not matter."""
     file = corpus_files.File(0, path, corpus_files.printable(path.name))
-    for part in blocks.parts([file], PART_BYTES, args.text_field, "", args.txt_documents):
-        yield from rows.read(part, args.text_field, "")
+    fields = Fields(args.text_field)
+    for part in blocks.parts([file], PART_BYTES, fields, args.txt_documents):
+        yield from rows.read(part, fields)
 
 
 def offsets_of(documents: Iterable[np.ndarray]) -> np.ndarray:

@@ -25,10 +25,11 @@ from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.printable import shortened
 from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import blocks as corpus_blocks
-from cbtm_pipeline.corpus import content, encoding, heldout, repeated_ids, shard_block, shard_files
+from cbtm_pipeline.corpus import content, encoding, heldout, labels, repeated_ids, shard_block, shard_files
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus.quarantine import Quarantine
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.corpus.rows import BadRow
 from cbtm_pipeline.corpus.shard_block import Block, Entry, Made, Setup, Split
 from cbtm_pipeline.corpus.shard_workers import InOrder, workers
@@ -73,8 +74,9 @@ def make(
     folder = out.parent
     _clear(folder)
     identity = artifact.identity(tokenizer_json)
-    fields = plan.text_field, plan.id_field, plan.eval_fraction or 0.0
-    setup = Setup(folder, tokenizer_json, identity, card["separator_id"], card["vocab_size"], *fields)
+    fields = Fields(plan.text_field, plan.id_field, plan.label_field)
+    vocabulary = card["separator_id"], card["vocab_size"]
+    setup = Setup(folder, tokenizer_json, identity, *vocabulary, fields, plan.eval_fraction or 0.0)
     try:
         with (
             artifact.publish(folder / "quarantine.jsonl") as tmp,
@@ -92,6 +94,8 @@ def make(
     read = Read(len(files), n.total() + quarantine.n_rows, n_bytes)
     _check_quarantine(read, quarantine, folder / "quarantine.jsonl", plan.max_bad_share)
     _check_split(n, plan)
+    if plan.label_field is not None:
+        labels.check_found(shards, plan.label_field)
     if calibration_share is not None:
         heldout.check_enough(n["eval"])
         if few := heldout.warning(n["eval"], calibration_share):
@@ -150,9 +154,7 @@ def _make_shards(
     made: list[Made] = []
 
     def make_blocks(split: Split, some: list[corpus_files.File]) -> None:
-        parts = corpus_blocks.parts(
-            some, plan.shard_bytes, plan.text_field, plan.id_field, plan.txt_documents
-        )
+        parts = corpus_blocks.parts(some, plan.shard_bytes, setup.fields, plan.txt_documents)
         cut = corpus_blocks.blocks(parts, plan.shard_bytes)
         blocks = (Block(number, split, block) for number, block in enumerate(cut))
         for result in in_order(partial(shard_block.make, setup), blocks):

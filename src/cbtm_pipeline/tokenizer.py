@@ -24,6 +24,7 @@ from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import content, encoding, pretrained_tokenizer
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import rows as corpus_rows
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.plan import TokenizerPlan
 
 SEPARATOR = "<|endoftext|>"
@@ -101,10 +102,9 @@ def save_trained(plan: TokenizerPlan, demo: Path | None, folder: Path, outdir: P
     progress = cli.Progress("read", corpus_files.n_bytes(files) / 1e6, "MB")
 
     def documents() -> Iterator[bytes]:
-        for part in corpus_blocks.parts(
-            files, _BLOCK_BYTES, plan.text_field, plan.id_field, plan.txt_documents
-        ):
-            rows = corpus_rows.read(part, plan.text_field, plan.id_field)
+        fields = Fields(plan.text_field, plan.id_field)
+        for part in corpus_blocks.parts(files, _BLOCK_BYTES, fields, plan.txt_documents):
+            rows = corpus_rows.read(part, fields)
             yield from (row.text for row in rows if isinstance(row, corpus_rows.Document))
             progress.add(part.n_read / 1e6)
 

@@ -18,7 +18,10 @@ from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import records as corpus_records
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus import stream
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.corpus.stream import Stream
+
+FIELDS = Fields("text", "id")
 
 PLAIN = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 
@@ -27,9 +30,9 @@ def parts(
     path: Path,
     block_bytes: int = 1 << 20,
     txt_documents: Any = "file",
-    fields: tuple[str, str] = ("text", "id"),
+    fields: Fields = FIELDS,
 ) -> list[Any]:
-    return list(corpus_blocks.parts(corpus_files.name([path]), block_bytes, *fields, txt_documents))
+    return list(corpus_blocks.parts(corpus_files.name([path]), block_bytes, fields, txt_documents))
 
 
 def records(path: Path, **options: Any) -> list[bytes]:
@@ -246,15 +249,15 @@ def test_parquet_in_small_batches_by_column(tmp_path: Path) -> None:
     assert [part.first for part in found] == [
         1 + sum(len(p.records) for p in found[:i]) for i in range(len(found))
     ]
-    assert "id" not in parts(tmp_path / "a.parquet", fields=("text", "other"))[0].records.schema.names
+    assert "id" not in parts(tmp_path / "a.parquet", fields=Fields("text", "other"))[0].records.schema.names
 
 
 def test_parquet_fields_within_structs_and_with_dots(tmp_path: Path) -> None:
     inner = [{"body": {"text": "one"}, "key": 1}, None, {"body": None, "key": 3}]
     pq.write_table(pa.table({"doc": inner, "a.b": ["x", "y", "z"]}), tmp_path / "a.parquet")
-    nested = parts(tmp_path / "a.parquet", fields=("doc.body.text", "doc.key"))
+    nested = parts(tmp_path / "a.parquet", fields=Fields("doc.body.text", "doc.key"))
     assert rows_of(nested) == [{"text": "one", "id": 1}, {"text": None, "id": None}, {"text": None, "id": 3}]
-    assert rows_of(parts(tmp_path / "a.parquet", fields=("a.b", "doc.none"))) == [
+    assert rows_of(parts(tmp_path / "a.parquet", fields=Fields("a.b", "doc.none"))) == [
         {"text": "x"},
         {"text": "y"},
         {"text": "z"},
@@ -265,7 +268,7 @@ def test_parquet_fields_within_structs_and_with_dots(tmp_path: Path) -> None:
 def test_parquet_without_the_column_names_those_it_has(tmp_path: Path, field: str) -> None:
     pq.write_table(pa.table({"n": [1], "body": ["x"], "doc": [{"a": 1}]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=rf"a\.parquet: no column {field}.*n, body, doc"):
-        parts(tmp_path / "a.parquet", fields=(field, "id"))
+        parts(tmp_path / "a.parquet", fields=Fields(field, "id"))
 
 
 def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
@@ -319,7 +322,7 @@ def test_damaged_parquet_with_checksums_is_refused_or_gives_the_right_rows(
     pq.write_table(table, path, write_page_checksum=True, compression=compression, row_group_size=3)
 
     def read() -> list[Any]:
-        return [row for part in parts(path) for row in corpus_rows.read(part, "text", "id")]
+        return [row for part in parts(path) for row in corpus_rows.read(part, FIELDS)]
 
     right, n_refused = read(), 0
     assert [row.line for row in right] == [1, 2, 3, 4]
@@ -341,7 +344,7 @@ def test_blocks_hold_whole_records_of_several_files(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:03d}.txt").write_bytes(b"x" * (1000 if i == 50 else 10))
     files = corpus_files.name(corpus_files.input_files([str(tmp_path)]))
-    blocks = list(corpus_blocks.blocks(corpus_blocks.parts(files, 400, "text", "id", "file"), 400))
+    blocks = list(corpus_blocks.blocks(corpus_blocks.parts(files, 400, FIELDS, "file"), 400))
     sizes = [sum(part.n_bytes for part in block) for block in blocks]
     assert min(sizes[:-1]) >= 400
     assert max(sizes) < 400 + 1100
@@ -357,7 +360,7 @@ def test_blocks_of_a_text_file_with_any_line_ends(tmp_path: Path, end: bytes) ->
         [
             row.text
             for part in parts(tmp_path / "a.txt", txt_documents="block")
-            for row in corpus_rows.read(part, "text", "id")
+            for row in corpus_rows.read(part, FIELDS)
             if isinstance(row, corpus_rows.Document)
         ]
     ]
@@ -380,7 +383,7 @@ def test_lines_do_not_depend_on_where_a_read_ends(pieces: list[bytes]) -> None:
 def test_file_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one\n" * (1 << 20))
-    found = corpus_blocks.parts(corpus_files.name([path]), 1 << 16, "text", "id", "file")
+    found = corpus_blocks.parts(corpus_files.name([path]), 1 << 16, FIELDS, "file")
     next(found)
     path.write_bytes(b"one\n")
     with pytest.raises(ValueError, match="became shorter while it was read"):

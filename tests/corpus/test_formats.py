@@ -12,18 +12,16 @@ from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import records
 from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS, Format
-from cbtm_pipeline.corpus.records import Defect
+from cbtm_pipeline.corpus.records import Defect, Fields
 
 DOCS = made_texts.ROOT / "docs/corpus.md"
 
 
-def parse_tsv(
-    lines: Iterable[bytes], text_field: str, id_field: str | None
-) -> Iterator[tuple[bytes, bytes] | Defect]:
+def parse_tsv(lines: Iterable[bytes], fields: Fields) -> Iterator[tuple[bytes, bytes, None] | Defect]:
     """A toy format: each line is an id, a tab and a text."""
     for line in lines:
         name, tab, text = line.partition(b"\t")
-        yield (text, name) if tab else Defect("no tab: one column")
+        yield (text, name, None) if tab else Defect("no tab: one column")
 
 
 @pytest.fixture
@@ -99,4 +97,4 @@ def test_parse_functions_of_all_formats_can_be_sent_to_workers() -> None:
     for format_ in FORMATS.values():
         assert pickle.loads(pickle.dumps(format_.parse)) is format_.parse
     table = pa.record_batch({"text": ["a"], "id": ["b"]})
-    assert list(FORMATS[".parquet"].parse(table, "text", "id")) == [(b"a", b"b")]
+    assert list(FORMATS[".parquet"].parse(table, Fields("text", "id"))) == [(b"a", b"b", None)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cbtm_pipeline.corpus import parquet
 from cbtm_pipeline.corpus import rows as corpus_rows
-from cbtm_pipeline.corpus.records import Parse, Part
+from cbtm_pipeline.corpus.records import Fields, Parse, Part
 from cbtm_pipeline.corpus.rows import BadRow, Document
 
 
@@ -20,8 +20,10 @@ def read(
     first: int = 1,
     text_field: str = "text",
     id_field: str = "id",
+    label_field: str | None = None,
 ) -> list[Document | BadRow]:
-    return list(corpus_rows.read(Part(7, "a.jsonl", first, parse, list(records), 0, 0), text_field, id_field))
+    fields = Fields(text_field, id_field, label_field)
+    return list(corpus_rows.read(Part(7, "a.jsonl", first, parse, list(records), 0, 0), fields))
 
 
 def one(record: bytes, **options: Any) -> Any:
@@ -121,6 +123,31 @@ def test_fields_may_lie_within_objects_or_have_dots_in_their_name() -> None:
     assert one(b'{"a.b": "flat", "a": {"b": "deep"}}', text_field="a.b").text == b"flat"
 
 
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ('"news"', "news"),
+        ('" a b "', " a b "),
+        ("7", "7"),
+        ("0.10", "0.10"),
+        ("true", "true"),
+        ("null", ""),
+        ('""', ""),
+        ('" \\t"', ""),
+    ],
+)
+def test_a_label_is_text_or_a_number_or_empty(value: str, label: str) -> None:
+    assert one(f'{{"text": "a", "m": {{"x": {value}}}}}'.encode(), label_field="m.x").label == label
+
+
+def test_a_row_without_label_has_an_empty_one_and_a_strange_label_is_a_bad_row() -> None:
+    assert one(b'{"text": "a"}', label_field="x").label == ""
+    assert one(b"a", parse=corpus_rows.parse_text, label_field="x").label == ""
+    assert one(b'{"text": "a", "x": ["b"]}', label_field="x").reason.startswith(corpus_rows.NO_LABEL)
+    assert one(b'{"text": "a", "x": ["b"]}').label == "", "nobody reads it"
+    assert one(b'{"text": "a", "x": "\\ud800"}', label_field="x").reason.endswith("of the label")
+
+
 def test_text_files_get_their_line_ends_normalised() -> None:
     assert one(b"a\r\nb\rc\n", parse=corpus_rows.parse_text) == Document(7, 1, "a.jsonl:1", b"a\nb\nc\n")
     assert one(b"caf\xe9", parse=corpus_rows.parse_text).reason == "invalid UTF-8: byte 0xe9 at 3 of the text"
@@ -139,7 +166,7 @@ def test_break_is_one_bad_row() -> None:
 
 def table(**columns: Any) -> list[Any]:
     part = Part(7, "a.parquet", 5, parquet.parse, pa.record_batch(columns), 0, 0)
-    return list(corpus_rows.read(part, "ignored", "ignored"))
+    return list(corpus_rows.read(part, Fields("ignored", "ignored", "ignored")))
 
 
 @pytest.mark.parametrize(

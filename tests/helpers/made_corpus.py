@@ -74,11 +74,21 @@ def write_tokenizer(folder: Path, n_topics: int) -> Path:
 
 
 def write_shards(
-    folder: Path, shards: dict[str, token_files.Documents], vocabulary: list[str], tokenizer: Path
+    folder: Path,
+    shards: dict[str, token_files.Documents],
+    vocabulary: list[str],
+    tokenizer: Path,
+    labels: dict[str, list[str]] | None = None,
 ) -> Path:
-    """Write shards (`train-00000` ..., `eval-00000` ...) with their files; return the manifest's path."""
+    """Write shards (`train-00000` ..., `eval-00000` ...) with their files; return the manifest's path.
+
+    `labels`: those of each shard's documents, if they have any.
+    """
     made_from = {"tokenizer": artifact.identity(tokenizer)}
-    entries = [_write_shard(folder, name, docs, vocabulary, made_from) for name, docs in shards.items()]
+    entries = [
+        _write_shard(folder, name, docs, vocabulary, made_from, labels[name] if labels else None)
+        for name, docs in shards.items()
+    ]
     about = {"separator_id": SEPARATOR, "vocab_size": len(vocabulary)}
     identities = {
         f"identity_{split}": shard_files.identity_of(
@@ -104,6 +114,7 @@ def _write_shard(
     docs: token_files.Documents,
     vocabulary: list[str],
     made_from: dict[str, str],
+    labels: list[str] | None,
 ) -> dict[str, Any]:
     """Write the two files of a shard; returns its entry in the manifest."""
     identities = token_files.write(folder / f"{name}.arrow", artifact.make_meta("tokens", made_from), [docs])
@@ -113,6 +124,7 @@ def _write_shard(
     table = pa.table(
         {
             "doc_id": pa.array([f"{name}#{i}" for i in range(len(docs))], pa.string()),
+            **({"label": pa.array(labels, pa.string())} if labels is not None else {}),
             "text": pa.array(texts, pa.string()),
             "n_tokens": pa.array(docs.n_tokens, pa.int32()),
             "n_bytes": pa.array(n_bytes, pa.int64()),
@@ -128,6 +140,7 @@ def _write_shard(
         "n_bytes": sum(n_bytes),
         "identity_groups": identities,
         "identity_columns": {column: column_identity(table[column]) for column in table.column_names},
+        **({"n_labelled": sum(map(bool, labels))} if labels is not None else {}),
     }
 
 
@@ -146,19 +159,28 @@ def column_identity(column: pa.ChunkedArray) -> str:
 
 
 def write(
-    outdir: Path, n_train: list[int], n_eval: list[int] | None = None, *, n_topics: int = 4, rng_seed: int = 0
+    outdir: Path,
+    n_train: list[int],
+    n_eval: list[int] | None = None,
+    *,
+    n_topics: int = 4,
+    rng_seed: int = 0,
+    label: Callable[[int, int], str] | None = None,
 ) -> Path:
     """Write tokenizer/ and shards/ under `outdir`, and return shards/manifest.json.
 
-    `n_train` and `n_eval` give the number of documents of each shard.
+    `n_train` and `n_eval` give the number of documents of each shard. `label` gives the label of a document,
+    by its topic and its row.
     """
     rng = np.random.default_rng(rng_seed)
-    shards = {}
+    shards, labels = {}, {}
     for split, sizes in (("train", n_train), ("eval", [3] if n_eval is None else n_eval)):
         for i, n in enumerate(sizes):
-            shards[f"{split}-{i:05d}"] = documents(n, n_topics, rng)[0]
+            name = f"{split}-{i:05d}"
+            shards[name], topics = documents(n, n_topics, rng)
+            labels[name] = [label(int(topic), row) for row, topic in enumerate(topics)] if label else []
     tokenizer = write_tokenizer(outdir / "tokenizer", n_topics)
-    return write_shards(outdir / "shards", shards, words(n_topics), tokenizer)
+    return write_shards(outdir / "shards", shards, words(n_topics), tokenizer, labels if label else None)
 
 
 def write_config(path: Path, **sections: dict[str, Any]) -> Path:

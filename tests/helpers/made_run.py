@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+import made_corpus
 from cbtm_pipeline import config, eval_ensemble, plan, report
 from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.corpus import labels, shard_files
 from cbtm_pipeline.provenance import made_from
 
 DEFAULTS = Path(__file__).parents[2] / "config.yaml"
 TOKENIZER, EMBEDDER = "7" * 32, "e" * 32  # identities
+LABELS = ("news", "<b>mail</b>", "", "news")  # of documents, in turn, if the config has a field for labels
 QUICK: dict[str, Any] = {  # sections of a config with a small sweep
     "route": {"top_k": [1, 2, 9], "temperature": [0.1, 0.5], "epsilon": [0.01, 0.1], "beta": [1.0]},
     "eval": {"bootstrap": 200},
@@ -32,12 +37,15 @@ class Files(NamedTuple):
 
     def arguments(self) -> list[str]:
         """The command line of eval_ensemble."""
+        shards = self.manifests["corpus"]
+        labelled = config.read(self.config).corpus.label_field is not None
         clusters = [str(path) for data, path in self.manifests.items() if data != "corpus"]
         return [
             *("--config", str(self.config), "--distances", str(self.distances), "--out", str(self.out)),
             *("--scores", *map(str, self.scores.values())),
             *("--experts", *map(str, self.cards.values())),
             *("--clusters", *clusters),
+            *(("--shards", str(shards)) if labelled else ()),
         ]
 
 
@@ -112,6 +120,9 @@ def _write_manifests(folder: Path, cfg: config.Config, n_held_out: int) -> tuple
         }
         for name, split, n in splits
     ]
+    if cfg.corpus.label_field is not None:
+        for entry in entries:
+            _write_labels(shards.parent, entry)
     identities = {
         f"identity_{split}": artifact.fingerprint([split, n_held_out]) for split in ("train", "eval")
     }
@@ -141,6 +152,19 @@ def _write_manifests(folder: Path, cfg: config.Config, n_held_out: int) -> tuple
     return manifests, clusterer
 
 
+def _write_labels(folder: Path, entry: dict[str, Any]) -> None:
+    """Write a shard of nothing but labels, and tell its entry."""
+    column = [LABELS[i % len(LABELS)] for i in range(entry["n_documents"])]
+    table = pa.table({shard_files.LABEL: pa.array(column, pa.string())})
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / f"{entry['name']}.parquet")
+    identity = made_corpus.column_identity(table[shard_files.LABEL])
+    entry |= {
+        "identity_columns": {shard_files.LABEL: identity},
+        shard_files.N_LABELLED: sum(map(bool, column)),
+    }
+
+
 def _write_clusters(
     path: Path, k: int, origin: dict[str, str], made_with: dict[str, Any], balance: str
 ) -> None:
@@ -149,6 +173,11 @@ def _write_clusters(
     sizes = {"k": k, "n_documents": n_documents, "n_tokens": [301 * n for n in n_documents]}
     identities = [artifact.fingerprint([balance, j]) for j in range(k)]
     content = {**sizes, "balance": balance, "identity_groups": identities, "identity_validation": None}
+    if "labels" in origin:
+        crossed = labels.Crossed(k)
+        for j, n in enumerate(n_documents):
+            crossed.add([LABELS[i % len(LABELS)] for i in range(n)], np.full(n, j))
+        content["labels"] = crossed.content()
     artifact.write_sealed(path, artifact.make_meta("assignments", origin, made_with, **content))
 
 

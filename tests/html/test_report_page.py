@@ -16,7 +16,9 @@ A4 = 688  # pixels between the margins of the page
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with wide tables."""
     folder = tmp_path_factory.mktemp("made")
-    files = make(folder, make_config(outdir=str(folder), cluster={"k": 8}, **QUICK))
+    files = make(
+        folder, make_config(outdir=str(folder), cluster={"k": 8}, corpus={"label_field": "source"}, **QUICK)
+    )
     arguments = make_report_inputs(files)
     evaluate(files)
     render([*arguments, "--demo"])

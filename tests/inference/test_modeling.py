@@ -45,6 +45,12 @@ def load(made: Ensemble, **settings: Any) -> CBTMForCausalLM:
 
 
 @functools.cache
+def load_once(folder: Path, **settings: Any) -> CBTMForCausalLM:
+    """An ensemble that tests share, as loading takes longer than they do."""
+    return CBTMForCausalLM.from_pretrained(folder, **settings)
+
+
+@functools.cache
 def load_expert(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path)
 
@@ -113,11 +119,11 @@ def test_identical_experts_generate_what_one_generates(
 ) -> None:
     ids = text(40, 3)
     generated = []
-    for model in (load_expert(identical.experts[0]), load(identical, **settings)):
+    for model in (load_expert(identical.experts[0]), load_once(identical.folder, **settings)):
         torch.manual_seed(0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        generated.append(model.generate(**inputs, **WAYS[way], max_new_tokens=24, eos_token_id=None))
-    assert generated[0].shape[1] == 64
+        generated.append(model.generate(**inputs, **WAYS[way], max_new_tokens=16, eos_token_id=None))
+    assert generated[0].shape[1] == 56
     assert generated[1].tolist() == generated[0].tolist()
 
 
@@ -255,8 +261,9 @@ def test_log_probabilities_are_those_of_the_mixture_however_the_text_comes_in(
     expected_TV, logw_TK = mixture(different, ids, settings)
     inputs = padded(ids)
     chunks = [N_PROMPT, 13, 20, 21, 22, 40, N_TOKENS]
+    model = load(different, **settings)
     for ends in ([N_TOKENS], list(range(1, N_TOKENS + 1)), chunks, [30, N_TOKENS]):
-        logits, weights, _ = feed(load(different, **settings), inputs, ends)
+        logits, weights, _ = feed(model, inputs, ends)
         assert_same(logits[0], expected_TV)
         assert_same(np.exp(weights[0]), np.exp(logw_TK))
         assert (np.isneginf(weights[0]) == np.isneginf(logw_TK)).all()

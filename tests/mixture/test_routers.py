@@ -28,7 +28,7 @@ def toy_router(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("toy_router")
 def test_a_new_router_goes_from_the_config_to_the_report(tmp_path: Path):
     route = {**QUICK["route"], "routers": ["paper", "toy"], "beta": [0.5, 2.0]}
-    cfg = make_config(outdir=str(tmp_path), cluster={"k": 3}, route=route, eval={"bootstrap": 50})
+    cfg = make_config(outdir=str(tmp_path), cluster={"k": 3}, route=route, eval={"bootstrap": 100})
     files = make(tmp_path, cfg)
     arguments = make_report_inputs(files)
 
@@ -59,7 +59,7 @@ def test_a_new_router_weighs_the_experts_by_its_own_formula(tmp_path: Path):
     nlls = {}
     for beta in (1.0, 2.0):
         cfg = make_config(
-            outdir=str(tmp_path), cluster={"k": 3}, route={**route, "beta": [beta]}, eval={"bootstrap": 10}
+            outdir=str(tmp_path), cluster={"k": 3}, route={**route, "beta": [beta]}, eval={"bootstrap": 100}
         )
         systems = evaluate(make(tmp_path, cfg))["systems"]
         nlls[beta] = {row["router"]: row["nll"] for row in systems if row["system"] == "ensemble"}

@@ -40,7 +40,11 @@ def test_table_fits_a_terminal_and_says_all(run: Files, capsys: pytest.CaptureFi
 def test_table_fits_with_the_widest_numbers(tmp_path: Path):
     route = {**QUICK["route"], "temperature": [0.000123456], "epsilon": [0.000123456], "beta": [0.123456]}
     cfg = make_config(
-        outdir=str(tmp_path), cluster={"k": 40}, route=route, eval={"bootstrap": 10}, train={"dense": "steps"}
+        outdir=str(tmp_path),
+        cluster={"k": 40},
+        route=route,
+        eval={"bootstrap": 100},
+        train={"dense": "steps"},
     )
     files = make(tmp_path, cfg)
     evaluate(files)

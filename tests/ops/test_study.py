@@ -48,7 +48,7 @@ def test_runs_with_names_of_their_own_come_beside_the_grid(anywhere: Path) -> No
 def test_the_example_of_the_documentation_is_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = study.configs(study.read(planned.read_config(["docs/examples/study.yaml"])))
-    assert len(found) == 6 and {cfg.train.batch_size for cfg in found.values()} == {16}
+    assert len(found) == 4 and {cfg.train.batch_size for cfg in found.values()} == {16}
 
 
 keys = st.sampled_from(["cluster.k", "train.steps", "seed", "embed.fit_documents", "cluster.fit_documents"])

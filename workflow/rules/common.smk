@@ -31,7 +31,8 @@ TASK_MODELS = list(
 
 
 def run_of(wildcards):
-    """The run that a job belongs to."""
+    """The run that a job belongs to. Whoever asks first makes the start decide what it runs."""
+    begin()
     return RUNS[wildcards.get("run", "")]
 
 
@@ -59,7 +60,6 @@ def begin():
 
 def corpus(wildcards):
     """The corpus of a run."""
-    begin()
     run = run_of(wildcards)
     demo = run.path(stale.DEMO)
     return ancient([demo if path == corpus_files.DEMO else path for path in run.spoken])
@@ -86,7 +86,6 @@ def made(*outputs):
 
 def made_by(run, name):
     """An output of a run, by its path below the outdir, as an input."""
-    begin()
     return run.path(name) if run.produces(name) else ancient(run.path(name))
 
 
@@ -107,11 +106,17 @@ def clusterings(wildcards):
     return [made_by(run, name) for name in run.clusterings]
 
 
+def labels_read(wildcards):
+    """The shards, where the result is told by the labels of documents."""
+    run = run_of(wildcards)
+    has_labels = run.config.corpus.label_field is not None
+    return [made_by(run, "shards/manifest.json")] if has_labels else []
+
+
 def lender(rule):
     """The outputs of this job in the run that lends them: they have to be there first. Nothing outside a study."""
 
     def paths(wildcards):
-        begin()
         expert = wildcards.get("expert")
         other = run_of(wildcards).lender(rule, expert)
         if other is None:

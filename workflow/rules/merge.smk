@@ -27,6 +27,7 @@ rule eval_ensemble:
         experts=of_experts("experts/{}/model.safetensors"),
         clusters=clusterings,
         choices=choices,
+        labels=labels_read,
     output:
         metrics=f"{OUT}/eval/metrics.json",
         table=report(
@@ -47,14 +48,15 @@ rule eval_ensemble:
         choices=lambda wildcards, input: (
             ["--choices", *input.choices] if input.choices else []
         ),
-        merge=lambda wildcards: (
+        shards=lambda wildcards: (
             ["--shards", run_of(wildcards).path("shards/manifest.json")]
             if run_of(wildcards).config.eval.merge
+            or run_of(wildcards).config.corpus.label_field
             else []
         ),
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.eval_ensemble --config {params.config:q} --distances {input.distances:q}"
-        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.choices:q} {params.merge:q}"
+        " --scores {input.scores:q} --experts {params.cards:q} --clusters {input.clusters:q} {params.choices:q} {params.shards:q}"
         " --threads {threads} --out {output.metrics:q} --log {log:q}"
         " > /dev/null"
 

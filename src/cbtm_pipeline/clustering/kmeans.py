@@ -56,7 +56,7 @@ class Clustering:
     inertia: float
     balance: float
     min_balance: float
-    duality_gap: float
+    duality_gap: float | None  # None where other things than distances and prices have decided
     n_iterations: int
 
 

@@ -1,4 +1,4 @@
-"""The text and id columns of Arrow files: those of datasets' `save_to_disk`, and of other programs."""
+"""The text, id and label columns of Arrow files: those of datasets' `save_to_disk`, and of other programs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ _FILE_MAGIC = b"ARROW1"  # of the file format; the other one is a stream
 
 
 def cut(source: Source) -> Iterator[Batch]:
-    """Cut an Arrow file or stream into record batches with the columns `text` and, if it has one, `id`.
+    """Cut an Arrow file or stream into record batches with the columns `text`, and `id` and `label` if there.
 
     Raises ValueError for a file that is damaged or lacks the text column, OSError for an unreadable one.
     """
@@ -21,7 +21,7 @@ def cut(source: Source) -> Iterator[Batch]:
     try:
         with pa.OSFile(str(path)) as raw:
             for batch in _batches(raw):
-                takes, _ = columns(path, batch.schema, source.text_field, source.id_field)
+                takes, _ = columns(path, batch.schema, source.fields)
                 found = pa.record_batch({column: take(batch) for column, take in takes.items()})
                 row_bytes = found.nbytes // max(1, found.num_rows)
                 n_rows = max(1, min(_MAX_ROWS, source.chunk_bytes // max(1, row_bytes)))

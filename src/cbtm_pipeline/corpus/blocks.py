@@ -10,7 +10,7 @@ from typing import Literal
 from cbtm_pipeline.corpus import rows
 from cbtm_pipeline.corpus.files import File, format_of
 from cbtm_pipeline.corpus.formats import COMPRESSIONS, FORMATS
-from cbtm_pipeline.corpus.records import Part, Source
+from cbtm_pipeline.corpus.records import Fields, Part, Source
 from cbtm_pipeline.corpus.stream import READ_BYTES
 
 _CHUNK_BYTES = 1 << 18  # fits into the cache of a core
@@ -33,8 +33,7 @@ def blocks(parts: Iterable[Part], block_bytes: int) -> Iterator[list[Part]]:
 def parts(
     files: Iterable[File],
     block_bytes: int,
-    text_field: str,
-    id_field: str | None,
+    fields: Fields,
     txt_documents: Literal["file", "block"],
 ) -> Iterator[Part]:
     """Yield the records of all files, in order, in parts that are small compared with a block.
@@ -48,7 +47,7 @@ def parts(
         found = format_of(path)
         assert found, path
         suffix, compression = found
-        source = Source(path, COMPRESSIONS.get(compression), chunk_bytes, text_field, id_field, txt_documents)
+        source = Source(path, COMPRESSIONS.get(compression), chunk_bytes, fields, txt_documents)
         first = 1
         for batch in FORMATS[suffix].cut(source):
             parse = rows.parse_damage if batch.damaged else FORMATS[suffix].parse

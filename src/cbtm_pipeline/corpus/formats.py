@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from cbtm_pipeline.corpus import records, rows
-from cbtm_pipeline.corpus.records import Batch, Parse, Source
+from cbtm_pipeline.corpus.records import Batch, Fields, Parse, Source
 from cbtm_pipeline.corpus.stream import GZIP, ZSTD, Compression
 
 
@@ -16,8 +16,8 @@ class Format(NamedTuple):
     """How the files of one format are read."""
 
     cut: Callable[[Source], Iterator[Batch]]  # cuts a file into records, in the process that reads the corpus
-    # Gives the (text, id) of each record, in the workers. They import it, so it is a function at a module's
-    # top level.
+    # Gives the (text, id, label) of each record, in the workers. They import it, so it is a function at a
+    # module's top level.
     parse: Parse
     compressible: bool  # whether the file may be compressed as a whole
     unpacked: float  # bytes of text per byte of the file, roughly
@@ -35,10 +35,10 @@ def _cut_arrow(source: Source) -> Iterator[Batch]:
     return arrow_file.cut(source)
 
 
-def _parse_parquet(found: Any, text_field: str, id_field: str | None) -> Iterator[tuple[Any, Any]]:
+def _parse_parquet(found: Any, fields: Fields) -> Iterator[tuple[Any, Any, Any]]:
     from cbtm_pipeline.corpus import parquet
 
-    return parquet.parse(found, text_field, id_field)
+    return parquet.parse(found, fields)
 
 
 FORMATS: dict[str, Format] = {

@@ -1,4 +1,4 @@
-"""The text and id columns of Parquet files, as batches of rows."""
+"""The text, id and label columns of Parquet files, as batches of rows."""
 
 import re
 import uuid
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cbtm_pipeline.corpus.records import Batch, Source
+from cbtm_pipeline.corpus.records import Batch, Fields, Source
 
 _MAX_ROWS = 1024  # of a batch
 _BINARY = (
@@ -21,7 +21,7 @@ _ZEROS = re.compile(r"(?<=:\d\d)(\.\d*[1-9])?\.?0*(?=Z?$)")  # at the end of the
 
 
 def cut(source: Source) -> Iterator[Batch]:
-    """Cut a Parquet file into record batches with the columns `text` and, if the file has one, `id`.
+    """Cut a Parquet file into record batches with the columns `text`, and `id` and `label` if there.
 
     Raises ValueError for a file that is damaged or lacks the text column, OSError for an unreadable one. The
     checksums of its pages count where it has any.
@@ -29,7 +29,7 @@ def cut(source: Source) -> Iterator[Batch]:
     path = source.path
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
-            takes, wanted = columns(path, file.schema_arrow, source.text_field, source.id_field)
+            takes, wanted = columns(path, file.schema_arrow, source.fields)
             n_bytes_file, n_rows_file, n_read = path.stat().st_size, file.metadata.num_rows, 0
             for group in range(file.metadata.num_row_groups):
                 about = file.metadata.row_group(group)
@@ -49,33 +49,29 @@ def cut(source: Source) -> Iterator[Batch]:
         raise unreadable(path, error) from error  # pyarrow reports damaged pages as an OSError without number
 
 
-def parse(records: pa.RecordBatch, text_field: str, id_field: str | None) -> Iterator[tuple[Any, Any]]:
-    """The (text, id) of each row. The fields do not matter here, as `cut` has chosen the columns."""
-    texts = _values(records.column("text"))
-    ids = _ids(records.column("id")) if "id" in records.schema.names else [None] * len(texts)
-    return zip(texts, ids, strict=True)
+def parse(records: pa.RecordBatch, fields: Fields) -> Iterator[tuple[Any, Any, Any]]:
+    """The (text, id, label) of each row. The fields do not matter, as `cut` has chosen the columns."""
+    texts, there = _values(records.column("text")), records.schema.names
+    names = (_ids(records.column(c)) if c in there else [None] * len(texts) for c in ("id", "label"))
+    return zip(texts, *names, strict=True)
 
 
 _Take = Callable[[pa.RecordBatch], pa.Array]
 
 
-def columns(
-    path: Path, schema: pa.Schema, text_field: str, id_field: str | None
-) -> tuple[dict[str, _Take], list[str]]:
-    """How to take `text` and `id` out of a batch, and the fields to read.
+def columns(path: Path, schema: pa.Schema, fields: Fields) -> tuple[dict[str, _Take], list[str]]:
+    """How to take `text`, `id` and `label` out of a batch, as far as they are there, and the fields to read.
 
     Raises ValueError without text column.
     """
-    take_text = _column(path, schema, text_field)
-    take_id = None if id_field is None else _column(path, schema, id_field)
-    if take_text is None:
+    named = {name: field for name, field in fields._asdict().items() if field is not None}
+    takes = {name: take for name, field in named.items() if (take := _column(path, schema, field))}
+    if "text" not in takes:
         raise ValueError(
-            f"{path}: no column {text_field}. Expected one of its columns, {', '.join(schema.names)}. "
+            f"{path}: no column {fields.text}. Expected one of its columns, {', '.join(schema.names)}. "
             "Set corpus.text_field."
         )
-    if take_id is None:
-        return {"text": take_text}, [text_field]
-    return {"text": take_text, "id": take_id}, [text_field, str(id_field)]
+    return takes, list(dict.fromkeys(named[name] for name in takes))
 
 
 def _column(where: Path, schema: pa.Schema, field: str) -> _Take | None:
@@ -89,7 +85,7 @@ def _column(where: Path, schema: pa.Schema, field: str) -> _Take | None:
     if schema.names.count(top) > 1:
         raise ValueError(
             f"{where}: {schema.names.count(top)} columns {top}. Expected one. Rename the others, or name"
-            " another column in corpus.text_field or corpus.id_field."
+            " another column in corpus.text_field, corpus.id_field or corpus.label_field."
         )
     if field in schema.names:
         return lambda batch: batch.column(field)
@@ -104,7 +100,7 @@ def _column(where: Path, schema: pa.Schema, field: str) -> _Take | None:
 
 
 def _ids(column: pa.Array) -> list[Any]:
-    """Python values of ids, where those that are no text or number are the usual strings of their type."""
+    """Python values of ids and labels. What is no text or number is the usual string of its type."""
     column, found = _plain(column)
     if found == "uuid" or (found == "binary" and pa.types.is_fixed_size_binary(column.type)):
         make = _uuid if found == "uuid" else bytes.hex

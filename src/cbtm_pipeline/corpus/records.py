@@ -19,9 +19,9 @@ _JSON = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]|"', re.DOTALL)
 _CRS = re.compile(rb"\r+\n?")
 _QUOTE = ord('"')
 
-# Parses records: (records, text_field, id_field) -> for each record its text and id, None for a row that does
-# not count, or a Defect. A text or id may have any type: `rows.read` checks them.
-Parse = Callable[[Any, str, str | None], Iterable["tuple[Any, Any] | Defect | None"]]
+# Parses records: (records, fields) -> for each record its text, id and label, None for a row that does not
+# count, or a Defect. Each of the three may have any type: `rows.read` checks them.
+Parse = Callable[[Any, "Fields"], Iterable["tuple[Any, Any, Any] | Defect | None"]]
 _MAX_TAIL = 1 << 12  # bytes of \r that are kept to see what follows
 _Split = Callable[[Iterator[bytes], Stream], Iterator[list[bytes]]]
 
@@ -30,14 +30,21 @@ class Defect(Exception):
     """Says why a record is no document: the kind of defect, and after a colon its details."""
 
 
+class Fields(NamedTuple):
+    """The names of the fields that are read, `a.b` for field b of field a. None: the rows' is not read."""
+
+    text: str
+    id: str | None = None
+    label: str | None = None
+
+
 class Source(NamedTuple):
     """A file to cut into records, and how to read it."""
 
     path: Path
     compression: Compression | None
     chunk_bytes: int  # the cut functions read about so many bytes at a time
-    text_field: str
-    id_field: str | None
+    fields: Fields
     txt_documents: Literal["file", "block"]
 
 

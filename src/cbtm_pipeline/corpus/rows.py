@@ -14,22 +14,25 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from cbtm_pipeline.corpus.records import Defect, Part
+from cbtm_pipeline.corpus.records import Defect, Fields, Part
 
 NO_ID = "id is neither a string nor a number"  # a reason
+NO_LABEL = "label is neither a string nor a number"  # a reason
 NO_TOKENS = "no tokens: the tokenizer drops every character of the text"  # a reason
 
 
 class Document(NamedTuple):
     """A usable document.
 
-    `text` is valid UTF-8 and not blank; `line` counts the rows of file number `file` from 1.
+    `text` is valid UTF-8 and not blank; `line` counts the rows of file number `file` from 1. `label` is ""
+    for a row without one.
     """
 
     file: int
     line: int
     id: str
     text: bytes
+    label: str = ""
 
 
 class BadRow(NamedTuple):
@@ -54,29 +57,27 @@ def n_bytes(part: Part) -> list[int]:
     return [part.n_bytes // max(1, len(part.records))] * len(part.records)
 
 
-def read(part: Part, text_field: str, id_field: str | None) -> Iterator[Document | BadRow]:
+def read(part: Part, fields: Fields) -> Iterator[Document | BadRow]:
     """Parse and check the records of a part, in order.
 
-    Empty lines do not count as rows, but have a number. With an empty `id_field`, no ids are read.
+    Empty lines do not count as rows, but have a number. With an empty `fields.id`, no ids are read.
     """
-    parsed = zip(part.parse(part.records, text_field, id_field), n_bytes(part), strict=True)
+    parsed = zip(part.parse(part.records, fields), n_bytes(part), strict=True)
     for line, (found, size) in enumerate(parsed, part.first):
         if found is None:
             continue
         try:
             if isinstance(found, Defect):
                 raise found
-            text, found_id = found
-            own = _id(found_id) if id_field else None
-            yield Document(part.file, line, own or f"{part.name}:{line}", _text(text))
+            text, found_id, label = found
+            own = _id(found_id) if fields.id else None
+            yield Document(part.file, line, own or f"{part.name}:{line}", _text(text), _label(label))
         except Defect as defect:
             yield BadRow(part.file, line, str(defect), size)
 
 
-def parse_json(
-    records: Iterable[bytes], text_field: str, id_field: str | None
-) -> Iterator[tuple[Any, Any] | Defect | None]:
-    """The (text, id) of JSON objects, each a record; None for an empty record.
+def parse_json(records: Iterable[bytes], fields: Fields) -> Iterator[tuple[Any, Any, Any] | Defect | None]:
+    """The (text, id, label) of JSON objects, each a record; None for an empty record.
 
     `a.b` is field b within field a.
     """
@@ -85,23 +86,21 @@ def parse_json(
             yield None
             continue
         try:
-            yield _text_and_id(record, text_field, id_field)
+            yield _values(record, fields)
         except Defect as defect:
             yield defect
 
 
-def parse_text(
-    records: Iterable[bytes], text_field: str, id_field: str | None
-) -> Iterator[tuple[bytes, None]]:
-    """Each record is a text without id; its line ends become \\n."""
+def parse_text(records: Iterable[bytes], fields: Fields) -> Iterator[tuple[bytes, None, None]]:
+    """Each record is a text without id and label; its line ends become \\n."""
     for record in records:
-        yield record.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), None
+        yield record.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), None, None
 
 
 DAMAGED = "damaged file"  # the kind of defect
 
 
-def parse_damage(records: Iterable[bytes], text_field: str, id_field: str | None) -> Iterator[Defect]:
+def parse_damage(records: Iterable[bytes], fields: Fields) -> Iterator[Defect]:
     """Each record says why the rest of its file could not be read."""
     for record in records:
         yield Defect(record.decode())
@@ -123,16 +122,20 @@ def uniform(hash_: bytes) -> float:
 _MISSING = object()
 
 
-def _text_and_id(record: bytes, text_field: str, id_field: str | None) -> tuple[Any, Any]:
+def _values(record: bytes, fields: Fields) -> tuple[Any, Any, Any]:
     row = _json_object(record)
-    text, found_id = _field(row, text_field), _MISSING if id_field is None else _field(row, id_field)
+    text = _field(row, fields.text)
     if text is _MISSING:
-        raise Defect(f"no text field: {text_field} is not among {', '.join(sorted(row))[:200]}")
-    if id_field is not None and isinstance(
-        found_id, float
-    ):  # take the digits as they are written, not rounded
-        found_id = _field(json.loads(record, parse_float=str), id_field)
-    return text, None if found_id is _MISSING else found_id
+        raise Defect(f"no text field: {fields.text} is not among {', '.join(sorted(row))[:200]}")
+    return text, _name(row, fields.id, record), _name(row, fields.label, record)
+
+
+def _name(row: dict[str, Any], field: str | None, record: bytes) -> Any:
+    """The value of an id or a label; None where there is none."""
+    found = _MISSING if field is None else _field(row, field)
+    if field is not None and isinstance(found, float):  # take the digits as they are written, not rounded
+        found = _field(json.loads(record, parse_float=str), field)
+    return None if found is _MISSING else found
 
 
 def _json_object(record: bytes) -> dict[str, Any]:
@@ -192,6 +195,22 @@ def _id(value: Any) -> str | None:
     found = str(value)
     _encoded(found, "id")
     return found
+
+
+def _label(value: Any) -> str:
+    """The document's label, "" where it has none. A truth value is `true` or `false`, as in JSON."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bytes):
+        found = _decoded(value, "label")
+    elif isinstance(value, bool):
+        found = str(value).lower()
+    elif isinstance(value, str | int | float | Decimal):
+        found = str(value)
+        _encoded(found, "label")
+    else:
+        raise Defect(f"{NO_LABEL}: {_type_name(value)}")
+    return "" if found.isspace() else found
 
 
 def _encoded(text: str, what: str) -> bytes:

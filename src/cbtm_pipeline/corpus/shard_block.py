@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import encoding, repeated_ids, shard_files, token_files
 from cbtm_pipeline.corpus import rows as corpus_rows
-from cbtm_pipeline.corpus.records import Part
+from cbtm_pipeline.corpus.records import Fields, Part
 from cbtm_pipeline.corpus.rows import BadRow, Document
 
 SPILL = ".spill"  # folder of the files that are needed only until the manifest is written
@@ -40,9 +40,14 @@ class Setup(NamedTuple):
     identity: str  # of tokenizer_json
     separator_id: int
     vocab_size: int
-    text_field: str
-    id_field: str | None
+    fields: Fields
     eval_fraction: float
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of a shard. There is one for labels if these are read."""
+        label = pa.field(shard_files.LABEL, pa.string())
+        return SCHEMA if self.fields.label is None else SCHEMA.insert(1, label)
 
 
 class Block(NamedTuple):
@@ -118,7 +123,7 @@ def _parse(setup: Setup, parts: list[Part]) -> tuple[list[Document], list[BadRow
     bad: list[BadRow] = []
     parts.reverse()
     while parts:
-        for row in corpus_rows.read(parts.pop(), setup.text_field, setup.id_field):
+        for row in corpus_rows.read(parts.pop(), setup.fields):
             if isinstance(row, Document):
                 documents.append(row)
             else:
@@ -178,7 +183,7 @@ def _slice(text: bytes, start: int) -> bytes:
 def _write_documents(setup: Setup, name: str, documents: list[Document], ids: list[np.ndarray]) -> Entry:
     """Write a shard and the list of its ids."""
     joined = _joined(ids, setup.separator_id, token_files.dtype_for(setup.vocab_size))
-    entry = _write(setup, name, _tables(documents, ids), joined)
+    entry = _write(setup, name, _tables(documents, ids, setup.schema), joined)
     repeated_ids.write(
         spilled(setup, name),
         [document.id for document in documents],
@@ -199,7 +204,7 @@ def _joined(
     )
 
 
-def _tables(documents: list[Document], ids: list[np.ndarray]) -> Iterator[pa.Table]:
+def _tables(documents: list[Document], ids: list[np.ndarray], schema: pa.Schema) -> Iterator[pa.Table]:
     """The documents' columns, one table per row group."""
     start = 0
     while start < len(documents):
@@ -209,22 +214,21 @@ def _tables(documents: list[Document], ids: list[np.ndarray]) -> Iterator[pa.Tab
             stop += 1
         some = documents[start:stop]
         text = pa.array([d.text for d in some], pa.binary()).cast(pa.string())
-        columns = [[d.id for d in some], text, [len(x) for x in ids[start:stop]], [len(d.text) for d in some]]
-        yield pa.table(
-            [pa.array(c, f.type) if isinstance(c, list) else c for c, f in zip(columns, SCHEMA, strict=True)],
-            schema=SCHEMA,
-        )
+        columns = {"doc_id": [d.id for d in some], shard_files.LABEL: [d.label for d in some], "text": text}
+        columns |= {"n_tokens": [len(x) for x in ids[start:stop]], "n_bytes": [len(d.text) for d in some]}
+        arrays = ((columns[field.name], field.type) for field in schema)
+        yield pa.table([pa.array(c, t) if isinstance(c, list) else c for c, t in arrays], schema=schema)
         start = stop
 
 
 def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token_files.Documents) -> Entry:
     """Write the two files of a shard; returns its entry."""
     made_from = {"tokenizer": setup.identity}
-    schema = SCHEMA.with_metadata(
+    schema = setup.schema.with_metadata(
         {"cbtm": json.dumps(artifact.make_meta("documents", made_from), sort_keys=True)}
     )
-    n_bytes = 0
-    hashes = {column: shard_files.ColumnHash() for column in SCHEMA.names}
+    n_bytes, n_labelled, has_labels = 0, 0, setup.fields.label is not None
+    hashes = {column: shard_files.ColumnHash() for column in schema.names}
     with (
         artifact.publish(setup.folder / f"{name}.parquet") as tmp,
         pq.ParquetWriter(
@@ -234,6 +238,7 @@ def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token
         for table in tables:
             writer.write_table(table.replace_schema_metadata(schema.metadata))
             n_bytes += sum(table["n_bytes"].to_pylist())
+            n_labelled += sum(map(bool, table[shard_files.LABEL].to_pylist())) if has_labels else 0
             for column, digest in hashes.items():
                 digest.add(table[column])
     path = setup.folder / f"{name}.arrow"
@@ -246,6 +251,7 @@ def _write(setup: Setup, name: str, tables: Iterable[pa.Table], documents: token
         "n_bytes": n_bytes,
         "identity_groups": identities,
         "identity_columns": {column: digest.hexdigest() for column, digest in hashes.items()},
+        **({shard_files.N_LABELLED: n_labelled} if has_labels else {}),
     }
 
 

@@ -19,6 +19,8 @@ from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import token_files
 
 Entry = dict[str, Any]
+LABEL = "label"  # the column of the documents' labels (corpus.label_field), if they have any
+N_LABELLED = "n_labelled"  # of an entry: documents that have a label
 
 
 def entries(path: Path, manifest: dict[str, Any], split: str) -> list[Entry]:
@@ -114,8 +116,33 @@ def tokenizer(path: Path, shards: Path) -> Tokenizer:
 
 
 def identity_of(entries: list[Entry], about: dict[str, Any]) -> str:
-    """Identity of the documents of some entries. `about`: what else decides what their tokens mean."""
-    return artifact.fingerprint({"entries": entries, **about})
+    """Identity of the documents of some entries. `about`: what else decides what their tokens mean.
+
+    Labels are no part of it: most rules do not read them.
+    """
+    return artifact.fingerprint({"entries": [_without_labels(entry) for entry in entries], **about})
+
+
+def _without_labels(entry: Entry) -> Entry:
+    kept = {key: value for key, value in entry.items() if key != N_LABELLED}
+    columns = entry.get("identity_columns", {})
+    if LABEL in columns:
+        kept["identity_columns"] = {name: value for name, value in columns.items() if name != LABEL}
+    return kept
+
+
+def identity_labels(entries: list[Entry]) -> str | None:
+    """Identity of the labels of some entries. None if labels were not read."""
+    columns = [entry.get("identity_columns", {}).get(LABEL) for entry in entries]
+    return None if None in columns else artifact.fingerprint(columns)
+
+
+def labels(folder: Path, entry: Entry) -> list[str]:
+    """The label of each document of a shard, "" where it has none.
+
+    Raises ValueError for labels that are not those of the manifest.
+    """
+    return attributes(folder, entry, [LABEL])[LABEL].to_pylist()
 
 
 def sample(train: list[Entry], n: int, rng_seed: int) -> Iterator[tuple[Entry, np.ndarray]]:

@@ -33,10 +33,24 @@ def clusters(
     ]
     header = ["cluster", "documents", "tokens", "size", "share", "reported documents", "what sets it apart"]
     note = (
-        f"Training documents, balanced by {assignments['balance']}. "
+        f"Training documents, {_made(assignments)}. {_borrowed(assignments)}"
         f"Largest cluster over the mean: {largest * len(n_tokens) / total:.3f} in tokens."
     )
     return section("Clusters", note, table(header, rows, label="Clusters"), *_examples(examples))
+
+
+def _made(assignments: Mapping[str, Any]) -> str:
+    """How the clusters were made."""
+    by, balanced = assignments.get("by"), f"balanced by {assignments['balance']}"
+    return "grouped by their labels" if by == "label" else f"{balanced}, by {by}" if by else balanced
+
+
+def _borrowed(assignments: Mapping[str, Any]) -> str:
+    """What experts read of other clusters, with soft borders."""
+    if "border" not in assignments:
+        return ""
+    n, own = sum(assignments["border"]["n_tokens"]), sum(assignments["n_tokens"])
+    return f"Besides, {n / (n + own):.1%} of the experts' text are documents that other clusters lend. "
 
 
 def _bar(share_of_largest: float, share: float) -> Html:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.mixture.by_label import Labelled
 from cbtm_pipeline.mixture.scored import Scored
 
 NAME = "documents.parquet"  # beside metrics.json
@@ -23,8 +24,10 @@ class Columns(NamedTuple):
     nll_D: Mapping[str, np.ndarray]
 
 
-def write(path: Path, columns: Columns, made_from: Mapping[str, str]) -> None:
-    """Write the file. Its rows are those of route/distances.npz.
+def write(
+    path: Path, columns: Columns, made_from: Mapping[str, str], labelled: Labelled | None = None
+) -> None:
+    """Write the file. Its rows are those of route/distances.npz. With `labelled`, it has a column of labels.
 
     `n_tokens` counts the scored tokens, `nll_<model>` sums over them. So exp(sum(nll_0) / sum(n_tokens)) is
     the perplexity of expert 0 on any set of rows.
@@ -32,6 +35,7 @@ def write(path: Path, columns: Columns, made_from: Mapping[str, str]) -> None:
     found = columns.held_out
     table = {
         "doc_id": pa.array(found.doc_id_D.tolist(), pa.string()),
+        **({"label": pa.array(labelled.label_D.tolist(), pa.string())} if labelled else {}),
         "cluster": pa.array(found.cluster_D, pa.int32()),
         "used_for": pa.array(np.where(columns.chosen_D, "calibration", "report").tolist(), pa.string()),
         "n_tokens": pa.array(found.n_tokens_D, pa.int32()),

@@ -107,10 +107,13 @@ def disk(config: Config, model: Size, text: TextBytes, n_dimensions: int, n_runn
     experts, k = plan.experts(config), config.cluster.k
     both, width = text.train + text.held_out, 2 if model.vocab_size <= 1 << 16 else 4
     groupings = 2 if "random" in config.train.controls else 1
+    grouped = text.train * (
+        groupings - 1 + 1 / (1 - config.cluster.border_share)
+    )  # lent documents stand twice
     per_document = config.eval.max_document_tokens or math.inf
     n_scored = min(text.held_out / TOKEN_BYTES, text.held_out / DOCUMENT_BYTES * per_document)
     return {
-        "text and tokens": both / 2 + (both + groupings * text.train) / TOKEN_BYTES * width,
+        "text and tokens": both / 2 + (both + grouped) / TOKEN_BYTES * width,
         "vectors": both / DOCUMENT_BYTES * n_dimensions * 4,
         "weights": 4 * model.n_parameters * _n_models(config),
         "states of running trainings": STATES * STATE_BYTES * model.n_parameters * n_running,

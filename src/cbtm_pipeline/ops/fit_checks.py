@@ -12,6 +12,7 @@ from cbtm_pipeline.base import hub
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import blocks, encoding, heldout, rows
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.ops.facts import Facts, Tokens
 from cbtm_pipeline.ops.finding import Line
 from cbtm_pipeline.ops.run_checks import Pretrained, pretrained
@@ -98,12 +99,13 @@ class Seen(NamedTuple):
 def _look(config: Config, enough: int) -> Seen:
     """Read the corpus, until `enough` documents are held out and one is not."""
     c = config.corpus
+    fields = Fields(c.text_field, c.id_field)
     n, reason, ids, n_read = {"eval": 0, "train": 0}, "", set(), 0
     sources = [("eval", c.eval or [], 2.0), ("train", c.train, 0.0 if c.eval else c.eval_fraction)]
     for split, patterns, fraction in sources:
         files = corpus_files.name(corpus_files.input_files(patterns, None, Path(config.outdir)))
-        for part in blocks.parts(files, _PART_BYTES, c.text_field, c.id_field, c.txt_documents):
-            for row in rows.read(part, c.text_field, c.id_field):
+        for part in blocks.parts(files, _PART_BYTES, fields, c.txt_documents):
+            for row in rows.read(part, fields):
                 if isinstance(row, rows.BadRow):
                     reason = reason or row.reason
                 elif row.id not in ids:

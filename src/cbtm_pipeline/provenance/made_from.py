@@ -9,6 +9,7 @@ reads only a part, the identity is of that part:
 | training documents: `identity_train` of shards   | embed, assign, assign_random    |
 | held-out documents: `identity_eval` of shards    | score_expert, route, assign     |
 | tokens of one expert, from all files             | train_expert                    |
+| labels of the documents, if they are read        | fit_kmeans, assign, eval_ensemble |
 | weights and configuration: `identity` of a card  | train_expert, score_expert      |
 
 So new held-out text trains nothing again, and a new clustering trains only the experts whose documents it
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cbtm_pipeline.base import artifact
+from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.plan import TrainingPlan
 
 Record = Mapping[str, Any]  # the meta record of an artifact, with its seal
@@ -37,20 +39,27 @@ def vectors(shards: Record, embedder: Record) -> Identities:
     return {"shards": shards["identity_train"], "embedder": embedder["seal"]}
 
 
-def fit_kmeans(vectors: Record) -> Identities:
-    """Of cluster/clusterer.npz."""
-    return {"vectors": vectors["seal"], "embedder": vectors["made_from"]["embedder"]}
+def fit_kmeans(vectors: Record, shards: Record | None = None) -> Identities:
+    """Of cluster/clusterer.npz. `shards`: where labels are read."""
+    of_labels = labels(shards, "train") if shards else {}
+    return {"vectors": vectors["seal"], "embedder": vectors["made_from"]["embedder"], **of_labels}
 
 
 def assign(shards: Record, clusterer: Record) -> Identities:
     """Of assignments/manifest.json. The validation documents are held-out documents."""
-    return {**assign_random(shards), "clusterer": clusterer["seal"]}
+    return {**assign_random(shards), "clusterer": clusterer["seal"], **labels(shards, "train")}
 
 
 def assign_random(shards: Record) -> Identities:
     """Of random/manifest.json. Trainings compare its tokenizer with their own."""
     tokenizer = shards["made_from"]["tokenizer"]
     return {"shards": shards["identity_train"], "held_out": shards["identity_eval"], "tokenizer": tokenizer}
+
+
+def labels(shards: Record, split: str) -> Identities:
+    """The labels of the `train` or `eval` documents, for rules that read them. Nothing if there are none."""
+    identity = shard_files.identity_labels([entry for entry in shards["shards"] if entry["split"] == split])
+    return {"labels": identity} if identity else {}
 
 
 def tokens(group: int, data: Record) -> str:
@@ -110,12 +119,20 @@ def route_by_ensemble(shards: Record, ensemble: Record) -> Identities:
 
 
 def eval_ensemble(
-    distances: Record, scores: Mapping[str, Record], choices: Mapping[str, Record] | None = None
+    distances: Record,
+    scores: Mapping[str, Record],
+    choices: Mapping[str, Record] | None = None,
+    shards: Record | None = None,
 ) -> Identities:
-    """Of eval/metrics.json. `scores` are the records by expert, `choices` those of searched rates by kind."""
+    """Of eval/metrics.json. `scores` are the records by expert, `choices` those of searched rates by kind.
+
+    `shards`: where labels are read.
+    """
     chosen = {f"choice-{kind}": record["seal"] for kind, record in (choices or {}).items()}
     scored = {f"scores-{name}": record["seal"] for name, record in scores.items()}
-    return {"distances": distances["seal"], **scored, **chosen}
+    of_labels = [labels(shards, split) for split in ("train", "eval")] if shards else None
+    labelled = {"labels": artifact.fingerprint(of_labels)} if of_labels else {}
+    return {"distances": distances["seal"], **scored, **chosen, **labelled}
 
 
 def ensemble(

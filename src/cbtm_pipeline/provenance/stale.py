@@ -81,7 +81,8 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
     experts = [Job("train_expert", name) for name in names]
     scores = [Job("score_expert", name) for name in names]
     choices = [Job("choose", kind) for kind in plan.searched(cfg)]
-    found[Job("eval_ensemble")] = [route, assign, *randoms, *experts, *scores, *choices]
+    labelled = [shard] if cfg.corpus.label_field else []
+    found[Job("eval_ensemble")] = [*labelled, route, assign, *randoms, *experts, *scores, *choices]
     report = [shard, fit, assign, Job("eval_ensemble"), *experts]
     if packs(cfg):
         clusters = [Job("train_expert", name) for name in plan.cluster_experts(cfg)]
@@ -213,7 +214,7 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
         case "embed":
             return made_from.vectors(read("shard"), records.read_embedder(Path(cfg.outdir)))
         case "fit_kmeans":
-            return made_from.fit_kmeans(read("embed"))
+            return made_from.fit_kmeans(read("embed"), read("shard") if cfg.cluster.by != "text" else None)
         case "assign":
             return made_from.assign(read("shard"), read("fit_kmeans"))
         case "assign_random":
@@ -234,7 +235,8 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
         case "eval_ensemble":
             scores = {name: read("score_expert", name) for name in plan.trained(cfg)}
             choices = {kind: read("choose", kind) for kind in plan.searched(cfg)}
-            return made_from.eval_ensemble(read("route"), scores, choices)
+            labelled = read("shard") if cfg.corpus.label_field else None
+            return made_from.eval_ensemble(read("route"), scores, choices, labelled)
         case "report":
             terms = records.read_top_terms(Path(cfg.outdir))
             others = {rule: read(rule, expert) for rule, expert in records.SHOWN.items()}

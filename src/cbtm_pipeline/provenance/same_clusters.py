@@ -1,0 +1,42 @@
+"""Are the experts that were scored those of the clusters that the texts were routed to?"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from cbtm_pipeline import plan
+from cbtm_pipeline.base import artifact
+from cbtm_pipeline.base.errors import run_again
+from cbtm_pipeline.mixture import scored
+from cbtm_pipeline.provenance import made_from
+
+
+def check(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
+    """Raise ValueError unless each expert on a cluster was trained on that cluster of these manifests, and
+    the distances are to the centres of these clusters.
+
+    `paths` are those of the cards, in any order.
+    """
+    manifests, routed = {}, found.distances["made_from"]
+    for path in clusters:
+        manifest = artifact.read_sealed(path, "assignments")
+        is_random = "clusterer" not in manifest["made_from"]
+        for name in ["held_out"] if is_random else ["held_out", "clusterer"]:
+            artifact.check_made_from(path, manifest, name, routed[name])
+        manifests["random" if is_random else "clusters"] = path, manifest
+    by_name = {path.parent.name: path for path in paths}
+    for name, card in found.cards.items():
+        data, group = plan.data_of(name)
+        if data == "corpus":
+            continue
+        if data not in manifests:
+            raise ValueError(
+                f"--clusters: no manifest of {data}. Expected that of {name}, too. "
+                "Add it to the command line."
+            )
+        path, manifest = manifests[data]
+        if group >= manifest["k"] or card["made_from"]["tokens"] != made_from.tokens(group, manifest):
+            weights = by_name.get(name, Path(name, "card.json")).with_name("model.safetensors")
+            raise ValueError(
+                f"{weights}: trained on other documents than cluster {group} of {path}. "
+                f"Expected that cluster. {run_again(weights)}"
+            )
