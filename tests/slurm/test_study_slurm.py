@@ -1,4 +1,4 @@
-"""A study on Slurm, killed in the middle and started again: shared parts once, the numbers of a local one."""
+"""A study on Slurm, killed in the middle and started again: shared parts once, the numbers of a local run."""
 
 import os
 import signal
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cbtm_pipeline.base import artifact
 from cbtm_pipeline.slurm import events
-from made_project import make_project, snakemake, snakemake_command
+from made_project import make_project, snakemake_command
 
 from .box import Box
 from .machine import wait
@@ -39,8 +40,10 @@ def submitted(project: Path) -> dict[str, int]:
     return found
 
 
-def test_a_study_killed_in_the_middle_makes_shared_parts_once(box: Box, tmp_path: Path) -> None:
-    here, there = made(tmp_path / "here"), made(tmp_path / "there")
+def test_a_study_killed_in_the_middle_makes_shared_parts_once(
+    box: Box, finished: Path, tmp_path: Path
+) -> None:
+    there = made(tmp_path / "there")
     study = ("-s", "workflow/study.smk")
     write_profile(there)
     words = snakemake_command(*study, "--profile", "slurm", configfiles=["study.yaml"])
@@ -61,9 +64,8 @@ def test_a_study_killed_in_the_middle_makes_shared_parts_once(box: Box, tmp_path
     own = {"expert-0": 4, "expert-1": 2, "score-0": 4, "score-1": 2, "eval_ensemble": 4}
     for name, n in {**once, **twice, **own}.items():
         assert found[name] == n, f"{name}: {found}"
-    snakemake(here, *study, "--cores", "2", configfiles=["study.yaml"])
-    for name in ("k=1,steps=4", "k=1,steps=8", "k=2,steps=4", "k=2,steps=8"):
-        metrics = f"results/study/runs/{name}/eval/metrics.json"
-        assert (there / metrics).read_bytes() == (here / metrics).read_bytes(), name
-    results = "results/study/study.json"
-    assert (there / results).read_bytes() == (here / results).read_bytes()
+    found, expected = (
+        {row["system"]: row["nll"] for row in artifact.read_json(folder / "eval/metrics.json")["systems"]}
+        for folder in (there / "results/study/runs/k=2,steps=4", finished / "results")
+    )
+    assert found.items() <= expected.items()
