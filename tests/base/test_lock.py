@@ -148,7 +148,7 @@ def test_a_second_process_gets_the_name_of_the_holder(tmp_path, start):
     first.stop()  # while it holds the lock it is alive, whatever its record says
     error = start("here", STALE_S=0.0).says()
     assert "another run is writing here" in error
-    assert f'"pid": {first.process.pid}' in error
+    assert f"process {first.process.pid} on " in error
 
 
 def test_a_killed_holder_leaves_no_lock(tmp_path, start):
@@ -235,7 +235,7 @@ def test_a_live_host_is_not_succeeded(tmp_path, start, locks):
     assert first.says() == "held"
     error = start("node2", locks=locks, **PATIENT).says()
     assert "another run is writing here" in error
-    assert '"host": "node1"' in error
+    assert " on node1" in error
     second = start("node3", locks=locks, wait=True, **PATIENT)
     assert second.is_waiting(MANY_POLLS)
     assert first.says("check") == "mine"
@@ -254,7 +254,7 @@ def test_a_holder_that_comes_back_to_life_finds_a_successor(tmp_path, start, loc
     first.process.send_signal(signal.SIGCONT)
     error = first.says("check")
     assert "taken over by another process" in error
-    assert '"host": "node2"' in error
+    assert " on node2" in error
     first.end()
     assert second.says("check") == "mine"
     assert record(tmp_path)["host"] == "node2"
@@ -276,7 +276,7 @@ def test_of_two_that_start_in_the_same_moment_one_goes_on(tmp_path, start):
     (tmp_path / ".lock").write_text("")  # the second one finds the file as it was before the first one wrote
     second = start("node2", locks="local")
     assert second.says() == "held"
-    assert '"host": "node2"' in first.says("check")
+    assert " on node2" in first.says("check")
     first.end()
     assert second.says("check") == "mine"
 
