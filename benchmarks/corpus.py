@@ -34,6 +34,7 @@ from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import rows as corpus_rows
 from cbtm_pipeline.corpus import token_files
+from cbtm_pipeline.corpus.records import Fields
 
 COMPARED_AT_ONCE = 1000  # documents
 
@@ -48,10 +49,11 @@ def plain_copies(patterns: list[str], folder: Path, n_files: int, demo: Path) ->
     paths = [folder / f"text-{i}.jsonl" for i in range(n_files)]
     files = [path.open("wb") for path in paths]
     total, ids = 0, set[str]()
+    fields = Fields("text", "id")
     for part in corpus_blocks.parts(
-        corpus_files.name(corpus_files.input_files(patterns, demo)), 1 << 23, "text", "id", "file"
+        corpus_files.name(corpus_files.input_files(patterns, demo)), 1 << 23, fields, "file"
     ):
-        for row in corpus_rows.read(part, "text", "id"):
+        for row in corpus_rows.read(part, fields):
             if isinstance(row, corpus_rows.Document) and row.id not in ids:
                 ids.add(row.id)
                 smallest = min(files, key=lambda file: file.tell())

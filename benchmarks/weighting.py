@@ -33,6 +33,7 @@ from cbtm_pipeline.corpus import blocks as corpus_blocks
 from cbtm_pipeline.corpus import encoding, token_files
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.corpus import rows as corpus_rows
+from cbtm_pipeline.corpus.records import Fields
 from cbtm_pipeline.embedding import tfidf
 
 N_COMPONENTS = 100
@@ -98,10 +99,11 @@ def labelled(name: str, rows: list[tuple[str, str]], n: int) -> Labelled:
 def from_files(patterns: list[str], label: str, demo: Path) -> list[tuple[str, str]]:
     """Text and label of every document. The label takes the place of the id."""
     files = corpus_files.name(corpus_files.input_files(patterns, demo))
+    fields = Fields("text", label)
     rows = (
         row
-        for part in corpus_blocks.parts(files, 1 << 23, "text", label, "file")
-        for row in corpus_rows.read(part, "text", label)
+        for part in corpus_blocks.parts(files, 1 << 23, fields, "file")
+        for row in corpus_rows.read(part, fields)
     )
     return [(row.text.decode(), row.id) for row in rows if isinstance(row, corpus_rows.Document)]
 

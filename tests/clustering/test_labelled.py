@@ -1,5 +1,7 @@
 """Clusters that follow labels: how labels are dealt, centres, and how documents get their cluster."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -83,7 +85,7 @@ def test_by_label_and_text_clusters_agree_more_with_labels() -> None:
     labels = [f"topic {topic}" for topic in topics]
     names = labelled.numbered(dict.fromkeys(labels, 1.0))
     means = dict(zip(names, labelled.means([(x_ND, weights_N, labels)], names, 4), strict=True))
-    settings = {"rng_seed": 0, "n_init": 2, "max_iterations": 50}
+    settings: Any = {"rng_seed": 0, "n_init": 2, "max_iterations": 50}
     agreements = []
     for vectors_ND in (x_ND, labelled.pulled(x_ND, labels, means)):
         crossed = Crossed(4)
