@@ -24,7 +24,7 @@ from cbtm_pipeline.inference.modeling_cbtm import CBTMForCausalLM
 from cbtm_pipeline.mixture import ensemble
 
 TOLERANCE = 1e-5  # of a token's log-probability
-BATCH = 64
+BATCH = 256
 SETTINGS = {"router_temperature": 0.1, "epsilon": 0.05, "beta": 0.5}
 
 
