@@ -27,6 +27,8 @@ demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into re
 	$(BIN)/snakemake --cores $(CORES) $(ARGS)
 
 # Those on a real Slurm wait more than they compute, so they run beside the others; what they print comes last.
+# One thread each: threads of several processes wait for each other, and burn the time.
+test: export OMP_NUM_THREADS := 1
 test: setup  ## all tests; those on a real Slurm where its packages are or can be installed (root, apt-get)
 	@$(BIN)/python -m pytest tests/slurm >slurm-tests.log 2>&1 & slurm=$$!; \
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore=tests/slurm; status=$$?; \
