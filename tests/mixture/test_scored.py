@@ -160,9 +160,8 @@ def test_what_does_not_belong_together_is_refused_in_one_line(
     change(run)
     line = refusal(run, capsys)
     assert expected in line
-    assert line.count(". ") >= 2 and line.endswith(
-        (".", ".npz", "manifest.json", ".safetensors")
-    )  # found, expected, what to do
+    assert line.count(". ") >= 2  # found, expected, what to do
+    assert line.endswith(".") or ": snakemake --cores 2" in line
 
 
 @pytest.mark.parametrize("name", ["distances", "scores", "card", "clusters", "random"])
