@@ -90,7 +90,9 @@ def planned_jobs(project: Path, change: str, monkeypatch: pytest.MonkeyPatch) ->
     content = planned.read_config(["config.yaml", *configfiles(project)])
     cfg = config.validate(planned.merge(content, yaml.safe_load(change) or {}))
     run = stale.start(cfg, stale.look(cfg), Asked([], [], False, False)).run
-    return {str(job._replace(rule="adopt") if chosen.is_adopted(cfg, *job) else job) for job in run}
+    adopted = {str(job._replace(rule="adopt")) for job in run if chosen.is_adopted(cfg, *job)}
+    others = {job for job in run if not chosen.is_adopted(cfg, *job)}
+    return adopted | {job.rule if job.rule == "choose" else str(job) for job in others}
 
 
 def test_config_changes_rerun_the_same_jobs_wherever_the_results_are(
