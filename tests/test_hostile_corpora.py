@@ -19,6 +19,7 @@ import made_texts
 from cbtm_pipeline import config, shard
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import encoding
+from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import package
 
 Make = Callable[[Path], Any]
@@ -180,21 +181,27 @@ CORPORA: list[Case] = [
 ]
 
 
+def sharded(make: Make, folder: Path, tokenizer_json: Path) -> Any:
+    """How many documents a corpus has that a run finds and `shard` reads, or the line that refuses it."""
+    source = folder / "corpus"
+    source.mkdir()
+    made = str(make(source))
+    try:
+        corpus_files.find([made], None, str(folder / "s"))
+        plan = made_texts.shard_plan(train=[made], eval_fraction=0.5)
+        shard.make(plan, tokenizer_json, folder / "s/manifest.json", 1, None, folder / "seen")
+        shards = artifact.read_sealed(folder / "s/manifest.json", "shards")["shards"]
+        return sum(entry["n_documents"] for entry in shards)
+    except Exception as error:
+        line = one_line(error)
+        return 1 if "none of the" in line else line  # one document is too few to be split, and was read
+
+
 @pytest.mark.parametrize(("make", "expected"), [case[1:] for case in CORPORA], ids=[c[0] for c in CORPORA])
 def test_a_corpus_gives_documents_or_one_line(
     make: Make, expected: Any, tmp_path: Path, tokenizer_json: Path
 ) -> None:
-    source = tmp_path / "corpus"
-    source.mkdir()
-    try:
-        plan = made_texts.shard_plan(train=[str(make(source))], eval_fraction=0.5)
-        shard.make(plan, tokenizer_json, tmp_path / "s/manifest.json", 1, None, tmp_path / "seen")
-        shards = artifact.read_sealed(tmp_path / "s/manifest.json", "shards")["shards"]
-        found: Any = sum(entry["n_documents"] for entry in shards)
-    except Exception as error:
-        found = one_line(error)
-        if "none of the" in found:  # one document is too few to be split, and was read
-            found = 1
+    found = sharded(make, tmp_path, tokenizer_json)
     listed = tmp_path / "s/quarantine.jsonl"
     for line in listed.read_text("utf-8").splitlines() if listed.exists() else ():
         assert len(line) < 2000 and not [c for c in line if unicodedata.category(c) in ("Cc", "Zl", "Zp")]

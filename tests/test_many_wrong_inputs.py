@@ -20,12 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from test_hostile_corpora import LINES, ROW, file, one_line, parquet, soon, tokenizer_json
+from test_hostile_corpora import LINES, ROW, file, one_line, parquet, sharded, soon, tokenizer_json
 
-import made_texts
-from cbtm_pipeline import config, plan, shard
-from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline import config, plan
 from cbtm_pipeline.ops import planned, which_run
 from made_project import ROOT
 
@@ -319,19 +316,7 @@ CORPORA: list[tuple[str, Make, Any]] = [
 def test_a_corpus_given_by_mistake_is_documents_or_one_line(
     make: Make, expected: Any, tmp_path: Path, tokenizer_json: Path
 ) -> None:
-    source = tmp_path / "corpus"
-    source.mkdir()
-    made = str(make(source))
-    try:
-        corpus_files.find([made], None, str(tmp_path / "s"))
-        about = made_texts.shard_plan(train=[made], eval_fraction=0.5)
-        shard.make(about, tokenizer_json, tmp_path / "s/manifest.json", 1, None, tmp_path / "seen")
-        shards = artifact.read_sealed(tmp_path / "s/manifest.json", "shards")["shards"]
-        found: Any = sum(entry["n_documents"] for entry in shards)
-    except Exception as error:
-        found = one_line(error)
-        if "none of the" in found:  # one document is too few to be split, and was read
-            found = 1
+    found = sharded(make, tmp_path, tokenizer_json)
     listed = tmp_path / "s/quarantine.jsonl"
     reasons = listed.read_text("utf-8").splitlines() if listed.exists() else []
     assert all(json.loads(line)["source"] for line in reasons)

@@ -60,9 +60,8 @@ onstart:
         lock.hold(STUDY.outdir)
     except ValueError as error:
         sys.exit(cli.explain(error))
-    if (
-        not TOUCH
-    ):  # it marks the folder as one of outputs, which no corpus is read from
+    # This file marks the folder as one of outputs, which no corpus is read from.
+    if not TOUCH:
         content.write_planned(
             [path for run in RUNS.values() for path in run.corpus_files],
             Path(STUDY.outdir, content.PLANNED),

@@ -30,13 +30,7 @@ def configured(
     cfg: config.Config, args: argparse.Namespace, tags: Mapping[str, str], folder: Path
 ) -> config.Config:
     """The config of the training: that of the run with the new documents, and what the options say."""
-    values = cfg.model_dump()
-    values["corpus"] |= {
-        "train": [str(Path(path).absolute()) for path in args.corpus],
-        "eval": None,
-        "label_field": None,
-    }
-    values["cluster"] |= {"by": "text"}  # new text needs no labels
+    values = config.of_new_text(cfg, [str(Path(path).absolute()) for path in args.corpus])
     given = {key: getattr(args, key) for key in CORPUS if getattr(args, key) is not None}
     values["corpus"] |= given | ({"id_field": None} if args.id_field == "null" else {})
     values["train"] |= {"steps": args.steps} if args.steps is not None else {}

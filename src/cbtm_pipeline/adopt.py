@@ -6,12 +6,12 @@
 The weights become a second link, which needs no space; the small files are copied.
 """
 
-import os
 import shutil
 from pathlib import Path
 
 from cbtm_pipeline import plan_search
 from cbtm_pipeline.base import artifact, cli
+from cbtm_pipeline.base.publish import link_or_copy
 from cbtm_pipeline.provenance import expert_files
 from cbtm_pipeline.provenance.expert_files import WEIGHTS
 from cbtm_pipeline.training import expert_card
@@ -25,25 +25,15 @@ def adopt(candidate: Path, folder: Path) -> None:
     """
     readme, weights = folder / expert_card.README, artifact.identity(candidate / WEIGHTS)
     before = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
-    files = [path for path in candidate.rglob("*") if path.is_file()]
-    files = [path for path in files if expert_files.STAGING not in path.relative_to(candidate).parts]
-    for path in sorted(files, key=lambda path: path.name == WEIGHTS):
+    for path in expert_files.all_files(candidate):
         with artifact.publish(folder / path.relative_to(candidate)) as tmp:
             if path.name == WEIGHTS:
-                _link(path, tmp)
+                link_or_copy(path, tmp)
             elif path.name == expert_card.README:
                 text = expert_card.with_evaluation_of(path.read_text("utf-8"), before, weights)
                 tmp.write_text(text, "utf-8")
             else:
                 shutil.copyfile(path, tmp)
-
-
-def _link(path: Path, other: Path) -> None:
-    """Make a second link, or a copy where there are no hard links."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
 
 
 def main(argv: list[str] | None = None) -> None:

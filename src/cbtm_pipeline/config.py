@@ -277,6 +277,14 @@ def _with_all(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "route": {**route, "top_k": list(dict.fromkeys(resolved))}}
 
 
+def of_new_text(config: Config, paths: list[str]) -> dict[str, Any]:
+    """The values of a run's config for other text, which has no labels and no held-out files of its own."""
+    values = config.model_dump()
+    values["corpus"] |= {"train": paths, "eval": None, "label_field": None}
+    values["cluster"] |= {"by": "text"}
+    return values
+
+
 def write(config: Config, path: str | Path) -> None:
     """Write the complete config as JSON, for the modules of a run to read."""
     artifact.write_json(path, config.model_dump())

@@ -10,6 +10,7 @@ calibration documents. Everything that is packed is verified, and is of one run.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ def make(files: Files, out: Path, plan: EnsemblePlan) -> Record:
     """Write the folder of `out`. Returns the row of the mixture."""
     metrics = artifact.read_sealed(files.metrics, "metrics")
     table = files.metrics.with_name(TABLE)
-    artifact.check_file(table, metrics["table"], make_again(files.metrics))
+    artifact.check_file(table, metrics["table"], partial(make_again, files.metrics))
     tokenizer = encoding.read_card(files.tokenizer)
     embedder, about = artifact.read_npz(files.embedder, "embedder")
     if "E_VD" not in embedder:

@@ -140,15 +140,21 @@ def _merged(
     return merging.compare(metrics, calibration, reported, *models, score.context, score.stride)
 
 
-def read_models(
-    shards: Path, held_out: str, cfg: config.Config, found: scored.Found, cards: list[Path]
-) -> Models:
-    """What eval.merge needs. Raises ValueError if a file is not the one that was scored."""
+def read_shards(shards: Path, held_out: str) -> dict[str, Any]:
+    """The manifest of the shards. Raises ValueError for other held-out text than `held_out`, an identity."""
     manifest = artifact.read_sealed(shards, "shards")
     if manifest["identity_eval"] != held_out:
         raise ValueError(
             f"{shards}: other held-out text than was scored. Expected the same. Start the workflow again."
         )
+    return manifest
+
+
+def read_models(
+    of_shards: by_label.Manifest, cfg: config.Config, found: scored.Found, cards: list[Path]
+) -> Models:
+    """What eval.merge needs. Raises ValueError if a file is not the one that was scored."""
+    shards, manifest = of_shards
     limit = plans.score_expert(cfg).max_document_tokens
     documents = [document for _, document in heldout.documents(shards.parent, manifest, limit)]
     by_name = {path.parent.name: path.parent for path in cards}
@@ -210,18 +216,8 @@ def _complete_rows(
 def _ratios(
     plan: EvalPlan, reported: Scored, nll_DS: np.ndarray, reference_D: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Perplexity of each system relative to the reference, with its 95 % interval.
-
-    The interval is None where too few documents are reported.
-    """
-    n_tokens_D = reported.n_tokens_D
-    ratio_S = bootstrap.perplexity_ratio(nll_DS, reference_D, n_tokens_D)
-    if len(n_tokens_D) < heldout.MIN_REPORTED:
-        return [{"ratio": float(ratio), "ci95": None} for ratio in ratio_S]
-    ci95_S2 = bootstrap.ratio_intervals(nll_DS, reference_D, n_tokens_D, plan.bootstrap, plan.rng_seed)
-    return [
-        {"ratio": float(ratio), "ci95": ci95.tolist()} for ratio, ci95 in zip(ratio_S, ci95_S2, strict=True)
-    ]
+    """Perplexity of each system relative to the reference, with its 95 % interval."""
+    return bootstrap.estimates(nll_DS, reference_D, reported.n_tokens_D, plan.bootstrap, plan.rng_seed)
 
 
 def _comparisons(
@@ -285,19 +281,20 @@ def main(argv: list[str] | None = None) -> None:
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
     expected = scored.Expected(cfg.outdir, experts, branched, cfg.cluster.k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
-    same_clusters.check(found, args.experts, args.clusters)
-    held_out, field = found.distances["made_from"]["held_out"], cfg.corpus.label_field
-    if (cfg.eval.merge or field) and args.shards is None:
-        p.error("--shards: expected with eval.merge and with corpus.label_field.")
-    models = read_models(args.shards, held_out, cfg, found, args.experts) if cfg.eval.merge else None
-    labelled = by_label.read(field, args.shards, args.clusters, held_out) if field else None
+    manifests, field = same_clusters.check(found, args.experts, args.clusters), cfg.corpus.label_field
+    models, labelled, shards = None, None, None
+    if cfg.eval.merge or field:
+        if args.shards is None:
+            p.error("--shards: expected with eval.merge and with corpus.label_field.")
+        shards = read_shards(args.shards, found.distances["made_from"]["held_out"])
+        models = read_models((args.shards, shards), cfg, found, args.experts) if cfg.eval.merge else None
+        labelled = by_label.read(field, (args.shards, shards), manifests["clusters"]) if field else None
     choices = chosen.read(cfg, args.choices, found.cards)
     metrics = evaluate(cfg, found.scored, found.cards, models, choices, args.threads, labelled)
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")
-    shards = artifact.read_sealed(args.shards, "shards") if field else None
-    identities = made_from.eval_ensemble(found.distances, found.scores, choices, shards)
+    identities = made_from.eval_ensemble(found.distances, found.scores, choices, shards if field else None)
     by_document_path = args.out.with_name(documents.NAME)
     documents.write(by_document_path, by_document(cfg, found.scored, metrics), identities, labelled)
     beside = {"table": artifact.identity(args.out.with_name(TABLE))}

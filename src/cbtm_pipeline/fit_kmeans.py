@@ -67,9 +67,8 @@ def _word(string: str) -> str:
 class Sample(NamedTuple):
     """Documents from all shards: vectors and numbers of tokens.
 
-    `labels` are there if the documents have any. `counts` holds the
-    term counts of the documents whose row numbers are `counted`, `begins` their first
-    BEGIN_TOKENS token ids.
+    `counts` holds the term counts of the documents whose row numbers are `counted`, `begins` their first
+    BEGIN_TOKENS token ids. `labels` are those of all documents, if they were asked for and are there.
     """
 
     x_ND: np.ndarray
@@ -80,14 +79,14 @@ class Sample(NamedTuple):
     labels: list[str] | None = None
 
 
-def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int) -> Sample:
+def read_sample(vectors: Path, shards: Path, n: int, rng_seed: int, with_labels: bool = False) -> Sample:
     """Draw n training documents of shards/manifest.json, with their vectors of embed/manifest.json."""
     shards_manifest = artifact.read_sealed(shards, "shards")
     vectors_manifest = vector_files.read_manifest(vectors, shards)
     train = shard_files.entries(shards, shards_manifest, "train")
     step = -(-min(n, sum(entry["n_documents"] for entry in train)) // TERM_DOCUMENTS)
     drawn = zip(shard_files.sample(train, n, rng_seed), vectors_manifest["shards"], strict=True)
-    labels = [] if shard_files.identity_labels(train) else None
+    labels = [] if with_labels and shard_files.identity_labels(train) else None
     x, n_tokens, counts, counted, begins, start = [], [], [], [], [], 0
     for (entry, rows), vectors_entry in drawn:
         documents = shard_files.documents(shards.parent, entry)
@@ -158,18 +157,17 @@ def fit_by_label(
     """
     if sample.labels is None:
         raise ValueError(f"{shards}: no labels. Expected those of corpus.label_field. {make_again(shards)}")
-    weights, weights_N = (
-        label_passes.weights(shards, plan.balance),
-        regroup.weights(sample.n_tokens_N, plan.balance),
-    )
-    groups = labelled.deal(weights, plan.k) if plan.by == "label" else labelled.numbered(weights)
-    n = plan.k if plan.by == "label" else len(groups)
-    means_nD = labelled.means(label_passes.chunks(shards, vectors, plan.balance), groups, n)
+    weights, chunks = label_passes.weights(shards, plan.balance), label_passes.chunks
+    weights_N = regroup.weights(sample.n_tokens_N, plan.balance)
     if plan.by == "label":
-        rule = labelled.Rule(means_nD, groups=groups)
+        groups = labelled.deal(weights, plan.k)
+        centres_KD = labelled.means(chunks(shards, vectors, plan.balance), groups, plan.k)
+        rule = labelled.Rule(centres_KD, groups=groups)
         labels_N, _ = rule.assign(sample.x_ND, sample.labels, np.zeros(plan.k))
     else:
-        means = dict(zip(groups, means_nD, strict=True))
+        numbers = labelled.numbered(weights)
+        means_LD = labelled.means(chunks(shards, vectors, plan.balance), numbers, len(numbers))
+        means = dict(zip(numbers, means_LD, strict=True))
         found = fit(sample._replace(x_ND=labelled.pulled(sample.x_ND, sample.labels, means)), plan)
         labels_N = found.labels_N
         centres_KD = labelled.centres(sample.x_ND, weights_N, labels_N, plan.k)
@@ -224,12 +222,12 @@ def main() -> None:
     cli.start_logging("fit_kmeans", args.log)
 
     plan = plans.fit_kmeans(config.read(args.config))
-    shards = artifact.read_sealed(args.shards, "shards")
+    by_text = plan.by == "text"
     embedder = args.vectors.with_name("embedder.npz")
-    sample = read_sample(args.vectors, args.shards, plan.fit_documents, plan.rng_seed)
+    sample = read_sample(args.vectors, args.shards, plan.fit_documents, plan.rng_seed, not by_text)
     idf_V = vector_files.term_weights(embedder, args.shards, sample.counts)
     tokenizer = shard_files.tokenizer(args.tokenizer, args.shards)
-    if plan.by == "text":
+    if by_text:
         clustering, rule = fit(sample, plan), None
     else:
         clustering, rule = fit_by_label(args.shards, args.vectors, sample, plan)
@@ -237,7 +235,8 @@ def main() -> None:
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
     vectors = artifact.read_sealed(args.vectors, "vectors")
-    identities = made_from.fit_kmeans(vectors, shards if plan.by != "text" else None)
+    shards = None if by_text else artifact.read_sealed(args.shards, "shards")
+    identities = made_from.fit_kmeans(vectors, shards)
     seal = write_clusterer(args.out, clustering, plan, identities, rule)
     meta = artifact.make_meta("top_terms", {"clusterer": seal}, plan.content(), top_terms=terms)
     artifact.write_sealed(args.out.with_name(TOP_TERMS), meta)

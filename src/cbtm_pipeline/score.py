@@ -34,13 +34,8 @@ from cbtm_pipeline.inference.score_jobs import Counts
 from cbtm_pipeline.ops import snakemake_run, which_run, worded
 from cbtm_pipeline.provenance import expert_files
 
-BASELINES = (
-    "dense",
-    "dense-batch",
-    "dense-steps",
-    "dense-large",
-    "seed",
-)  # of the run that the folder lies in
+# of the run that the folder lies in
+BASELINES = ("dense", "dense-batch", "dense-steps", "dense-large", "seed")
 PART_BYTES = 1 << 24
 
 

@@ -155,9 +155,8 @@ def _expert(run: Snapshot, name: str, planned: TrainingPlan | None) -> Row:
 
 def _announced(outdir: Path, name: str) -> float | None:
     """The number of steps by the log of a training whose plan does not say it; None if it is not known."""
-    found = re.findall(
-        rb"step \d+/(\d+)", lenient.end(outdir / "logs/train_expert" / f"{name}.log", LOG_TAIL)
-    )
+    log = lenient.end(outdir / f"logs/train_expert/{name}.log", LOG_TAIL)
+    found = re.findall(rb"step \d+/(\d+)", log)
     return float(found[-1]) if found else None
 
 

@@ -68,7 +68,7 @@ def test_names_are_folders_and_none_stands_for_two_settings(grid: dict[str, list
 
 @given(st.dictionaries(keys, st.integers(), min_size=1))
 def test_sections_and_dotted_keys_say_the_same(setting: dict[str, int]) -> None:
-    assert study.flat(study.nested(setting)) == setting
+    assert planned.flat(planned.nested(setting)) == setting
 
 
 @pytest.mark.parametrize(

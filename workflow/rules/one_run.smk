@@ -11,9 +11,8 @@ from cbtm_pipeline.ops import planned, started
 
 try:
     for path in [DEFAULTS, *workflow.overwrite_configfiles]:
-        read_yaml.read(
-            path
-        )  # a key that stands twice is an error, which Snakemake does not see
+        # a key that stands twice is an error, which Snakemake does not see
+        read_yaml.read(path)
     planned.check_given_once(sys.argv)
     GIVEN = planned.merge(config, planned.given(workflow.config_settings.config_args))
     RUNS = {"": started.Run(schema.validate(GIVEN))}

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline.base.errors import make_again, run_again
+from cbtm_pipeline.base.errors import Advice, make_again, run_again, said
 from cbtm_pipeline.base.publish import publish
 
 FORMAT = 2
@@ -37,7 +37,7 @@ def identity(path: str | Path) -> str:
         return hashlib.file_digest(file, new_hash).hexdigest()
 
 
-def check_file(path: Path, expected: str, advice: str) -> None:
+def check_file(path: Path, expected: str, advice: Advice) -> None:
     """Raise ValueError unless the file has the identity `expected`, which another file gives.
 
     A process reads each file only once for this. `advice` ends the message.
@@ -45,7 +45,7 @@ def check_file(path: Path, expected: str, advice: str) -> None:
     about = path.stat()
     found = _identity(path, about.st_ino, about.st_size, about.st_mtime_ns)
     if found != expected:
-        raise ValueError(f"{path}: another file than it was ({found}). Expected {expected}. {advice}")
+        raise ValueError(f"{path}: another file than it was ({found}). Expected {expected}. {said(advice)}")
 
 
 @functools.cache

@@ -2,10 +2,17 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 RUN_CONFIG = "config.json"  # in the folder of a run: its whole config
+Advice = str | Callable[[], str]  # what to do; a function is asked only where something is wrong
+
+
+def said(advice: Advice) -> str:
+    """The words of an advice."""
+    return advice if isinstance(advice, str) else advice()
 
 
 def first_sentence(error: BaseException) -> str:
@@ -14,8 +21,11 @@ def first_sentence(error: BaseException) -> str:
 
 
 def make_again(path: str | Path) -> str:
-    """The advice for a file of a run, or of its folder's request, that is damaged."""
-    if any((folder / "request.json").is_file() for folder in Path(path).parents[:3]):
+    """The advice for a file of a run, or of its folder's request, that is damaged.
+
+    It reads the config of the run, so ask for it only where something is wrong (`Advice`).
+    """
+    if _is_of_request(path):
         return f"Remove {output_of(path)}, and type the same command again."
     output = output_of(path)
     advice = f"Make it again: {_snakemake(path)} --force {shlex.quote(_target(output))}"
@@ -26,9 +36,14 @@ def make_again(path: str | Path) -> str:
 
 def run_again(path: str | Path) -> str:
     """The advice for a file that is whole, but not of this run: a start makes again what does not fit."""
-    if any((folder / "request.json").is_file() for folder in Path(path).parents[:3]):
+    if _is_of_request(path):
         return make_again(path)
     return f"Start the run again, which makes what does not fit: {_snakemake(path)}"
+
+
+def _is_of_request(path: str | Path) -> bool:
+    """Whether a file belongs to what a command was asked for, and not to a run of the workflow."""
+    return any((folder / "request.json").is_file() for folder in Path(path).parents[:3])
 
 
 def output_of(path: str | Path) -> Path:

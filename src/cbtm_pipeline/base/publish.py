@@ -50,6 +50,14 @@ def publish(path: str | Path) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
+def link_or_copy(path: Path, other: Path) -> None:
+    """Make `other` a second link of a file, or a copy where there are no hard links."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
 def _share(path: Path) -> None:
     """Give a file the rights that the user's umask says, if its writer made it for the user alone.
 
@@ -64,7 +72,7 @@ def _remove_leftovers(path: Path) -> None:
     """Remove the temporary files of `path` whose process, on this host, is dead."""
     name = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(_HOST)}-(\d{{1,9}})(\.[0-9a-f]+)?\.tmp")
     for other in os.listdir(path.parent):  # noqa: PTH208 (names are enough)
-        if (found := name.fullmatch(other)) and not _alive(int(found[1])):
+        if (found := name.fullmatch(other)) and not is_alive(int(found[1])):
             path.with_name(other).unlink(missing_ok=True)
 
 
@@ -100,10 +108,11 @@ def _strange(path: Path) -> ValueError:
     return ValueError(f"{path}: a link or no file. Expected a file of this run. Remove it, and start again.")
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number on this host."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,5 +167,5 @@ def read_card(tokenizer_json: Path) -> dict[str, Any]:
     card = artifact.read_sealed(tokenizer_json.with_name("card.json"), "tokenizer")
     inside.check(tokenizer_json.with_name("card.json"), card["files"], make_again(tokenizer_json))
     for name, expected in card["files"].items():
-        artifact.check_file(tokenizer_json.with_name(name), expected, make_again(tokenizer_json))
+        artifact.check_file(tokenizer_json.with_name(name), expected, partial(make_again, tokenizer_json))
     return card

@@ -4,6 +4,7 @@ Shapes: N documents, D dimensions, V terms.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def read(folder: Path, entry: shard_files.Entry) -> np.ndarray:
     Raises ValueError if the file is not the manifest's.
     """
     path = folder / f"{entry['name']}.npy"
-    artifact.check_file(path, entry["identity"], make_again(folder / "manifest.json"))
+    artifact.check_file(path, entry["identity"], partial(make_again, folder / "manifest.json"))
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

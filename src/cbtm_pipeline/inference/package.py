@@ -11,7 +11,6 @@ Weights of the run are hard links where the file system has them, so the folder 
 other files are its own. No file knows where it lies: the folder can be moved and copied.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -23,6 +22,7 @@ from safetensors.numpy import save
 
 from cbtm_pipeline.base import artifact, inside
 from cbtm_pipeline.base.errors import make_again
+from cbtm_pipeline.base.publish import link_or_copy
 from cbtm_pipeline.corpus import tokenizer_config
 from cbtm_pipeline.provenance import made_from
 
@@ -255,9 +255,4 @@ def place(path: Path, to: Path, link: bool) -> None:
     Other files are always copied: transformers writes JSON in place, and would change both ends of a link.
     """
     with artifact.publish(to) as tmp:
-        try:
-            if not link or path.suffix != ".safetensors":
-                raise OSError
-            os.link(path, tmp)
-        except OSError:
-            shutil.copyfile(path, tmp)
+        (link_or_copy if link and path.suffix == ".safetensors" else shutil.copyfile)(path, tmp)

@@ -76,11 +76,8 @@ def configured(cfg: config.Config, files: Sequence[Path], how: Reading) -> confi
             )
     if how.context < 2:
         raise ValueError(f"--context: {how.context}. Expected 2 or more, for jobs of their own. Raise it.")
-    values = cfg.model_dump()
-    paths = [str(path.absolute()) for path in files]
-    values["corpus"] |= {"train": paths, "eval": None, "id_field": "", "max_bad_share": 1.0}
-    values["corpus"] |= {"label_field": None}
-    values["cluster"] |= {"by": "text"}  # new text needs no labels
+    values = config.of_new_text(cfg, [str(path.absolute()) for path in files])
+    values["corpus"] |= {"id_field": "", "max_bad_share": 1.0}
     values["corpus"] |= {"text_field": how.text_field, "txt_documents": how.txt_documents}
     values["train"] |= {"seq_len": how.context}
     values["eval"] |= {"stride": how.stride, "max_document_tokens": None}

@@ -3,7 +3,11 @@
 Shapes: S systems, D documents, R resamples.
 """
 
+from typing import Any
+
 import numpy as np
+
+from cbtm_pipeline.corpus.heldout import MIN_REPORTED
 
 CHUNK = 1 << 22  # document counts held in memory at once
 
@@ -42,6 +46,20 @@ def ratio_intervals(
         log_ratios_RS.append(total_RS / np.einsum("rd,d->r", counts_RD, n_tokens_D)[:, None])
     tail = (1 - level) / 2
     return np.exp(np.quantile(np.concatenate(log_ratios_RS), [tail, 1 - tail], axis=0).T)
+
+
+def estimates(
+    nll_DS: np.ndarray, reference_D: np.ndarray, n_tokens_D: np.ndarray, n_resamples: int, rng_seed: int
+) -> list[dict[str, Any]]:
+    """For each system its `ratio` to the reference and the 95 % interval `ci95`, as metrics.json has them.
+
+    The interval is None for too few documents to resample.
+    """
+    ratios = perplexity_ratio(nll_DS, reference_D, n_tokens_D).tolist()
+    intervals: list[Any] = [None] * len(ratios)
+    if len(n_tokens_D) >= MIN_REPORTED:
+        intervals = ratio_intervals(nll_DS, reference_D, n_tokens_D, n_resamples, rng_seed).tolist()
+    return [{"ratio": ratio, "ci95": ci95} for ratio, ci95 in zip(ratios, intervals, strict=True)]
 
 
 def _chunks(total: int, size: int) -> list[int]:

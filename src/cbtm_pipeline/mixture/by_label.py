@@ -7,15 +7,14 @@ Shapes: D documents.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.errors import make_again
-from cbtm_pipeline.corpus import heldout, labels, shard_files
+from cbtm_pipeline.corpus import labels, shard_files
 from cbtm_pipeline.mixture import bootstrap
 from cbtm_pipeline.mixture.scored import Scored
 
@@ -32,23 +31,18 @@ class Labelled(NamedTuple):
         return self._replace(label_D=self.label_D[documents])
 
 
-def read(field: str, shards: Path, clusters: Iterable[Path], held_out: str) -> Labelled:
-    """The labels of the held-out documents, in the order of the scores. `held_out`: their identity.
+Manifest = tuple[Path, dict[str, Any]]  # with its path
 
-    `clusters`: manifests, of which one is that of the assignments.
 
-    Raises ValueError if a file belongs to another run, or has no labels.
+def read(field: str, of_shards: Manifest, of_clusters: Manifest) -> Labelled:
+    """The labels of the held-out documents, in the order of the scores.
+
+    Raises ValueError if a manifest has no labels.
     """
-    manifest = artifact.read_sealed(shards, "shards")
-    if manifest["identity_eval"] != held_out:
-        raise ValueError(
-            f"{shards}: other held-out text than was scored. Expected the same. Start the workflow again."
-        )
+    (shards, manifest), (path, assignments) = of_shards, of_clusters
     entries = shard_files.entries(shards, manifest, "eval")
     if shard_files.identity_labels(entries) is None:
         raise ValueError(f"{shards}: no labels. Expected those of corpus.label_field. {make_again(shards)}")
-    by_path = {path: artifact.read_sealed(path, "assignments") for path in clusters}
-    path, assignments = next((path, m) for path, m in by_path.items() if "clusterer" in m["made_from"])
     if "labels" not in assignments:
         raise ValueError(f"{path}: no labels. Expected those of corpus.label_field. {make_again(path)}")
     found = [name for entry in entries for name in shard_files.labels(shards.parent, entry)]
@@ -88,12 +82,10 @@ def _perplexities(
     The ratio has a 95 % interval where resampling the documents says something.
     """
     n_tokens, nll_D1 = int(n_tokens_D.sum()), systems.ensemble[:, None]
-    ratios = {}
-    for name, dense_D in systems.dense.items():
-        ratio, ci95 = float(bootstrap.perplexity_ratio(nll_D1, dense_D, n_tokens_D)[0]), None
-        if len(n_tokens_D) >= heldout.MIN_REPORTED:
-            ci95 = bootstrap.ratio_intervals(nll_D1, dense_D, n_tokens_D, n_resamples, rng_seed)[0].tolist()
-        ratios[name] = {"ratio": ratio, "ci95": ci95}
+    ratios = {
+        name: bootstrap.estimates(nll_D1, dense_D, n_tokens_D, n_resamples, rng_seed)[0]
+        for name, dense_D in systems.dense.items()
+    }
     everyone = {"ensemble": systems.ensemble, **systems.dense}
     perplexity = {name: math.exp(float(nll_D.sum()) / n_tokens) for name, nll_D in everyone.items()}
     return {"n_tokens": n_tokens, "perplexity": perplexity, "ratios": ratios}

@@ -206,14 +206,11 @@ def _pair(a: Finished, b: Finished, unit: str) -> Row:
     nll_D, reference_D = a.documents.nll_D["ensemble"][at_A], b.documents.nll_D["ensemble"][at_B]
     size_D = (a.documents.n_tokens_D if unit == "perplexity" else a.documents.n_bytes_D)[at_A]
     per, n_documents = ("token" if unit == "perplexity" else "byte"), len(at_A)
-    if n_documents < MIN_REPORTED:
-        return {"ratio": None, "ci95": None, "per": per, "n_documents": n_documents}
-    about = a.metrics["made_with"]
-    ratio = float(bootstrap.perplexity_ratio(nll_D[:, None], reference_D, size_D)[0])
-    ci95_12 = bootstrap.ratio_intervals(
-        nll_D[:, None], reference_D, size_D, about["bootstrap"], about["rng_seed"]
-    )
-    return {"ratio": ratio, "ci95": ci95_12[0].tolist(), "per": per, "n_documents": n_documents}
+    found: Row = {"ratio": None, "ci95": None}
+    if n_documents >= MIN_REPORTED:
+        resamples = a.metrics["made_with"]["bootstrap"], a.metrics["made_with"]["rng_seed"]
+        (found,) = bootstrap.estimates(nll_D[:, None], reference_D, size_D, *resamples)
+    return {**found, "per": per, "n_documents": n_documents}
 
 
 def _shared(a: Documents, b: Documents) -> tuple[np.ndarray, np.ndarray]:

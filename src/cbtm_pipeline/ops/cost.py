@@ -107,9 +107,8 @@ def disk(config: Config, model: Size, text: TextBytes, n_dimensions: int, n_runn
     experts, k = plan.experts(config), config.cluster.k
     both, width = text.train + text.held_out, 2 if model.vocab_size <= 1 << 16 else 4
     groupings = 2 if "random" in config.train.controls else 1
-    grouped = text.train * (
-        groupings - 1 + 1 / (1 - config.cluster.border_share)
-    )  # lent documents stand twice
+    lent = 1 / (1 - config.cluster.border_share)  # documents that are lent stand twice
+    grouped = text.train * (groupings - 1 + lent)
     per_document = config.eval.max_document_tokens or math.inf
     n_scored = min(text.held_out / TOKEN_BYTES, text.held_out / DOCUMENT_BYTES * per_document)
     return {
@@ -224,22 +223,18 @@ def _jobs(config: Config, submitted: Collection[str]) -> str:
 def _tokens(config: Config) -> str:
     tokens = n_tokens(config)
     k, n_random = config.cluster.k, len(plan.random_experts(config))
-    parts = [_part(config, name, tokens) for name in ["seed", *plan.dense_experts(config)]]
-    parts += [f"experts {k} x {_part(config, '0', tokens).removeprefix('0 ')}"]
-    parts += (
-        [f"random experts {n_random} x {_part(config, 'random-0', tokens).removeprefix('random-0 ')}"]
-        if n_random
-        else []
-    )
+    parts = [f"{name} {_each(config, name, tokens)}" for name in ["seed", *plan.dense_experts(config)]]
+    parts += [f"experts {k} x {_each(config, '0', tokens)}"]
+    parts += [f"random experts {n_random} x {_each(config, 'random-0', tokens)}"] if n_random else []
     return f"{units(sum(tokens.values()))} in training: {', '.join(parts)}"
 
 
-def _part(config: Config, expert: str, tokens: Mapping[str, int]) -> str:
-    """An expert and its training tokens, with the number of learning rates that are tried."""
+def _each(config: Config, expert: str, tokens: Mapping[str, int]) -> str:
+    """The training tokens of an expert, with the number of learning rates that are tried."""
     names = plan_search.candidates(config, expert)
     fewer = "at most " if expert == plan.LARGE else ""
     rates = f" x {len(names)} rates" if names else ""
-    return f"{expert} {fewer}{units(tokens[(names or [expert])[0]])}{rates}"
+    return f"{fewer}{units(tokens[(names or [expert])[0]])}{rates}"
 
 
 def _flops(config: Config, model: Size) -> dict[str, float]:

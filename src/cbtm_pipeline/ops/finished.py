@@ -7,6 +7,7 @@ from typing import Any
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.mixture.comparison import Documents, Finished
+from cbtm_pipeline.ops import planned
 from cbtm_pipeline.provenance import records, stale
 
 # What decides no result: where a run lies, how it behaves, and what it says of its text.
@@ -55,10 +56,7 @@ def read_all(folders: Sequence[Path]) -> list[Finished]:
 
 def settings(cfg: config.Config) -> dict[str, Any]:
     """The values that decide results, by config key."""
-    flat = {}
-    for key, value in cfg.model_dump().items():
-        for name, own in value.items() if isinstance(value, dict) else [(None, value)]:
-            flat[f"{key}.{name}" if name else key] = own
+    flat = planned.flat(cfg.model_dump())
     return {key: value for key, value in flat.items() if not key.startswith(NO_SETTINGS)}
 
 

@@ -81,6 +81,29 @@ def read_config(paths: Sequence[str]) -> Any:
     return content
 
 
+def flat(content: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Values by dotted key: {cluster: {k: 2}} becomes {cluster.k: 2}. Sections have no sections."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value and not section and "." not in key:
+            found |= flat(value, f"{key}.")
+        else:
+            found[f"{section}{key}"] = value
+    return found
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of values by dotted key: {cluster.k: 2} becomes {cluster: {k: 2}}."""
+    sections: dict[str, Any] = {}
+    for key, value in values.items():
+        *names, last = key.split(".")
+        at = sections
+        for name in names:
+            at = at.setdefault(name, {})
+        at[last] = value
+    return sections
+
+
 def given(config_args: Sequence[str] | None) -> dict[str, Any]:
     """Lists and sections of --config, as YAML: Snakemake takes all numbers in them for text.
 

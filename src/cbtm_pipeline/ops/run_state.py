@@ -4,7 +4,6 @@
 """
 
 import itertools
-import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbtm_pipeline.base import cli
+from cbtm_pipeline.base.publish import is_alive
 from cbtm_pipeline.ops import lenient
 from cbtm_pipeline.ops.status_table import Row, State
 from cbtm_pipeline.slurm import commands
@@ -154,15 +154,8 @@ def is_live(lock: Path, newest_row: float | None, now: float) -> bool:
 def _is_dead(record: dict[str, Any]) -> bool:
     """Whether the process that wrote a lock's record was one of this host, and is gone."""
     pid = record.get("pid")
-    if record.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:  # a process of another user
-        pass
-    return False
+    is_here = record.get("host") == socket.gethostname() and isinstance(pid, int) and pid > 0
+    return is_here and not is_alive(pid)
 
 
 def holder(lock: Path, now: float) -> str | None:

@@ -20,7 +20,7 @@ MANIFESTS = {
 class Run:
     """A run with its config, the files of its corpus and the state of its jobs.
 
-    `lenders` are the folders of the runs of a study that lend outputs, by job. Raises ValueError or OSError
+    `lenders` are the runs of a study that lend outputs to this one, by job. Raises ValueError or OSError
     for what the user has to mend.
     """
 

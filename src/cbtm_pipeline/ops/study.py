@@ -18,14 +18,14 @@ Snakemake's Paramspace makes names and wildcards of settings, too. Its columns h
 import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import files as corpus_files
+from cbtm_pipeline.mixture import comparison_table
 from cbtm_pipeline.ops import planned
 from cbtm_pipeline.ops.started import Run
 from cbtm_pipeline.provenance import stale
@@ -82,9 +82,9 @@ def _of_grid(grid: Any) -> dict[str, Setting]:
                 f"grid.{key}: {_show(values)}. Expected a list of the values to try. Write [{_show(values)}]."
             )
         _check_key(f"grid.{key}", key)
-    short, found = short_names(list(grid)), {}
+    short, found = comparison_table.short_keys(list(grid)), {}
     for values in itertools.product(*grid.values()) if grid else ():
-        name = ",".join(f"{short[key]}={slug(value)}" for key, value in zip(grid, values, strict=True))
+        name = ",".join(f"{key}={slug(value)}" for key, value in zip(short, values, strict=True))
         if name in found or not re.fullmatch(NAME, name):
             fault = "given twice" if name in found else "no name of a folder"
             raise ValueError(
@@ -105,7 +105,7 @@ def _of_runs(runs: Any) -> dict[str, Setting]:
             raise ValueError(f"runs: {_show(name)}. Expected a name of letters and digits. Rename it.")
         if not isinstance(setting, Mapping | None):
             raise ValueError(f"runs.{name}: {_show(setting)}. Expected config keys. Correct the file.")
-        found[name] = flat(setting or {})
+        found[name] = planned.flat(setting or {})
         for key in found[name]:
             _check_key(f"runs.{name}.{key}", key)
     return found
@@ -117,35 +117,6 @@ def _check_key(where: str, key: Any) -> None:
         raise ValueError(
             f"{where}: not for a run. Expected a key of config.yaml, such as cluster.k. Remove it."
         )
-
-
-def flat(setting: Mapping[str, Any], section: str = "") -> Setting:
-    """Values by dotted key: {cluster: {k: 2}} becomes {cluster.k: 2}."""
-    found: Setting = {}
-    for key, value in setting.items():
-        if isinstance(value, Mapping) and value and not section and "." not in key:
-            found |= flat(value, f"{key}.")
-        else:
-            found[f"{section}{key}"] = value
-    return found
-
-
-def nested(setting: Setting) -> dict[str, Any]:
-    """The sections of a setting: {cluster.k: 2} becomes {cluster: {k: 2}}."""
-    sections: dict[str, Any] = {}
-    for key, value in setting.items():
-        *names, last = key.split(".")
-        at = sections
-        for name in names:
-            at = at.setdefault(name, {})
-        at[last] = value
-    return sections
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """For each key its last part, or all of it where two keys end in the same part."""
-    ends = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def slug(value: Any) -> str:
@@ -161,7 +132,7 @@ def configs(study: Study) -> dict[str, config.Config]:
     base = planned.read_config(planned.config_files(study.base))
     found = {}
     for name, setting in study.settings.items():
-        content = planned.merge(base, nested(setting)) | {"outdir": study.folder(name)}
+        content = planned.merge(base, planned.nested(setting)) | {"outdir": study.folder(name)}
         try:
             found[name] = config.validate(content)
         except ValueError as error:

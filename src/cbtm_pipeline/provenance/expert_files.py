@@ -3,6 +3,7 @@
 card.json identifies the model and holds the hash of the weights. files.json holds those of all other files.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def is_read(name: str) -> bool:
     return name != "README.md" and not name.startswith("tensorboard/")
 
 
+def all_files(folder: Path) -> list[Path]:
+    """All files of an expert's folder but those of a training that is under way. The weights come last."""
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    found = [path for path in found if STAGING not in path.parts]
+    return [folder / path for path in sorted(found, key=lambda path: (path.name == WEIGHTS, path))]
+
+
 def names(folder: Path) -> list[str]:
     """The files of an expert that something reads, but its weights; their list comes first.
 
@@ -32,7 +40,7 @@ def names(folder: Path) -> list[str]:
     if not path.exists():
         return [FILES]
     found = artifact.read_sealed(path, "expert_files")["files"]
-    inside.check(path, found, make_again(path))
+    inside.check(path, found, partial(make_again, path))
     return [FILES, *filter(is_read, found)]
 
 
@@ -42,23 +50,25 @@ def read_card(weights: Path) -> dict[str, Any]:
     Raises ValueError if a file has changed, OSError if one is missing.
     """
     card = artifact.read_sealed(weights.with_name("card.json"), "expert")
-    artifact.check_file(weights, card["weights"], make_again(weights))
+    artifact.check_file(weights, card["weights"], partial(make_again, weights))
+    beside = partial(make_again, weights.with_name(FILES))
     for name, expected in _hashes(weights, card).items():
         if is_read(name):
-            artifact.check_file(weights.parent / name, expected, make_again(weights.with_name(FILES)))
+            artifact.check_file(weights.parent / name, expected, beside)
     return card
 
 
 def check_file(path: Path, card: dict[str, Any]) -> None:
     """Raise ValueError unless this file of an expert's folder is as it was published."""
     weights = path.with_name(WEIGHTS)
-    artifact.check_file(path, _hashes(weights, card)[path.name], make_again(weights.with_name(FILES)))
+    advice = partial(make_again, weights.with_name(FILES))
+    artifact.check_file(path, _hashes(weights, card)[path.name], advice)
 
 
 def _hashes(weights: Path, card: dict[str, Any]) -> dict[str, str]:
     """The hashes of all files but the weights, by their path in the folder."""
     path = weights.with_name(FILES)
     record = artifact.read_sealed(path, "expert_files")
-    inside.check(path, record["files"], make_again(path))
+    inside.check(path, record["files"], partial(make_again, path))
     artifact.check_made_from(path, record, "expert", card["identity"])
     return record["files"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from cbtm_pipeline import plan_search
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.base.publish import fresh
+from cbtm_pipeline.base.publish import fresh, link_or_copy
 from cbtm_pipeline.provenance import expert_files, records
 from cbtm_pipeline.provenance.expert_files import WEIGHTS
 from cbtm_pipeline.provenance.stale import DAMAGED, Job
@@ -167,9 +167,8 @@ def _keep_expert(outdir: Path, folder: Path) -> None:
     shutil.rmtree(kept, ignore_errors=True)
     partial = kept.with_name(f".{kept.name}")
     fresh(partial)
-    files = [path for path in folder.rglob("*") if path.is_file() and expert_files.STAGING not in path.parts]
     try:
-        for path in files:
+        for path in expert_files.all_files(folder):
             other = partial / path.relative_to(folder)
             other.parent.mkdir(parents=True, exist_ok=True)
             if path.name == WEIGHTS:
@@ -210,12 +209,9 @@ def _give_back_expert(kept: Path, folder: Path) -> bool:
         expert_files.read_card(kept / WEIGHTS)
     except DAMAGED:
         return False
-    files = sorted(
-        (path for path in kept.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS
-    )
-    for path in files:
+    for path in expert_files.all_files(kept):
         with artifact.publish(folder / path.relative_to(kept)) as tmp:
-            _copy_or_link(path, tmp)
+            link_or_copy(path, tmp)
     shutil.rmtree(folder / expert_files.STAGING, ignore_errors=True)  # of a training that was killed
     shutil.rmtree(kept)
     return True
@@ -248,10 +244,3 @@ def _link(path: Path, other: Path) -> None:
         os.link(path, other)
     except OSError:
         _move(path, other)
-
-
-def _copy_or_link(path: Path, other: Path) -> None:
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)

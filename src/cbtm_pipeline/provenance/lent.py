@@ -8,14 +8,14 @@ Large files become second links, which cost no space. Small ones are copied, bec
 them in place. A link that one run deletes or replaces leaves the other run's as it is.
 """
 
-import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cbtm_pipeline.base import inside
 from cbtm_pipeline.base.errors import make_again
-from cbtm_pipeline.base.publish import publish
+from cbtm_pipeline.base.publish import link_or_copy, publish
 from cbtm_pipeline.provenance import expert_files, records
 from cbtm_pipeline.provenance.stale import DAMAGED, DEMO, Job
 
@@ -59,11 +59,9 @@ def _files(lender: Path, job: Job, record: dict[str, Any]) -> list[str]:
     """The files of a job, below the outdir; the record comes last, for an expert its weights."""
     place = records.PLACES[job.rule].record.format(job.expert)
     if job.rule == "train_expert":
-        folder, last = Path(place).parent, expert_files.WEIGHTS
-        paths = (path.relative_to(lender) for path in (lender / folder).rglob("*") if path.is_file())
-        found = [str(path) for path in paths if expert_files.STAGING not in path.parts]
-        return sorted(found, key=lambda name: (Path(name) == folder / last, name))
-    inside.check(lender / place, record.get("files", []), make_again(lender / place))
+        found = expert_files.all_files(lender / Path(place).parent)
+        return [str(path.relative_to(lender)) for path in found]
+    inside.check(lender / place, record.get("files", []), partial(make_again, lender / place))
     beside = [str(Path(place).with_name(name)) for name in record.get("files", [])]
     names = dict.fromkeys([*beside, *job.outputs])
     return sorted(names, key=lambda name: name == place)
@@ -71,9 +69,4 @@ def _files(lender: Path, job: Job, record: dict[str, Any]) -> list[str]:
 
 def _copy_or_link(path: Path, other: Path) -> None:
     with publish(other) as tmp:
-        if path.suffix in LINKED:
-            try:
-                return os.link(path, tmp)
-            except OSError:  # another file system, or one without hard links
-                pass
-        shutil.copyfile(path, tmp)
+        (link_or_copy if path.suffix in LINKED else shutil.copyfile)(path, tmp)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from cbtm_pipeline import plan
 from cbtm_pipeline.base import artifact
@@ -10,13 +11,17 @@ from cbtm_pipeline.mixture import scored
 from cbtm_pipeline.provenance import made_from
 
 
-def check(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]) -> None:
+def check(
+    found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]
+) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Raise ValueError unless each expert on a cluster was trained on that cluster of these manifests, and
     the distances are to the centres of these clusters.
 
-    `paths` are those of the cards, in any order.
+    `paths` are those of the cards, in any order. Returns the manifests with their paths: `clusters`, and
+    `random` if it is given.
     """
-    manifests, routed = {}, found.distances["made_from"]
+    manifests: dict[str, tuple[Path, dict[str, Any]]] = {}
+    routed = found.distances["made_from"]
     for path in clusters:
         manifest = artifact.read_sealed(path, "assignments")
         is_random = "clusterer" not in manifest["made_from"]
@@ -40,3 +45,4 @@ def check(found: scored.Found, paths: Iterable[Path], clusters: Iterable[Path]) 
                 f"{weights}: trained on other documents than cluster {group} of {path}. "
                 f"Expected that cluster. {run_again(weights)}"
             )
+    return manifests

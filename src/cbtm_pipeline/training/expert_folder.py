@@ -6,6 +6,7 @@ the configuration. files.json holds the hash of every other file, so that none i
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +68,7 @@ def publish(
     )
     record = artifact.read_sealed(tokenizer.with_name("card.json"), "tokenizer")
     for name, expected in record["files"].items():
-        artifact.check_file(tokenizer.with_name(name), expected, make_again(tokenizer))
+        artifact.check_file(tokenizer.with_name(name), expected, partial(make_again, tokenizer))
         shutil.copyfile(tokenizer.with_name(name), staging / name)
     _write_for_others(staging, model, record["separator_id"], card, origin)
 
