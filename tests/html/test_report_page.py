@@ -66,7 +66,5 @@ def test_on_paper_no_table_is_cut(browser: Any, report: Path, tmp_path: Path) ->
     cut = page.locator(".scroll").evaluate_all("all => all.map(e => e.scrollWidth - e.clientWidth)")
     assert max(cut) <= 0
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    shown = "all => all.map(e => e.querySelector('table, dl').checkVisibility())"
-    assert all(page.locator("details").evaluate_all(shown)), "also what is closed on the screen"
     page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True)
     assert (tmp_path / "report.pdf").read_bytes().count(b"/Type /Page\n") <= 9
