@@ -154,8 +154,9 @@ def is_live(lock: Path, newest_row: float | None, now: float) -> bool:
 def _is_dead(record: dict[str, Any]) -> bool:
     """Whether the process that wrote a lock's record was one of this host, and is gone."""
     pid = record.get("pid")
-    is_here = record.get("host") == socket.gethostname() and isinstance(pid, int) and pid > 0
-    return is_here and not is_alive(pid)
+    if record.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
+        return False
+    return not is_alive(pid)
 
 
 def holder(lock: Path, now: float) -> str | None:
