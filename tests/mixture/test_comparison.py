@@ -66,13 +66,32 @@ def grid() -> list[Finished]:
     ]
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_point_with_a_range() -> None:
+def test_runs_that_differ_in_their_seed_alone_are_one_point() -> None:
     found = comparison.compare(grid())
     assert found["differs"] == ["cluster.k", "train.steps", "seed"] and found["unit"] == "perplexity"
     assert len(found["groups"]) == 4
     first = found["groups"][0]
     assert first["runs"] == ["1,10,0", "1,10,1"] and first["ratio"] == pytest.approx(math.exp(-0.09))
-    assert first["range"] == pytest.approx([math.exp(-0.1), math.exp(-0.08)])
+    assert first["ci95"] is None, "two seeds are too few for an interval"
+
+
+def test_three_seeds_have_an_interval() -> None:
+    runs = [run(str(seed), seed=seed, nll=nll) for seed, nll in enumerate((-0.1, -0.14, -0.12))]
+    (group,) = comparison.compare(runs)["groups"]
+    half = 4.302653 * 0.02 / math.sqrt(3)  # Student's t with two degrees of freedom
+    assert group["ci95"] == pytest.approx([math.exp(-0.12 - half), math.exp(-0.12 + half)])
+    assert "[0.844, 0.932]" in comparison_table.text(comparison.compare([*runs, run("more", k=4, seed=0)]))
+
+
+def test_a_run_that_adds_a_control_is_the_same_point_against_the_stronger_dense_model() -> None:
+    plain, more = run("plain", nll=-0.1), run("more", nll=-0.1)
+    more.settings["train.controls"] = ["dense-steps"]
+    dense, steps, *_ = more.metrics["systems"]
+    steps |= {"system": "dense-steps", "perplexity": 0.9 * dense["perplexity"], "train_flops": 1e15}
+    for system in more.metrics["systems"]:
+        system["ratios"]["dense-steps"] = {"ratio": 1.05, "ci95": [1.0, 1.1]}
+    (group,) = comparison.compare([plain, more])["groups"]
+    assert group["runs"] == ["more"] and group["ratio"] == pytest.approx(1.05)
 
 
 def test_the_best_k_grows_with_the_budget() -> None:

@@ -21,6 +21,7 @@ def render(content: Content, title: str) -> str:
         *_budget(content),
         _cost(content),
         _runs(content),
+        *_seeds(content),
         *([_pairs(content)] if content["pairs"] else []),
         _models(content),
     )
@@ -157,6 +158,16 @@ def _runs(content: Content) -> Html:
     note = "The settings that differ. Bold: the run that predicts best. Brackets: 95 % interval."
     whole = table(header, cells, marked=marked, label="Runs")
     return section("Runs", note, whole, tag("div", plot, class_="charts"))
+
+
+def _seeds(content: Content) -> list[Html]:
+    """Settings that were run with several seeds, if there are any."""
+    header, *rows = comparison_table.over_seeds(content) or [()]
+    if not rows:
+        return []
+    cells = [[text, *(Number(value) for value in values)] for text, *values in rows]
+    note = "Geometric means over random seeds. Intervals are of Student's t on the logarithms of the ratios."
+    return [section("Over seeds", note, table(list(header), cells, label="Over seeds"))]
 
 
 def _value(setting: object) -> str:

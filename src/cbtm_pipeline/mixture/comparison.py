@@ -18,7 +18,8 @@ from cbtm_pipeline.mixture import bootstrap, verdict
 
 Content = dict[str, Any]  # of study.json
 Row = dict[str, Any]
-K, SEED = "cluster.k", "seed"
+K, SEED, CONTROLS = "cluster.k", "seed", "train.controls"
+MIN_SEEDS = 3  # below, no interval over seeds
 BUDGET = ("train.steps", "train.batch_size", "train.seq_len")  # keys that decide the tokens of training
 ALL_PAIRS = 4  # up to so many runs, each is compared with each; more are compared with the best
 MODEL_KEYS = ("system", "router", "k", "top_k", "n_active", "passes", "perplexity", "bits_per_byte")
@@ -137,24 +138,44 @@ def _model(row: Row, strongest: str, n_parameters: Mapping[str, int]) -> Row:
 
 
 def _groups(rows: Sequence[Row]) -> list[Row]:
-    """Runs that differ in their random seed alone, as one: geometric means, and the range of their ratios."""
-    found: dict[str, list[Row]] = {}
+    """Runs that differ in their random seed alone, as one: geometric means, and the interval of their ratios.
+
+    Of runs that differ in train.controls alone, the one with the strongest dense model counts.
+    """
+    found: dict[str, dict[Any, Row]] = {}
     for row in rows:
-        setting = {key: value for key, value in row["setting"].items() if key != SEED}
-        found.setdefault(repr(setting), []).append(row)
+        setting = {key: value for key, value in row["setting"].items() if key not in (SEED, CONTROLS)}
+        by_seed = found.setdefault(repr(setting), {})
+        seed = row["setting"].get(SEED)
+        if seed not in by_seed or row["headline"]["ratio"] > by_seed[seed]["headline"]["ratio"]:
+            by_seed[seed] = row
     groups = []
-    for some in found.values():
+    for some in (list(by_seed.values()) for by_seed in found.values()):
         ratios = [row["headline"]["ratio"] for row in some]
         means = {key: _mean(row["headline"][key] for row in some) for key in ("perplexity", "bits_per_byte")}
-        setting = {key: value for key, value in some[0]["setting"].items() if key != SEED}
+        setting = {key: value for key, value in some[0]["setting"].items() if key not in (SEED, CONTROLS)}
         groups.append(
             {
                 **{"runs": [row["run"] for row in some], "setting": setting},
                 **{key: some[0][key] for key in ("k", "n_tokens")},
-                **{"ratio": _mean(ratios), "range": [min(ratios), max(ratios)], **means},
+                **{"ratio": _mean(ratios), "ci95": over_seeds(ratios), **means},
             }
         )
     return groups
+
+
+def over_seeds(ratios: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of the geometric mean of ratios, one for each random seed; None for fewer than three.
+
+    Student's t on the logarithms, with one degree of freedom fewer than seeds.
+    """
+    from scipy import stats
+
+    if len(ratios) < MIN_SEEDS:
+        return None
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    return [math.exp(logs.mean() - half), math.exp(logs.mean() + half)]
 
 
 def _mean(values: Iterable[float]) -> float:

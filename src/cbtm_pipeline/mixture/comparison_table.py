@@ -19,6 +19,8 @@ def text(content: Content) -> str:
         lines += ["", *_ruled(_models(content))]
     if best := content["best_k"]:
         lines += ["", *_ruled(_best_k(best, unit))]
+    if seeds := over_seeds(content):
+        lines += ["", *_ruled(seeds)]
     if pairs := content["pairs"]:
         lines += ["", *_ruled(_pairs(pairs))]
     lines.append("")
@@ -123,6 +125,21 @@ def _best_k(best: Sequence[Row], unit: str) -> list[tuple[str, ...]]:
         for row in best
     ]
     return [header, *rows]
+
+
+def over_seeds(content: Content) -> list[tuple[str, ...]]:
+    """The header and a row for each setting with several seeds; empty if there is none."""
+    header = ("setting", "seeds", content["unit"].replace("_", " "), "ratio [95 % over seeds]")
+    rows = [
+        (
+            *(setting_text(group["setting"]) or "all", str(len(group["runs"]))),
+            figure(group[content["unit"]], content["unit"]),
+            verdict.interval(group["ratio"], group["ci95"]),
+        )
+        for group in content["groups"]
+        if len(group["runs"]) > 1
+    ]
+    return [header, *rows] if rows else []
 
 
 def pair_ratio(pair: Row) -> str:
