@@ -35,6 +35,7 @@ def run(name: str, k: int = 2, steps: int = 10, seed: int = 0, nll: float = -0.1
         "k": k,
         "dense": "batch",
         "n_documents": N,
+        "comparisons": [],
         "made_with": {"bootstrap": 200, "rng_seed": 0},
         "systems": [*systems, row("ensemble", nll, k, **ensemble)],
     }
@@ -134,9 +135,14 @@ def test_too_few_shared_documents_give_no_ratio() -> None:
     assert content["pairs"][0]["ratio"] is None and "too few documents" in comparison_table.text(content)
 
 
-def test_many_runs_are_compared_with_the_best() -> None:
-    pairs = comparison.compare(grid())["pairs"]
-    assert len(pairs) == 7 and {pair["run"] for pair in pairs} == {"4,80,0"}
+def test_many_runs_are_compared_with_the_best_and_with_those_one_change_away() -> None:
+    pairs = {(pair["run"], pair["against"]) for pair in comparison.compare(grid())["pairs"]}
+    assert {pair for pair in pairs if "4,80,0" not in pair} == {
+        ("1,10,0", "4,10,0"),  # another k, at the same budget and seed
+        ("1,10,1", "4,10,1"),
+        ("4,80,1", "1,80,1"),
+    }
+    assert len({pair for pair in pairs if pair[0] == "4,80,0"}) == 7
 
 
 def test_other_tokenizers_compare_by_byte_and_say_so() -> None:

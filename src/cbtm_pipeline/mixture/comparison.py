@@ -104,7 +104,10 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _run(run: Finished, keys: Iterable[str]) -> Row:
-    """A run with its headline beside the strongest dense model, and all its main models."""
+    """A run with its headline beside the strongest dense model, all its main models, and the routers' pairs.
+
+    `labels` has the agreement of clusters and labels, where documents have labels.
+    """
     metrics = run.metrics
     best, strongest = verdict.headline(metrics), verdict.strongest_dense(metrics)
     models = [_model(row, strongest, run.n_parameters) for row in verdict.main_rows(metrics)]
@@ -118,6 +121,8 @@ def _run(run: Finished, keys: Iterable[str]) -> Row:
         "dense": strongest,
         "headline": headline,
         "models": models,
+        "comparisons": metrics["comparisons"],
+        "labels": {key: value for key, value in (metrics.get("labels") or {}).items() if key != "rows"},
     }
 
 
@@ -212,14 +217,21 @@ def _rounded(n_tokens: int) -> int:
 def _pairs(runs: Sequence[Finished], rows: Sequence[Row], unit: str) -> list[Row]:
     """The headline ensembles of two runs on the documents that both report, with paired intervals.
 
+    Of few runs, all pairs. Of more, each with the best, and those that differ in one key (`_is_one_change`).
     The ratio is of perplexities per token, or per byte where tokenizers differ.
     """
     order = sorted(range(len(runs)), key=lambda i: rows[i]["headline"][unit])
-    if len(runs) <= ALL_PAIRS:
-        pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
-    else:
-        pairs = [(order[0], b) for b in order[1:]]
+    pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+    if len(runs) > ALL_PAIRS:
+        settings = [row["setting"] for row in rows]
+        pairs = [(a, b) for a, b in pairs if a == order[0] or _is_one_change(settings[a], settings[b])]
     return [{"run": runs[a].name, "against": runs[b].name, **_pair(runs[a], runs[b], unit)} for a, b in pairs]
+
+
+def _is_one_change(a: Row, b: Row) -> bool:
+    """Whether two settings differ in one key that is no budget, no seed and no list of controls."""
+    keys = [key for key in a if a[key] != b[key] and key != CONTROLS]
+    return len(keys) == 1 and keys[0] not in (SEED, *BUDGET)
 
 
 def _pair(a: Finished, b: Finished, unit: str) -> Row:
