@@ -28,10 +28,10 @@ def make_again(path: str | Path) -> str:
     if _is_of_request(path):
         return f"Remove {output_of(path)}, and type the same command again."
     output = output_of(path)
-    advice = f"Make it again: {_snakemake(path)} --force {shlex.quote(_target(output))}"
+    command = f"{_snakemake(path)} --force {shlex.quote(_target(output))}"
     if output.name == "model.safetensors" and output != Path(path):  # the weights themselves may be whole
-        return f"Bring it back from a copy. {advice}, which trains the model again."
-    return advice
+        return f"Bring it back from a copy, or train the model again: {command}"
+    return f"Make it again: {command}"
 
 
 def run_again(path: str | Path) -> str:
