@@ -1,0 +1,332 @@
+"""Write docs/study.md and its pictures from the stored metrics, docs/study/*.json.
+
+    python benchmarks/study/write.py
+
+Each of these files is the study.json of a study whose config lies in this folder. Every number and every
+verdict on the page is computed here.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cbtm_pipeline.html import charts
+from cbtm_pipeline.mixture import comparison, verdict
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+STYLE = """
+svg { background: #fcfcfa; font-family: system-ui, sans-serif }
+text { fill: #5d6876; font-size: 11.5px } .grid { stroke: #e1e4e8 } .grid, .line { fill: none }
+.line { stroke: var(--c); stroke-width: 2 } .dashed { stroke-dasharray: 5 4; stroke-width: 1.5 }
+.dot, .end { fill: var(--c) } .dot { stroke: #fcfcfa } .end { font-weight: 600 }
+.c0 { --c: #2c6cb0 } .c1 { --c: #c4621a } .c2 { --c: #2d8a6b } .c3 { --c: #8b4fa3 } .grey { --c: #838c97 }
+"""
+Row = dict[str, Any]
+
+
+class Study:
+    """The content of a study.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.content = json.loads(path.read_text("utf-8"))
+        self.runs: list[Row] = self.content["runs"]
+        self.by_name = {run["run"]: run for run in self.runs}
+
+    def grid(self, key: str) -> list[Any]:
+        """The values of a key that runs of the grid have, in order."""
+        return sorted({run["setting"][key] for run in self.runs if run["run"].startswith("k=")})
+
+    def at(self, k: int, steps: int) -> Row:
+        """The run of the grid with this k and budget."""
+        return self.by_name[f"k={k},steps={steps}"]
+
+    def dense(self, run: Row) -> dict[str, Row]:
+        """The dense models of equal compute of all runs with the budget and the random seed of this one."""
+        keys = [key for key in ("train.steps", "seed", "train.seed_share") if key in run["setting"]]
+        same = [r for r in self.runs if all(r["setting"][key] == run["setting"][key] for key in keys)]
+        found = {model["model"]: model for r in same for model in r["models"] if is_dense(model)}
+        most = verdict.EQUAL * run["headline"]["train_flops"]
+        return {name: model for name, model in found.items() if model["train_flops"] <= most}
+
+    def ratio(self, run: Row) -> float:
+        """The perplexity of a run's best ensemble over that of the strongest dense model of its budget."""
+        strongest = min(model["perplexity"] for model in self.dense(run).values())
+        return run["headline"]["perplexity"] / strongest
+
+    def pair(self, name: str, against: str) -> tuple[float, list[float]]:
+        """The ratio of the best ensembles of two runs, with its interval."""
+        for pair in self.content["pairs"]:
+            if (pair["run"], pair["against"]) == (name, against):
+                return pair["ratio"], pair["ci95"]
+            if (pair["run"], pair["against"]) == (against, name):
+                return 1 / pair["ratio"], [1 / end for end in reversed(pair["ci95"])]
+        raise ValueError(f"{name}, {against}: no such pair in the study")
+
+
+def is_dense(model: Row) -> bool:
+    return model["model"].startswith("dense")
+
+
+def model(run: Row, name: str) -> Row:
+    """A model of a run, by its name in the table."""
+    return next(row for row in run["models"] if row["model"] == name)
+
+
+def best_of(run: Row, router: str) -> Row:
+    """The best setting of a router, by name `<router> top-n` or `<router> all-n`: its pair says which."""
+    names = {pair["system"] for pair in run["comparisons"] if pair["system"].startswith(router)}
+    return model(run, names.pop())
+
+
+def against(run: Row, system: str, other: str) -> tuple[float, list[float]]:
+    """The ratio of two mixtures of a run by the beginnings of their names, with its interval."""
+    for pair in run["comparisons"]:
+        if pair["system"].startswith(system) and pair["against"].startswith(other):
+            return pair["ratio"], pair["ci95"]
+    raise ValueError(f"{run['run']}: {system} was not compared with {other}")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def millions(n_tokens: float) -> str:
+    return f"{n_tokens / 1e6:.1f} M" if n_tokens < 1e7 else f"{n_tokens / 1e6:.0f} M"
+
+
+def picture(name: str, title: str, x_label: str, y_label: str, series: list[charts.Series]) -> None:
+    """Write a line chart as a picture of its own."""
+    drawn = str(charts.lines(title, x_label, y_label, series, log_x=True))
+    (svg,) = re.findall(r"<svg.*?</svg>", drawn, re.DOTALL)
+    head, body = svg.split(">", 1)
+    text = f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{body}\n'
+    (DOCS / "study" / f"{name}.svg").write_text(text, "utf-8")
+
+
+def curves(study: Study) -> None:
+    """The pictures: ratio to dense, and held-out perplexity, against tokens."""
+    ratios, losses = [], []
+    for i, k in enumerate(study.grid("cluster.k")):
+        runs = [study.at(k, steps) for steps in study.grid("train.steps")]
+        points = [(run["n_tokens"], study.ratio(run)) for run in runs]
+        ratios.append(charts.Series(f"k = {k}", f"c{i}", points, dots=True, end=f"k = {k}"))
+        points = [(run["n_tokens"], run["headline"]["perplexity"]) for run in runs]
+        losses.append(charts.Series(f"k = {k}", f"c{i}", points, dots=True, end=f"k = {k}"))
+    runs = [study.at(study.grid("cluster.k")[0], steps) for steps in study.grid("train.steps")]
+    dense = [
+        (run["n_tokens"], min(model["perplexity"] for model in study.dense(run).values())) for run in runs
+    ]
+    losses.append(charts.Series("dense", "grey", dense, dots=True, end="dense"))
+    ones = charts.Series("dense", "grey", [(1, 1)], "dashed")
+    tokens = "training tokens of all experts together"
+    picture("ratio", "Ratio to dense", tokens, "perplexity, relative to dense", [ones, *ratios])
+    picture("perplexity", "Perplexity", tokens, "held-out perplexity", losses)
+
+
+def budgets(study: Study) -> list[str]:
+    """Perplexity and ratio for each k and budget."""
+    ks = study.grid("cluster.k")
+    rows = []
+    for steps in study.grid("train.steps"):
+        runs = [study.at(k, steps) for k in ks]
+        dense = study.dense(runs[0])
+        best = min(runs, key=lambda run: run["headline"]["perplexity"])
+        cells = []
+        for run in runs:
+            text = f"{run['headline']['perplexity']:.1f} ({study.ratio(run):.3f})"
+            cells.append(f"**{text}**" if run is best else text)
+        named = ", ".join(f"{name} {row['perplexity']:.1f}" for name, row in sorted(dense.items()))
+        rows.append([millions(runs[0]["n_tokens"]), named, *cells])
+    return table(["tokens", "dense models", *(f"k = {k}" for k in ks)], rows)
+
+
+def routers(study: Study, k: int) -> list[str]:
+    """The routers and their sparse settings at one k, for each budget."""
+    runs = [study.at(k, steps) for steps in study.grid("train.steps")]
+    names = [row["model"] for row in runs[0]["models"] if row["router"]]
+    rows = []
+    for name in ["seed", "uniform", *names, "oracle"]:
+        cells = []
+        for run in runs:
+            row = model(run, name)
+            passes = "" if row["passes"] is None or name in ("seed", "uniform") else f", {row['passes']:.2f}"
+            cells.append(f"{row['perplexity'] / model(run, 'dense')['perplexity']:.3f}{passes}")
+        rows.append([name, *cells])
+    return table(["model", *(f"{millions(run['n_tokens'])} tokens" for run in runs)], rows)
+
+
+CHANGES = {
+    "balance=none": "clusters that are not balanced",
+    "by=label": "clusters made of the labels, dealt to eight experts",
+    "by=label+text": "labels and text together",
+    "border_share=0.1": "a tenth of each expert's text from its neighbours",
+    "seed_share=0.25": "a quarter of the compute for the seed, not half",
+}
+
+
+def changes(study: Study, base: str) -> list[str]:
+    """What one change to the base run makes of its best ensemble."""
+    rows = []
+    for name, what in CHANGES.items():
+        if name in study.by_name:
+            ratio, ci95 = study.pair(name, base)
+            training = (study.by_name[name]["labels"] or {}).get("training", {})
+            nmi = f"{training['nmi']:.3f}" if training else "–"
+            rows.append([f"`{name}`", what, verdict.interval(ratio, ci95), nmi])
+    return table(["change", "what it is", "perplexity over that of the base [95 %]", "NMI with labels"], rows)
+
+
+Estimate = tuple[float, list[float] | None]  # a ratio with its 95 % interval
+
+
+def over_seeds(study: Study, names: Sequence[str]) -> dict[str, Estimate]:
+    """Ratios of runs that differ in their random seed: geometric means, and intervals of Student's t."""
+    found: dict[str, list[float]] = {}
+    for name in names:
+        run = study.by_name[name]
+        strongest = min(row["perplexity"] for row in study.dense(run).values())
+        for label, value in (
+            ("best ensemble / strongest dense", study.ratio(run)),
+            ("best `filter` / best `paper`", against(run, "filter", "paper")[0]),
+            ("random clusters / strongest dense", model(run, "random, uniform")["perplexity"] / strongest),
+        ):
+            found.setdefault(label, []).append(value)
+    return {
+        label: (math.exp(sum(map(math.log, values)) / len(values)), comparison.over_seeds(values))
+        for label, values in found.items()
+    }
+
+
+def to_dense(run: Row, name: str) -> Estimate:
+    """A model of a run over the dense model with the larger batch."""
+    row = model(run, name)
+    return row["ratio_to_dense"], row["ci95_to_dense"]
+
+
+def judged(estimate: Estimate, below: str, above: str) -> str:
+    """What an interval says about 1."""
+    ci95 = estimate[1]
+    if ci95 is None:
+        return "unclear"
+    return below if ci95[1] < 1 else above if ci95[0] > 1 else "no clear difference"
+
+
+def shown(estimate: Estimate) -> str:
+    return verdict.interval(*estimate)
+
+
+def is_falling(values: Sequence[float]) -> bool:
+    return all(a > b for a, b in itertools.pairwise(values))
+
+
+def claims(study: Study, seeds: dict[str, Estimate], base: str, controls: str) -> list[str]:
+    """Each claim of the paper and of its relatives, and what this study says about it."""
+    ks, budgets = study.grid("cluster.k"), study.grid("train.steps")
+    largest = [study.at(k, budgets[-1]) for k in ks]
+    best = min(largest, key=lambda run: run["headline"]["perplexity"])
+    at_most = f"at {millions(best['n_tokens'])} tokens"
+    by_budget = {k: [study.ratio(study.at(k, steps)) for steps in budgets] for k in ks}
+    best_ks = [min(ks, key=lambda k: study.at(k, steps)["headline"]["perplexity"]) for steps in budgets]
+    run = study.by_name[controls]
+    wins = seeds["best ensemble / strongest dense"]
+    random = seeds["random clusters / strongest dense"]
+    unbalanced = study.pair("balance=none", base)
+    by_label = study.pair("by=label", base)
+    share = study.pair("seed_share=0.25", base)
+    top_1, top_2, everyone = (
+        to_dense(run, f"filter {name}") for name in ("top-1", "top-2", f"all-{run['k']}")
+    )
+    falls = all(is_falling(values) for values in by_budget.values())
+    grows = is_falling([-k for k in best_ks])
+    rows = [
+        (
+            "Experts beat a dense model of equal compute (C-BTM)",
+            judged(wins, "holds", "does not hold"),
+            f"k = 8, {millions(run['n_tokens'])} tokens, three seeds, strongest dense model: {shown(wins)}",
+        ),
+        (
+            "The gain grows with the data (C-BTM)",
+            "holds" if falls else "holds in part",
+            "; ".join(f"k = {k}: {' → '.join(f'{r:.3f}' for r in by_budget[k])}" for k in ks),
+        ),
+        (
+            "The best k grows with the data (C-BTM)",
+            "holds" if grows else "not seen" if len(set(best_ks)) == 1 else "holds in part",
+            f"best k at {', '.join(millions(study.at(ks[0], s)['n_tokens']) for s in budgets)} tokens: "
+            f"{', '.join(map(str, best_ks))}",
+        ),
+        (
+            "Two active experts are about as good as all, and one already beats dense (C-BTM)",
+            judged(top_1, "holds", "does not hold"),
+            f"over dense: top-1 {shown(top_1)}, top-2 {shown(top_2)}, all {shown(everyone)}",
+        ),
+        (
+            "Experts on random clusters gain nothing (C-BTM)",
+            judged(random, "does not hold", "holds"),
+            f"equal weights, over the strongest dense model, three seeds: {shown(random)}",
+        ),
+        (
+            "Balance matters (C-BTM)",
+            judged(unbalanced, "does not hold", "holds"),
+            f"clusters that are not balanced, over balanced ones: {shown(unbalanced)}",
+        ),
+        (
+            "Clusters that are found are as good as labels (C-BTM)",
+            judged(by_label, "does not hold", "holds"),
+            f"labels dealt to eight experts, over found clusters: {shown(by_label)}",
+        ),
+        (
+            "The common seed is worth 40 to 60 % of the compute (BTM)",
+            judged(share, "does not hold", "holds"),
+            f"a share of 0.25, over 0.5: {shown(share)}",
+        ),
+        (
+            "Experts of 1.3 B match a dense model of 6.7 B; few-shot tasks gain (C-BTM)",
+            "cannot be tested here",
+            "models of 0.2 M parameters know too little",
+        ),
+    ]
+    ours = against(best, "filter", "paper")
+    rows.append(
+        (
+            "Ours: `filter` is better than the paper's router",
+            judged(ours, "holds", "does not hold"),
+            f"{at_most}, k = {best['k']}: {shown(ours)}; at {millions(run['n_tokens'])}, three seeds: "
+            f"{shown(seeds['best `filter` / best `paper`'])}",
+        )
+    )
+    return table(["claim", "here", "measured"], rows)
+
+
+def write(study: Study) -> str:
+    """The page."""
+    text = (Path(__file__).parent / "study.md").read_text("utf-8")
+    base, controls = "k=8,steps=200", "controls,steps=200"
+    seeds = over_seeds(study, [controls, "seed=1,steps=200", "seed=2,steps=200"])
+    parts = {
+        "claims": claims(study, seeds, base, controls),
+        "budgets": budgets(study),
+        "seeds": table(["three seeds", "ratio [95 %]"], [(name, shown(e)) for name, e in seeds.items()]),
+        "changes": changes(study, base),
+        "routers": routers(study, 8),
+    }
+    for name, lines in parts.items():
+        text = text.replace(f"<!-- {name} -->", "\n".join(lines))
+    return text
+
+
+def main() -> None:
+    study = Study(DOCS / "study/technical.json")
+    curves(study)
+    (DOCS / "study.md").write_text(write(study), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
