@@ -21,7 +21,7 @@ from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli, device
 from cbtm_pipeline.base.errors import make_again
-from cbtm_pipeline.clustering import kmeans, label_passes, labelled, regroup, words
+from cbtm_pipeline.clustering import kmeans, label_passes, labelled, parents, regroup, words
 from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.embedding import vectors as vector_files
@@ -134,11 +134,12 @@ def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
         loads = f"largest load over mean {balance:.3f}"
         progress.add(1, f"run {run}, iteration {iteration}: inertia {inertia:.4f}, {loads}")
 
-    return kmeans.fit(
+    # a document without tokens needs a weight, too, because it belongs to a cluster
+    weights_N = np.maximum(sample.n_tokens_N, 1) if plan.balance == "tokens" else None
+    found = kmeans.fit(
         sample.x_ND,
         k,
-        # a document without tokens needs a weight, too, because it belongs to a cluster
-        weights_N=np.maximum(sample.n_tokens_N, 1) if plan.balance == "tokens" else None,
+        weights_N=weights_N,
         balanced=plan.balance != "none",
         rng_seed=plan.rng_seed,
         n_init=plan.n_init,
@@ -146,6 +147,16 @@ def fit(sample: Sample, plan: ClusterPlan) -> kmeans.Clustering:
         device=device.best().type,
         progress=report,
     )
+    if not plan.parents:
+        return found
+    return kmeans.renumbered(sample.x_ND, weights_N, found, by_parent(found.centres_KD, found.loads_K, plan))
+
+
+def by_parent(centres_KD: np.ndarray, loads_K: np.ndarray, plan: ClusterPlan) -> np.ndarray:
+    """The order of the clusters in which those of a parent follow each other."""
+    assert plan.parents
+    settings = {"rng_seed": plan.rng_seed, "n_init": plan.n_init, "max_iterations": plan.max_iterations}
+    return parents.order(centres_KD, loads_K, plan.parents, **settings)
 
 
 def fit_by_label(
@@ -162,6 +173,10 @@ def fit_by_label(
     if plan.by == "label":
         groups = labelled.deal(weights, plan.k)
         centres_KD = labelled.means(chunks(shards, vectors, plan.balance), groups, plan.k)
+        if plan.parents:
+            loads_K = np.bincount(list(groups.values()), [weights[label] for label in groups], plan.k)
+            order = by_parent(centres_KD, loads_K, plan)
+            groups, centres_KD = labelled.renumbered(groups, order.tolist()), centres_KD[order]
         rule = labelled.Rule(centres_KD, groups=groups)
         labels_N, _ = rule.assign(sample.x_ND, sample.labels, np.zeros(plan.k))
     else:
@@ -234,6 +249,8 @@ def main() -> None:
     terms = describe(sample, idf_V, clustering.labels_N[sample.counted], plan.k, tokenizer)
     for cluster, cluster_terms in enumerate(terms):
         cli.log.info("cluster %d: %s", cluster, " ".join(cluster_terms))
+    for parent, groups in enumerate(np.array_split(np.arange(plan.k), plan.parents) if plan.parents else []):
+        cli.log.info("parent-%d: clusters %d to %d", parent, groups[0], groups[-1])
     vectors = artifact.read_sealed(args.vectors, "vectors")
     shards = None if by_text else artifact.read_sealed(args.shards, "shards")
     identities = made_from.fit_kmeans(vectors, shards)

@@ -19,6 +19,7 @@ class ClusterPlan(Plan):
     max_iterations: int
     rng_seed: int
     by: Literal["text", "label", "label+text"] = "text"
+    parents: int | None = None  # groups of clusters; they are numbered by group
 
 
 @dataclass(frozen=True)

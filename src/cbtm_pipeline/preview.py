@@ -38,7 +38,13 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
     "eval_ensemble": ("route", "eval"),
     "eval_task": ("eval",),
 }
-NAMES = {"rng_seed": "seed", "context": "train.seq_len", "model": "model.pretrained"}  # other fields
+NAMES = {  # other fields
+    "rng_seed": "seed",
+    "context": "train.seq_len",
+    "model": "model.pretrained",
+    "begins": "cluster.parents",
+    "children": "cluster.parents",
+}
 DERIVED = {  # from train.steps, batch_size, cluster.k and lr
     "n_steps": "steps",
     "batch_size": "sequences per step",

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import orjson
 
-from cbtm_pipeline import config, plan, plan_search
+from cbtm_pipeline import config, plan, plan_first, plan_search
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import lenient, run_state, status_table, which_run
@@ -79,7 +79,8 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
         expected = "the config, which a run writes when it starts"
         notes.append(f"{path}: {reason}. Expected {expected}. Without it, much is unknown.")
     names = list(plans) or run_state.traces(outdir)
-    scored = list(dict.fromkeys(map(plan_search.base, names)))
+    trained = dict.fromkeys(map(plan_search.base, names))
+    scored = [name for name in trained if not plan_first.is_parent(name)]
     if not names:
         left_out.add("score_expert")
     if began is None and not names:

@@ -89,12 +89,15 @@ def made_by(run, name):
     return run.path(name) if run.produces(name) else ancient(run.path(name))
 
 
-def of_experts(pattern, clusters_only=False):
-    """Inputs that are made for each expert."""
+def of_experts(pattern, which="experts"):
+    """Inputs that are made for each of some models: `experts` are scored, `trained` are all, `clusters` are packed."""
 
     def paths(wildcards):
         run = run_of(wildcards)
-        names = plan.cluster_experts(run.config) if clusters_only else run.experts
+        clusters = plan.cluster_experts(run.config)
+        names = {"experts": run.experts, "trained": run.trained, "clusters": clusters}[
+            which
+        ]
         return [made_by(run, pattern.format(name)) for name in names]
 
     return paths
@@ -197,13 +200,13 @@ def unless_done(run, job):
 
 
 def expert_inputs(wildcards):
-    """The data, the tokenizer and the seed model of a training. Those from scratch have no seed model."""
+    """The data, the tokenizer and the model that a training begins as, the seed or a parent; none from scratch."""
     inputs = {
         "data": started.MANIFESTS[plan.data_of(wildcards.expert)[0]],
         "tokenizer": "tokenizer/tokenizer.json",
     }
-    if plan.branches(wildcards.expert):
-        inputs["seed_model"] = "experts/seed/model.safetensors"
+    if first := plan.begins_as(run_of(wildcards).config, wildcards.expert):
+        inputs["seed_model"] = f"experts/{first}/model.safetensors"
     return {name: made(output)(wildcards) for name, output in inputs.items()}
 
 

@@ -24,7 +24,7 @@ rule eval_ensemble:
     input:
         distances=made("route/distances.npz"),
         scores=of_experts("scores/{}.npz"),
-        experts=of_experts("experts/{}/model.safetensors"),
+        experts=of_experts("experts/{}/model.safetensors", "trained"),
         clusters=clusterings,
         choices=choices,
         labels=labels_read,
@@ -67,7 +67,7 @@ rule report:
         top_terms=made("cluster/top_terms.json"),
         assignments=made("assignments/manifest.json"),
         shards=made("shards/manifest.json"),
-        experts=of_experts("experts/{}/model.safetensors"),
+        experts=of_experts("experts/{}/model.safetensors", "trained"),
         tasks=tasks_of_report,
     output:
         report(
@@ -99,7 +99,7 @@ rule ensemble:
         clusterer=made("cluster/clusterer.npz"),
         top_terms=made("cluster/top_terms.json"),
         tokenizer=made("tokenizer/tokenizer.json"),
-        experts=of_experts("experts/{}/model.safetensors", clusters_only=True),
+        experts=of_experts("experts/{}/model.safetensors", "clusters"),
     output:
         report(
             f"{OUT}/ensemble/files.json",

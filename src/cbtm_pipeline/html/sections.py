@@ -235,7 +235,7 @@ def _use(metrics: Metrics) -> list[Html]:
 def compute(metrics: Metrics) -> Html:
     """FLOPs of each training, and of a token for each number of models that run at once."""
     cost = metrics["flops"]
-    names = ["seed", "experts", *(name for name in cost if name.startswith("dense")), "random"]
+    names = ["seed", "parents", "experts", *(name for name in cost if name.startswith("dense")), "random"]
     training = [(f"{name}, training", flops(cost[name])) for name in names if name in cost]
     n_models = sorted({row["n_active"] for row in metrics["systems"] if row["n_active"]})
     inference = [

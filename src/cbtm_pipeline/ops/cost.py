@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cbtm_pipeline import plan, plan_search
+from cbtm_pipeline import plan, plan_first, plan_search
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.base.errors import first_sentence
@@ -224,6 +224,8 @@ def _tokens(config: Config) -> str:
     tokens = n_tokens(config)
     k, n_random = config.cluster.k, len(plan.random_experts(config))
     parts = [f"{name} {_each(config, name, tokens)}" for name in ["seed", *plan.dense_experts(config)]]
+    parents = plan_first.parents(config)
+    parts += [f"parents {len(parents)} x {_each(config, parents[0], tokens)}"] if parents else []
     parts += [f"experts {k} x {_each(config, '0', tokens)}"]
     parts += [f"random experts {n_random} x {_each(config, 'random-0', tokens)}"] if n_random else []
     return f"{units(sum(tokens.values()))} in training: {', '.join(parts)}"

@@ -13,6 +13,7 @@ from cbtm_pipeline.provenance.stale import Asked, Job, Start
 MANIFESTS = {
     "corpus": "shards/manifest.json",
     "clusters": "assignments/manifest.json",
+    "parents": "assignments/manifest.json",
     "random": "random/manifest.json",
 }
 
@@ -37,6 +38,12 @@ class Run:
 
     @cached_property
     def experts(self) -> list[str]:
+        """Ids of the models that are scored and compared."""
+        return plan.evaluated(self.config)
+
+    @cached_property
+    def trained(self) -> list[str]:
+        """Ids of all models: those that are compared, and those that experts begin as."""
         return plan.trained(self.config)
 
     @cached_property

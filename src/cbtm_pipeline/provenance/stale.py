@@ -68,8 +68,8 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
         Job(rule)
         for rule in ("tokenizer", "shard", "embed", "fit_kmeans", "assign", "assign_random", "route")
     )
-    names = plan.trained(cfg)
-    data = {"corpus": shard, "clusters": assign, "random": dealt}
+    names = plan.evaluated(cfg)
+    data = {"corpus": shard, "clusters": assign, "parents": assign, "random": dealt}
     found = {tokenizer: [], shard: [tokenizer], embed: [shard], fit: [tokenizer, shard, embed]}
     found[assign] = [shard, embed, fit]
     randoms = [dealt] if plan.random_experts(cfg) else []
@@ -78,7 +78,7 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
         found |= _trainings(cfg, kind, models, tokenizer, data)
     found[route] = [tokenizer, shard, embed, fit]
     found |= {Job("score_expert", name): [shard, Job("train_expert", name)] for name in names}
-    experts = [Job("train_expert", name) for name in names]
+    experts = [Job("train_expert", name) for name in plan.trained(cfg)]
     scores = [Job("score_expert", name) for name in names]
     choices = [Job("choose", kind) for kind in plan.searched(cfg)]
     labelled = [shard] if cfg.corpus.label_field else []
@@ -101,9 +101,10 @@ def _trainings(
     """The trainings of a kind. Where its rate is searched: of its candidates, then the choice, then the job
     that makes the chosen candidate the expert.
     """
-    seed, found, made = Job("train_expert", "seed"), {}, {}
+    found, made = {}, {}
     for name in models:
-        reads = [tokenizer, data[plan.data_of(name)[0]], *([seed] if plan.branches(name) else [])]
+        first = plan.begins_as(cfg, name)
+        reads = [tokenizer, data[plan.data_of(name)[0]], *([Job("train_expert", first)] if first else [])]
         made[name] = [Job("train_expert", one) for one in plan_search.candidates(cfg, name) or [name]]
         found |= dict.fromkeys(made[name], reads)
     if plan_search.is_searched(cfg, models[0]):
@@ -221,9 +222,10 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
             return made_from.assign_random(read("shard"))
         case "train_expert":
             planned = plan.train_expert(cfg, chosen.training(cfg, *job, read))
-            rule = {"corpus": "shard", "clusters": "assign", "random": "assign_random"}[planned.data]
-            seed = read("train_expert", "seed") if plan.branches(planned.expert) else None
-            return made_from.train_expert(planned, read(rule), read("tokenizer"), seed)
+            rule = {"corpus": "shard", "random": "assign_random"}.get(planned.data, "assign")
+            first = plan.begins_as(cfg, planned.expert)
+            begun = read("train_expert", first) if first else None
+            return made_from.train_expert(planned, read(rule), read("tokenizer"), begun)
         case "choose":
             models = plan.kinds(cfg)[job.expert or ""]
             candidates = [one for name in models for one in plan_search.candidates(cfg, name)]
@@ -233,7 +235,7 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
         case "route":
             return made_from.route(read("shard"), read("fit_kmeans"))
         case "eval_ensemble":
-            scores = {name: read("score_expert", name) for name in plan.trained(cfg)}
+            scores = {name: read("score_expert", name) for name in plan.evaluated(cfg)}
             choices = {kind: read("choose", kind) for kind in plan.searched(cfg)}
             labelled = read("shard") if cfg.corpus.label_field else None
             return made_from.eval_ensemble(read("route"), scores, choices, labelled)
