@@ -12,7 +12,7 @@ from cbtm_pipeline.base import artifact
 from made_project import done, make_project, snakemake
 from made_run import run_rule
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_finished_run_has_nothing_to_do_and_shows_its_parents(family: Path) ->
     assert rows["parent-0"].state == rows["parent-1"].state == "done"
     assert rows["score_expert"].n_steps == 6, "seed, four experts, dense"
     page = (family / "results/report.html").read_text()
-    assert "parents, training" in page and "parents where the seed ends" in page
+    assert "parents, training" in page and "the models of the first stage end" in page
     assert "train_expert parent-1" in page
 
 

@@ -51,7 +51,7 @@ def test_parents_and_their_children_cost_what_experts_cost(
     keys = {"cluster__k": k, "train__steps": steps, "train__batch_size": batch_size}
     c = validated(**keys, cluster__parents=n, train__first_share=share)
     flat, found = plan.trainings(validated(**keys)), plan.trainings(c)
-    parents, children = plan_first.parents(c), plan.cluster_experts(c)
+    parents, children = plan_first.firsts(c), plan.cluster_experts(c)
 
     def sequences(plans: dict[str, plan.TrainingPlan], names: list[str]) -> int:
         return sum(plans[name].n_steps * plans[name].batch_size for name in names)
@@ -72,6 +72,33 @@ def test_parents_and_their_children_cost_what_experts_cost(
         assert p.batch_size == found["0"].batch_size, "one learning rate fits both"
         if flat["0"].n_steps > 1:
             assert 0 < found["0"].n_steps < flat["0"].n_steps
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 64])
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+@pytest.mark.parametrize(("batch_size", "share"), [(1, 0.5), (32, 0.01), (37, 0.37), (512, 0.99)])
+def test_two_rounds_cost_what_one_costs(k: int, steps: int, batch_size: int, share: float) -> None:
+    keys = {"cluster__k": k, "train__steps": steps, "train__batch_size": batch_size}
+    c = validated(**keys, cluster__second_round=True, train__first_share=share)
+    flat, found = plan.trainings(validated(**keys)), plan.trainings(c)
+    firsts, experts = plan_first.firsts(c), plan.cluster_experts(c)
+    assert {name: p for name, p in flat.items() if name not in experts} == {
+        name: p for name, p in found.items() if name not in {*firsts, *experts}
+    }, "the other models stay as they are"
+    for first, expert in zip(firsts, experts, strict=True):
+        assert (
+            plan.begins_as(c, expert) == found[expert].begins == first and plan.begins_as(c, first) == "seed"
+        )
+        assert found[first].n_steps + found[expert].n_steps == flat[expert].n_steps
+        assert found[first].batch_size == found[expert].batch_size == flat[expert].batch_size
+        assert (found[first].data, found[expert].data) == ("first", "clusters")
+        assert found[first].group == found[expert].group == flat[expert].group
+
+
+def test_the_clusters_of_the_first_round_are_those_of_the_only_one() -> None:
+    one, two = validated(), validated(cluster__second_round=True)
+    for rule in ("fit_kmeans", "assign", "assign_random", "route"):
+        assert plan.content(one, rule) == plan.content(two, rule)
 
 
 def test_without_parents_plans_say_nothing_of_them() -> None:

@@ -531,9 +531,7 @@ def test_a_child_begins_as_its_parent_and_as_nothing_else(outdir):
     assert (
         "parent-0 of the run, which began as the seed model" in where.out.with_name("README.md").read_text()
     )
-    with pytest.raises(
-        ValueError, match=r"seed. Expected parent-0, as which expert 1 begins by cluster.parents"
-    ):
+    with pytest.raises(ValueError, match=r"seed. Expected parent-0, as which expert 1 begins by the config"):
         made.train(cfg, made.files(outdir, "1", to="orphan"), "1")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cbtm_pipeline import config, plan_first
+from cbtm_pipeline import config, plan_first, plan_search
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import heldout
@@ -243,14 +243,14 @@ def _comparisons(
 
 
 def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
-    """Training FLOPs of the seed, of parents, of the experts and of each control, and the FLOPs of inference.
+    """Training FLOPs of the seed, the first stage, the experts and each control, and FLOPs of inference.
 
     `forward_per_token` is the forward pass of one model over one token: a third of its training FLOPs. That
     of dense-large, a larger model, stands apart.
     """
     groups = {
         "seed": ["seed"],
-        **({"parents": parents} if (parents := plan_first.parents(cfg)) else {}),
+        **({plan_search.kind(first[0]): first} if (first := plan_first.firsts(cfg)) else {}),
         "experts": plans.cluster_experts(cfg),
         **{name: [name] for name in plans.dense_experts(cfg)},
     }
@@ -296,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         labelled = by_label.read(field, (args.shards, shards), manifests["clusters"]) if field else None
     choices = chosen.read(cfg, args.choices, found.cards)
     metrics = evaluate(cfg, found.scored, found.cards, models, choices, args.threads, labelled)
+    if "second_round" in manifests["clusters"][1]:
+        metrics["flops"]["second_round"] = manifests["clusters"][1]["second_round"]["flops"]
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")

@@ -12,7 +12,8 @@ Every phase-two system spends the same tokens, T = train.steps * train.batch_siz
 dense-large has twice the layers of an expert, and so about the parameters of two active experts. It begins
 from scratch, and spends the training FLOPs of the seed and of all experts together.
 
-With cluster.parents, the k experts share these tokens with the parents that they begin as (plan_first.py).
+With cluster.parents or cluster.second_round, the k experts share these tokens with the models of a first
+stage, as which they begin (plan_first.py).
 
 Neither dense, dense-large nor the seed depends on k. Where batch_size / k is not whole, the batch is rounded,
 and the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts.
@@ -28,7 +29,7 @@ from pydantic import BaseModel
 from cbtm_pipeline import plan_first, plan_search, plan_tasks, presets
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.plan_base import EnsemblePlan, Plan
-from cbtm_pipeline.plan_clusters import assign, assign_random, fit_kmeans
+from cbtm_pipeline.plan_clusters import assign, assign_random, fit_kmeans, score_training, second_round
 from cbtm_pipeline.plan_training import LARGE, LARGE_DEPTH, Data, LargePlan, SeedPlan, TrainingPlan
 
 
@@ -152,24 +153,28 @@ def experts(config: Config) -> list[str]:
 
 
 def evaluated(config: Config) -> list[str]:
-    """Ids of the models that are scored and compared: all but parents. The seed comes first."""
+    """Ids of the models that are scored and compared: all but a first stage. The seed comes first."""
     return ["seed", *experts(config)]
 
 
 def trained(config: Config) -> list[str]:
     """Ids of everything that is trained. What others begin as comes before them."""
-    return ["seed", *plan_first.parents(config), *experts(config)]
+    return ["seed", *plan_first.firsts(config), *experts(config)]
 
 
 def data_of(expert: str) -> tuple[Data, int]:
-    """Which documents a training reads: (`corpus`, 0), (`clusters`, i), (`parents`, i) or (`random`, i)."""
+    """Which documents a training reads: (`corpus`, 0), (`clusters`, i), (`parents`, i), (`first`, i) or
+    (`random`, i).
+    """
     expert = plan_search.base(expert)
     if expert.isdecimal():
         return "clusters", int(expert)
     if expert.startswith("random-"):
         return "random", int(expert.removeprefix("random-"))
-    if plan_first.is_parent(expert):
+    if expert.startswith(plan_first.PARENT):
         return "parents", int(expert.removeprefix(plan_first.PARENT))
+    if expert.startswith(plan_first.FIRST):
+        return "first", int(expert.removeprefix(plan_first.FIRST))
     return "corpus", 0
 
 
@@ -207,8 +212,8 @@ def branches(expert: str) -> bool:
 
 
 def begins_as(c: Config, expert: str) -> str | None:
-    """The model that a training begins as: the seed, or a parent. None for those from scratch."""
-    return (plan_first.parent_of(c, expert) or "seed") if branches(expert) else None
+    """The model that a training begins as: the seed, or one of a first stage. None if from scratch."""
+    return (plan_first.first_of(c, expert) or "seed") if branches(expert) else None
 
 
 def train_expert(c: Config, training: str) -> TrainingPlan:
@@ -223,7 +228,7 @@ def train_expert(c: Config, training: str) -> TrainingPlan:
     about: dict[str, Any] = {"expert": expert, "data": data, "group": group, "rng_seed": c.seed}
     about |= {**_values(t, without=others), "lr": plan_search.rate(c, training)}
     about["candidate"] = plan_search.is_searched(c, expert)
-    about["begins"] = plan_first.parent_of(c, expert)
+    about["begins"] = plan_first.first_of(c, expert)
     about["children"] = plan_first.n_children(c) if data == "parents" else 1
     about["only"] = t.only if data != "corpus" else "all"  # seed and dense models train all
     total = t.steps * t.batch_size  # sequences of every phase-two system
@@ -244,6 +249,7 @@ def train_expert(c: Config, training: str) -> TrainingPlan:
         "corpus": k * n_steps,
         "random": n_steps,
         "parents": about["children"] * first,
+        "first": first,
         "clusters": n_steps - first,
     }[data]
     return TrainingPlan(**about, n_steps=n_steps, batch_size=batch_size)
@@ -298,6 +304,8 @@ RULES: dict[str, Callable[..., Plan]] = {
     "fit_kmeans": fit_kmeans,
     "assign": assign,
     "assign_random": assign_random,
+    "score_training": score_training,
+    "second_round": second_round,
     "train_expert": train_expert,
     "choose": plan_search.choose,
     "adopt": lambda c: Plan(),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cbtm_pipeline.plan_base import Plan
 
-Data = Literal["corpus", "clusters", "parents", "random"]
+Data = Literal["corpus", "clusters", "parents", "first", "random"]
 LARGE = "dense-large"  # the id of the large dense model
 LARGE_DEPTH = 2  # it has so many times the layers of an expert
 
@@ -22,7 +22,7 @@ class TrainingPlan(Plan):
     """Rule `train_expert`: all that an expert's weights depend on besides its data and the seed model."""
 
     expert: str  # seed, parent-0 ..., 0 ... k-1, dense, dense-batch, dense-steps, dense-large, random-0 ...
-    data: Data  # which documents it reads: the whole corpus, a (random) cluster, or the clusters of a parent
+    data: Data  # the documents it reads: the corpus, a (random) cluster, or those of a first stage
     group: int  # the number of that cluster or parent; 0 for the whole corpus
     rng_seed: int
     n_steps: int  # optimiser steps; 0 for a pretrained seed
@@ -45,7 +45,9 @@ class TrainingPlan(Plan):
     compile: bool | None  # torch.compile; None: on a GPU
     only: Literal["all", "feed-forward"] = dataclasses.field(default="all", kw_only=True)
     candidate: bool = dataclasses.field(default=False, kw_only=True)  # its validation loss decides about lr
-    begins: str | None = dataclasses.field(default=None, kw_only=True)  # the parent it begins as
+    begins: str | None = dataclasses.field(
+        default=None, kw_only=True
+    )  # the model of the first stage it begins as
     children: int = dataclasses.field(default=1, kw_only=True)  # clusters that a parent reads
 
     @property

@@ -86,7 +86,7 @@ def read(files: Files) -> Report:
     for path in files.training:
         name, card, log = _read_training(path, files.metrics, metrics)
         data, group = plan.data_of(name)
-        if data != "random":
+        if data not in ("random", "first"):
             groups = plan_training.groups(group, card["made_with"].get("children", 1))
             tokens = made_from.tokens(groups, shards if data == "corpus" else assignments)
             artifact.check_made_from(path.with_name("card.json"), card, "tokens", tokens)
@@ -99,7 +99,8 @@ def read(files: Files) -> Report:
         )
     tasks = artifact.read_sealed(files.tasks, "tasks") if files.tasks else None
     identities = made_from.report(metrics, terms, assignments, shards, others, tasks)
-    shown = {**others, "shard": shards, "assign": assignments, "eval_ensemble": metrics}
+    last = "second_round" if "second_round" in assignments else "assign"
+    shown = {**others, "shard": shards, last: assignments, "eval_ensemble": metrics}
     order = list(records.PLACES)
     jobs = sorted(shown, key=lambda job: (order.index(job.partition(" ")[0]), job))
     plans = {job: shown[job]["made_with"] for job in jobs}

@@ -100,7 +100,7 @@ def start_from(
     if plan.begins not in (None, card["expert"]):
         raise ValueError(
             f"{files.seed_model}: {card['expert']}. Expected {plan.begins}, as which expert {plan.expert} "
-            "begins by cluster.parents. Give its model.safetensors."
+            "begins by the config. Give its model.safetensors."
         )
     net = model.load(files.seed_model.parent)
     if plan.only == "feed-forward":
@@ -166,7 +166,7 @@ def _train(
     A candidate may diverge: then its model is that of the last good step, and it has no validation loss.
     """
     more: dict[str, Any] = {"pretrained_commit": start.commit} if start.commit else {}
-    if task.plan.data == "parents" and (base := base_of(task.plan, start)) is not None:
+    if task.plan.data in ("parents", "first") and (base := base_of(task.plan, start)) is not None:
         more["base"] = base
     if not task.plan.candidate:
         return loop.train(start.net, task, stop, group), more
@@ -183,7 +183,7 @@ def base_of(plan: TrainingPlan, start: Start) -> str | None:
     if start.card is None:
         name, commit = getattr(plan, "pretrained", None), start.commit
     else:
-        if "base" in start.card:  # it is a parent
+        if "base" in start.card:  # it is of a first stage
             return start.card["base"]
         name, commit = start.card["made_with"].get("pretrained"), start.card.get("pretrained_commit")
     return None if name is None else name if commit else ""
@@ -240,8 +240,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
     p.add_argument(
         "--expert",
         required=True,
-        help="seed, parent-0 ..., 0 ... k-1, dense, dense-batch, dense-steps, dense-large, random-0 ...; "
-        "with a rate of train.lr where that is a list: 0@0.004",
+        help="seed, parent-0 ..., first-0 ..., 0 ... k-1, dense, dense-batch, dense-steps, dense-large, "
+        "random-0 ...; with a rate of train.lr where that is a list: 0@0.004",
     )
     p.add_argument(
         "--data",

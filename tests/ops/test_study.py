@@ -129,6 +129,11 @@ CONTROLS = {
         ("seed", [0, 1], CORPUS),
         ("embed.idf_power", [1.0, 2.0], CORPUS | {"assign_random"}),
         ("tokenizer.vocab_size", [300, 400], {"demo_corpus"}),
+        (
+            "cluster.second_round",
+            [False, True],
+            CORPUS | {"embed"} | (CLUSTERS - {"route"}) | SEED_AND_DENSE | CONTROLS,
+        ),
         ("cluster.parents", [None, 2], CORPUS | {"embed", "assign_random"} | SEED_AND_DENSE | CONTROLS),
     ],
 )

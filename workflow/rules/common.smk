@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import compare, plan, plan_search, preview
+from cbtm_pipeline import compare, plan, plan_first, plan_search, preview
 from cbtm_pipeline.base import cli, lock, printable, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
@@ -22,6 +22,14 @@ DEMO = f"{OUT}/{stale.DEMO}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
 EXPERTS = list(dict.fromkeys(name for run in RUNS.values() for name in run.experts))
 TRAININGS = list(dict.fromkeys(name for run in RUNS.values() for name in run.trainings))
+FIRSTS = list(
+    dict.fromkeys(
+        name
+        for run in RUNS.values()
+        if run.config.cluster.second_round
+        for name in plan_first.firsts(run.config)
+    )
+)
 KINDS = list(dict.fromkeys(kind for run in RUNS.values() for kind in run.searched))
 ADOPTED = list(dict.fromkeys(name for run in RUNS.values() for name in run.adopted))
 SEARCHING = [name for name, run in RUNS.items() if run.searched]
@@ -82,6 +90,23 @@ def made(*outputs):
         return found if len(found) > 1 else found[0]
 
     return paths
+
+
+def of_clusters(name):
+    """The manifest, the clusterer or the terms of the clusters whose experts are evaluated."""
+
+    def path(wildcards):
+        run = run_of(wildcards)
+        return made_by(run, run.clusters[name])
+
+    return path
+
+
+def first_scores(wildcards):
+    """What the experts of the first round say of the training documents."""
+    run = run_of(wildcards)
+    names = plan_first.firsts(run.config)
+    return [made_by(run, f"second/scores/{name}.npz") for name in names]
 
 
 def made_by(run, name):
@@ -200,9 +225,9 @@ def unless_done(run, job):
 
 
 def expert_inputs(wildcards):
-    """The data, the tokenizer and the model that a training begins as, the seed or a parent; none from scratch."""
+    """The data, the tokenizer and the model that a training begins as, if there is one."""
     inputs = {
-        "data": started.MANIFESTS[plan.data_of(wildcards.expert)[0]],
+        "data": run_of(wildcards).manifest(plan.data_of(wildcards.expert)[0]),
         "tokenizer": "tokenizer/tokenizer.json",
     }
     if first := plan.begins_as(run_of(wildcards).config, wildcards.expert):

@@ -2,7 +2,7 @@ rule route:
     input:
         shards=made("shards/manifest.json"),
         embedder=made("embed/embedder.npz"),
-        clusterer=made("cluster/clusterer.npz"),
+        clusterer=of_clusters("clusterer"),
         tokenizer=made("tokenizer/tokenizer.json"),
         lender=lender("route"),
     output:
@@ -64,8 +64,8 @@ rule eval_ensemble:
 rule report:
     input:
         metrics=made("eval/metrics.json"),
-        top_terms=made("cluster/top_terms.json"),
-        assignments=made("assignments/manifest.json"),
+        top_terms=of_clusters("top_terms"),
+        assignments=of_clusters("assignments"),
         shards=made("shards/manifest.json"),
         experts=of_experts("experts/{}/model.safetensors", "trained"),
         tasks=tasks_of_report,
@@ -96,8 +96,8 @@ rule ensemble:
     input:
         metrics=made("eval/metrics.json"),
         embedder=made("embed/embedder.npz"),
-        clusterer=made("cluster/clusterer.npz"),
-        top_terms=made("cluster/top_terms.json"),
+        clusterer=of_clusters("clusterer"),
+        top_terms=of_clusters("top_terms"),
         tokenizer=made("tokenizer/tokenizer.json"),
         experts=of_experts("experts/{}/model.safetensors", "clusters"),
     output:

@@ -44,14 +44,16 @@ def training(logs: Mapping[str, Log], experts: Sequence[str]) -> Html:
     """The section. `logs` are by model, `experts` are the cluster experts in order."""
     dense = sorted(name for name in logs if name.startswith("dense"))
     begins = {name: log.begins for name, log in logs.items()}
-    parents = [name for name in logs if name in begins.values() and name != "seed"]
-    names = [*parents, *experts, *dense]
+    firsts = [name for name in logs if name in begins.values() and name != "seed"]
+    names = [*firsts, *experts, *dense]
     losses = {name: log.losses for name, log in logs.items()}
     drawn = [_chart("Training loss", losses, names, experts, begins)]
     validation = {name: log.validation for name, log in logs.items()}
     if any(validation[name] for name in ("seed", *names)):
         drawn.append(_chart("Validation loss", validation, names, experts, begins))
-    where_begun = "their parents end, and parents where the seed ends" if parents else "the seed ends"
+    where_begun = (
+        "the models of the first stage end, and those where the seed ends" if firsts else "the seed ends"
+    )
     note = (
         f"Losses in nats per token, over the tokens seen; the experts begin where {where_begun}. "
         "Training losses are means over runs of steps. Each expert is trained and validated on texts of its "
@@ -67,7 +69,7 @@ def _chart(
     experts: Sequence[str],
     begins: Mapping[str, str],
 ) -> Html:
-    """One line for the seed, and one for each model that begins where the seed, or its parent, ends."""
+    """One line for the seed, and one for each model that begins where the one ends that it began as."""
     seed = curves["seed"]
     ends, series = {"seed": seed[-1][0] if seed else 0.0}, []
     dots = title.startswith("Validation")
@@ -86,7 +88,7 @@ def _chart(
             colour = COLOURS[i % len(COLOURS)] if named else "c0"
             series.append(charts.Series(label, colour, points, "thin", dots, end=name if named else ""))
         elif name in begins.values():
-            series.append(charts.Series("parents", "grey", points, "thin", dots))
+            series.append(charts.Series("first stage", "grey", points, "thin", dots))
         else:
             colour = DENSE[(len(names) - names.index(name) - 1) % len(DENSE)]
             series.append(charts.Series(name, colour, points, "strong", dots, end=name))

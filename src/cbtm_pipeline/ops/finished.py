@@ -31,7 +31,7 @@ def read(folder: Path) -> Finished:
                 f"run. Finish it: snakemake --cores 2 --configfile {path}"
             )
     cards = {name: records.read(folder, "train_expert", name) for name in plan.trained(cfg)}
-    experts = [*plan_first.parents(cfg), *plan.cluster_experts(cfg)]
+    experts = [*plan_first.firsts(cfg), *plan.cluster_experts(cfg)]
     shards = records.read(folder, "shard")
     texts = [entry["identity_columns"]["text"] for entry in shards["shards"] if entry["split"] == "eval"]
     return Finished(

@@ -56,6 +56,22 @@ def assign_random(shards: Record) -> Identities:
     return {"shards": shards["identity_train"], "held_out": shards["identity_eval"], "tokenizer": tokenizer}
 
 
+def score_training(card: Record, shards: Record) -> Identities:
+    """Of second/scores/<expert>.npz."""
+    return {"expert": card["identity"], "shards": shards["identity_train"]}
+
+
+def second_clusterer(vectors: Record, first: Record, scores: Mapping[str, Record]) -> Identities:
+    """Of second/clusterer.npz. `first`: the manifest of the first round; its held-out text does not count."""
+    scored = {f"scores-{name}": record["seal"] for name, record in scores.items()}
+    return {**fit_kmeans(vectors), "first": artifact.fingerprint(first["identity_groups"]), **scored}
+
+
+def second_round(shards: Record, clusterer: Record) -> Identities:
+    """Of second/manifest.json. It names what its clusterer, which lies beside it, was made from, too."""
+    return {**assign(shards, clusterer), **clusterer["made_from"]}
+
+
 def labels(shards: Record, split: str) -> Identities:
     """The labels of the `train` or `eval` documents, for rules that read them. Nothing if there are none."""
     identity = shard_files.identity_labels([entry for entry in shards["shards"] if entry["split"] == split])

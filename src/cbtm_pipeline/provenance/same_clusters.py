@@ -31,7 +31,7 @@ def check(
     by_name = {path.parent.name: path for path in paths}
     for name, card in found.cards.items():
         data, group = plan.data_of(name)
-        if data == "corpus":
+        if data in ("corpus", "first"):  # of the first round, second_round has checked the documents
             continue
         groups = plan_training.groups(group, card["made_with"].get("children", 1))
         data = "clusters" if data == "parents" else data

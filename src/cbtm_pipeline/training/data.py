@@ -5,7 +5,10 @@
 | `corpus`   | shards/manifest.json      | every training shard: the seed and dense   |
 | `clusters` | assignments/manifest.json | group i of every file: expert i            |
 | `parents`  | assignments/manifest.json | groups of the experts that begin as it: parent-i |
+| `first`    | assignments/manifest.json | group i of every file: expert first-i      |
 | `random`   | random/manifest.json      | group i of every file: expert random-i     |
+
+With cluster.second_round, expert i reads group i of the files of second/manifest.json.
 """
 
 from pathlib import Path

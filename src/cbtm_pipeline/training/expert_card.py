@@ -131,6 +131,10 @@ def names(card: Mapping[str, Any]) -> tuple[str, str]:
         groups = plan_training.groups(plan["group"], plan["children"])
         what = f"the model on clusters {groups[0]} to {groups[-1]}, as which their experts begin"
         return f"Parent {plan['group']}", what
+    if plan["data"] == "first":
+        j = plan["group"]
+        what = f"the expert on cluster {j} of the first round, as which expert {j} begins"
+        return f"Expert {name}", what
     if plan["data"] == "clusters":
         return f"Expert {name}", f"the expert on cluster {plan['group']}"
     return f"Expert {name}", f"the expert on random cluster {plan['group']}, a control"
