@@ -136,3 +136,18 @@ def test_with_soft_borders_experts_read_documents_of_their_neighbours_too(tmp_pa
     assert (shares <= 0.2).all() and shares.max() > 0.17
     made_corpus.run_assign(folder, folder / "config.yaml")
     assert {name: (folder / "assignments" / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("by", ["text", "label", "label+text"])
+def test_with_parents_the_clusters_are_the_same_in_an_order_by_group(tmp_path: Path, by: str) -> None:
+    made(tmp_path / "flat", by, 4)
+    made(tmp_path / "family", by, 4, parents=2)
+    flat, family = (
+        artifact.read_npz(tmp_path / name / "cluster/clusterer.npz", "clusterer")[0]["centres_KD"]
+        for name in ("flat", "family")
+    )
+    order = np.array([int(np.abs(flat - centre).sum(axis=1).argmin()) for centre in family])
+    assert np.array_equal(flat[order], family) and sorted(order) == [0, 1, 2, 3]
+    assert order[0] == 0 and order[0] < order[1] and order[2] < order[3]
+    before, after = documents(tmp_path / "flat")[0], documents(tmp_path / "family")[0]
+    assert np.array_equal(order[after], before), "each document has the same companions"

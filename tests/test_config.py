@@ -46,6 +46,18 @@ def test_schema_has_no_defaults_of_its_own() -> None:
         ({"cluster__k": "4"}, r"cluster.k: '4'\. Expected integer"),
         ({"cluster__k": True}, r"cluster.k: True\. Expected integer"),
         (
+            {"cluster__parents": 3},
+            r"cluster.parents: 3. Expected a number below cluster.k, 4, that divides it. Choose 1 or 2, or",
+        ),
+        ({"cluster__parents": 4}, "cluster.parents: 4. Expected a number below cluster.k, 4"),
+        ({"cluster__parents": 1, "cluster__k": 1}, "below cluster.k, 1, that divides it. Set it to null"),
+        (
+            {"cluster__second_round": True, "cluster__parents": 2},
+            r"cluster.second_round: true with cluster.parents 2. Expected one of the two. Set cluster.second",
+        ),
+        ({"cluster__second_round": True, "cluster__border_share": 0.1}, "true with cluster.border_share 0.1"),
+        ({"train__first_share": 1.0}, r"train.first_share: 1.0\. Expected less than 1"),
+        (
             {"cluster__balance": "token"},
             r"cluster.balance: 'token'\. Expected 'documents', 'tokens' or 'none'",
         ),

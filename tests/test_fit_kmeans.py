@@ -13,6 +13,7 @@ from cbtm_pipeline import plan as plans
 from cbtm_pipeline import tokenizer as tokenizer_rule
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.clustering import kmeans
+from cbtm_pipeline.clustering import sample as sample_files
 from cbtm_pipeline.corpus import token_files
 from cbtm_pipeline.embedding import tfidf
 
@@ -65,7 +66,7 @@ def test_clusters_are_balanced_and_certified(made: Path, tmp_path: Path) -> None
 def test_top_terms_name_the_topics(
     made: Path, tmp_path: Path, n_counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_kmeans, "TERM_DOCUMENTS", n_counted)
+    monkeypatch.setattr(sample_files, "TERM_DOCUMENTS", n_counted)
     _, meta = clusterer(made, tmp_path, k=4, balance="none")
     content = artifact.read_sealed(made / "cluster/top_terms.json", "top_terms")
     assert content["made_from"] == {"clusterer": meta["seal"]}
@@ -81,7 +82,7 @@ def test_top_terms_prefer_readable_strings() -> None:
     counts = np.zeros((4, 10), np.float32)
     counts[:2, 2:8] = 5  # cluster 0
     counts[2:, 8:] = 5
-    terms = fit_kmeans.top_terms(sparse.csr_array(counts), np.ones(10), np.array([0, 0, 1, 1]), 2, strings)
+    terms = sample_files.top_terms(sparse.csr_array(counts), np.ones(10), np.array([0, 0, 1, 1]), 2, strings)
     assert terms == [["river", "=="], ["bank", "fish"]]
 
 
@@ -111,7 +112,7 @@ def test_sample_over_all_shards_is_deterministic(made: Path, tmp_path: Path) -> 
 def test_terms_are_counted_in_a_part_of_a_large_sample(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = made / "embed/manifest.json", made / "shards/manifest.json"
     whole = fit_kmeans.read_sample(*paths, 350, 0)
-    monkeypatch.setattr(fit_kmeans, "TERM_DOCUMENTS", 100)
+    monkeypatch.setattr(sample_files, "TERM_DOCUMENTS", 100)
     part = fit_kmeans.read_sample(*paths, 350, 0)
     assert len(part.x_ND) == 350 and len(part.counted) <= 100
     assert np.array_equal(part.counts.toarray(), whole.counts.toarray()[part.counted])

@@ -17,7 +17,8 @@ FLOORS = [  # a module imports from its own floor and from those above it in thi
     ("slurm", "html", "corpus", "embedding", "clustering", "mixture"),
     (
         *("presets", "config", "config_errors", "config_values"),
-        *("plan", "plan_base", "plan_added", "plan_clusters", "plan_search", "plan_tasks", "plan_training"),
+        *("plan", "plan_base", "plan_added", "plan_clusters", "plan_first", "plan_search", "plan_tasks"),
+        "plan_training",
     ),
     ("provenance",),
     ("training", "ops", "inference"),

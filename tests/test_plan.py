@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config, plan, plan_added, plan_first
 from changed_config import DEFAULT, changed
 
 PRETRAINED = {
@@ -40,6 +40,85 @@ def test_every_phase_two_system_costs_the_same(k: int) -> None:
     for group in (["dense"], ["dense-steps"], plan.cluster_experts(c), plan.random_experts(c)):
         assert sum(map(sequences, group)) == pytest.approx(total, rel=max(0.01, k / total))
     assert sequences("dense-steps") == sum(map(sequences, plan.cluster_experts(c)))
+
+
+@pytest.mark.parametrize(("k", "n"), [(2, 1), (4, 1), (4, 2), (6, 3), (9, 3), (15, 5), (64, 8)])
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+@pytest.mark.parametrize(("batch_size", "share"), [(1, 0.5), (32, 0.01), (37, 0.37), (512, 0.99)])
+def test_parents_and_their_children_cost_what_experts_cost(
+    k: int, n: int, steps: int, batch_size: int, share: float
+) -> None:
+    keys = {"cluster__k": k, "train__steps": steps, "train__batch_size": batch_size}
+    c = validated(**keys, cluster__parents=n, train__first_share=share)
+    flat, found = plan.trainings(validated(**keys)), plan.trainings(c)
+    parents, children = plan_first.firsts(c), plan.cluster_experts(c)
+
+    def sequences(plans: dict[str, plan.TrainingPlan], names: list[str]) -> int:
+        return sum(plans[name].n_steps * plans[name].batch_size for name in names)
+
+    assert len(parents) == n
+    assert sequences(found, [*parents, *children]) == sequences(flat, children)
+    assert {name: p for name, p in flat.items() if name not in children} == {
+        name: p for name, p in found.items() if name not in {*parents, *children}
+    }, "the other models stay as they are"
+    assert [j for name in parents for j in found[name].groups] == list(range(k)), (
+        "each cluster has one parent"
+    )
+    for name in parents:
+        p = found[name]
+        mine = [child for child in children if plan.begins_as(c, child) == name]
+        assert [found[child].group for child in mine] == list(p.groups)
+        assert {found[child].begins for child in mine} == {name} and plan.begins_as(c, name) == "seed"
+        assert p.batch_size == found["0"].batch_size, "one learning rate fits both"
+        if flat["0"].n_steps > 1:
+            assert 0 < found["0"].n_steps < flat["0"].n_steps
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 64])
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+@pytest.mark.parametrize(("batch_size", "share"), [(1, 0.5), (32, 0.01), (37, 0.37), (512, 0.99)])
+def test_two_rounds_cost_what_one_costs(k: int, steps: int, batch_size: int, share: float) -> None:
+    keys = {"cluster__k": k, "train__steps": steps, "train__batch_size": batch_size}
+    c = validated(**keys, cluster__second_round=True, train__first_share=share)
+    flat, found = plan.trainings(validated(**keys)), plan.trainings(c)
+    firsts, experts = plan_first.firsts(c), plan.cluster_experts(c)
+    assert {name: p for name, p in flat.items() if name not in experts} == {
+        name: p for name, p in found.items() if name not in {*firsts, *experts}
+    }, "the other models stay as they are"
+    for first, expert in zip(firsts, experts, strict=True):
+        assert (
+            plan.begins_as(c, expert) == found[expert].begins == first and plan.begins_as(c, first) == "seed"
+        )
+        assert found[first].n_steps + found[expert].n_steps == flat[expert].n_steps
+        assert found[first].batch_size == found[expert].batch_size == flat[expert].batch_size
+        assert (found[first].data, found[expert].data) == ("first", "clusters")
+        assert found[first].group == found[expert].group == flat[expert].group
+
+
+def test_the_clusters_of_the_first_round_are_those_of_the_only_one() -> None:
+    one, two = validated(), validated(cluster__second_round=True)
+    for rule in ("fit_kmeans", "assign", "assign_random", "route"):
+        assert plan.content(one, rule) == plan.content(two, rule)
+
+
+def test_without_parents_plans_say_nothing_of_them() -> None:
+    for name, content in plans(validated()).items():
+        assert not {"parents", "begins", "children", "first_share"} & set(content), name
+    assert plans(validated()) == plans(validated(train__first_share=0.1))
+
+
+def test_parents_are_a_kind_whose_rate_is_chosen_before_that_of_the_experts() -> None:
+    c = validated(cluster__parents=2, train__lr=[0.02, 0.004], train__controls=[])
+    assert list(plan.kinds(c)) == ["seed", "parents", "experts", "dense"]
+    assert plan.kinds(c)["parents"] == ["parent-0", "parent-1"]
+    assert plan.begins_as(c, "3@0.02") == "parent-1" and plan.begins_as(c, "parent-1@0.004") == "seed"
+    assert "parent-0" not in plan.evaluated(c) and "parent-0@0.02" in plan.folders(c)
+
+
+def test_an_added_expert_is_trained_as_long_as_without_parents() -> None:
+    c = validated(cluster__parents=2)
+    added = plan_added.train_expert(config.validate(config.of_new_text(c, ["law"])), "law")
+    assert added.n_steps == c.train.steps and added.begins is None
 
 
 def test_dense_and_seed_do_not_depend_on_k() -> None:
@@ -181,7 +260,7 @@ def other(value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if value is None:
-        return [True, "new", 7, "125m"]
+        return [True, "new", 7, "125m", 2]
     if isinstance(value, dict):
         return [value | {"hidden_size": 128}]
     if isinstance(value, list):
@@ -202,6 +281,7 @@ def test_a_changed_key_changes_a_plan_unless_it_is_no_science(key: str) -> None:
         PRETRAINED if key.endswith("revision") or key in ("embed__windows", "route__window_tokens") else {}
     )
     needs |= {"corpus__label_field": "domain"} if key == "cluster__by" else {}
+    needs |= {"cluster__parents": 2} if key == "train__first_share" else {}
     for value in other(default):
         try:
             changed = validated(**{**needs, key: value})

@@ -16,8 +16,9 @@ import made_training as made
 from cbtm_pipeline import config, score_expert
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout, token_files
-from cbtm_pipeline.score_expert import batched, cut, logprobs, score, windows
+from cbtm_pipeline.corpus.windows import windows
 from cbtm_pipeline.training import model
+from cbtm_pipeline.training.scoring import batched, cut, logprobs, score
 from resealed import change_json
 
 CONTEXT, STRIDE = made.SEQ_LEN, 16

@@ -497,6 +497,49 @@ def test_only_is_a_matter_of_experts():
     assert not any("only" in one.content() for one in plan.trainings(made.make_config()).values())
 
 
+# --- parents, and experts that begin as one -------------------------------------------------------
+
+
+def test_a_stopped_parent_goes_on_and_reads_all_its_clusters(outdir):
+    cfg = parents_config(run=made.NOW)
+    planned = plan.train_expert(cfg, "parent-0")
+    clusters = [made.files(outdir, name) for name in ("0", "1")]
+    read = data.read(clusters[0].data, planned)
+    both = [
+        data.read(one.data, plan.train_expert(cfg, name)) for one, name in zip(clusters, "01", strict=True)
+    ]
+    assert read.stream.n_tokens == sum(one.stream.n_tokens for one in both)
+    whole = made.train(cfg, made.files(outdir, "parent-0", to="whole"), "parent-0")
+    where = made.files(outdir, "parent-0", to="stopped")
+    assert made.train(cfg, where, "parent-0", made.stop_after(4)) == b""
+    assert made.train(cfg, where, "parent-0") == whole
+    card = expert_files.read_card(where.out)
+    identities = artifact.read_sealed(where.data, "assignments")["identity_groups"]
+    assert card["made_from"]["tokens"] == artifact.fingerprint(identities)
+    assert "on clusters 0 to 1, as which their experts begin" in where.out.with_name("README.md").read_text()
+
+
+def test_a_child_begins_as_its_parent_and_as_nothing_else(outdir):
+    cfg = parents_config()
+    parent = made.files(outdir, "parent-0", to="family")
+    made.train(cfg, parent, "parent-0")
+    where = made.files(outdir, "1", to="family")._replace(seed_model=parent.out)
+    made.train(cfg, where, "1")
+    card = expert_files.read_card(where.out)
+    assert card["made_from"]["seed"] == expert_files.read_card(parent.out)["identity"]
+    assert card["made_with"]["begins"] == "parent-0"
+    assert (
+        "parent-0 of the run, which began as the seed model" in where.out.with_name("README.md").read_text()
+    )
+    with pytest.raises(ValueError, match=r"seed. Expected parent-0, as which expert 1 begins by the config"):
+        made.train(cfg, made.files(outdir, "1", to="orphan"), "1")
+
+
+def parents_config(**settings: Any):
+    cfg = made.make_config(**settings)
+    return cfg.model_copy(update={"cluster": cfg.cluster.model_copy(update={"parents": 1})})
+
+
 def test_feed_forwards_are_known_of_each_architecture():
     sizes = {
         "opt": {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, "num_hidden_layers": 1},

@@ -63,6 +63,13 @@ CHANGES = {
     | MERGE,
     "cluster: {balance: documents}": CLUSTERING,
     "cluster: {border_share: 0.1}": {"assign"} | retrained({"0", "1"}) | MERGE,
+    "cluster: {parents: 1}": CLUSTERING | {"train_expert parent-0"},
+    "cluster: {second_round: true}": {"route", "second_round"}
+    | each("train_expert", {"first-0", "first-1"})
+    | each("score_training", {"first-0", "first-1"})
+    | retrained({"0", "1"})
+    | MERGE,
+    "train: {first_share: 0.3}": set(),
     "{corpus: {label_field: domain}, cluster: {by: label}}": CORPUS - {"tokenizer"},
     "embed: {idf_power: 1.0}": {"embed"} | CLUSTERING,
     "embed: {encoder: me/encoder}": ({"embed"} | CLUSTERING) - {"ensemble"},

@@ -16,15 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from cbtm_pipeline import config
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
-from cbtm_pipeline.clustering import borders, kmeans, labelled, prices, regroup
+from cbtm_pipeline.clustering import borders, labelled, prices, regroup
 from cbtm_pipeline.clustering.regroup import Grouping, Labels, Shard, Validation
-from cbtm_pipeline.corpus import heldout, labels, shard_files, token_files
-from cbtm_pipeline.embedding import encoder, tfidf
+from cbtm_pipeline.corpus import heldout, labels, shard_files
 from cbtm_pipeline.embedding import vectors as vector_files
 from cbtm_pipeline.plan_clusters import AssignPlan
 from cbtm_pipeline.provenance import made_from
@@ -93,28 +91,6 @@ def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan)
     return Grouping(label, k, identities, plan.content(), settings, crossed, border_share)
 
 
-def label_validation(
-    shards: Path,
-    vectors: Path,
-    clusterer: Path,
-    prices_K: list[float],
-    selection: heldout.Selection,
-    documents: list[token_files.Documents],
-) -> list[np.ndarray]:
-    """Clusters of the validation documents, shard by shard, found like those of the training documents."""
-    embedder = vector_files.read_embedder(vectors.with_name("embedder.npz"), shards)
-    centres_KD = artifact.read_npz(clusterer, "clusterer")[0]["centres_KD"]
-    found = []
-    for (entry, rows), of_shard in zip(selection, documents, strict=True):
-        if isinstance(embedder, tfidf.Embedder):
-            h_ND = tfidf.embed(of_shard, embedder.E_VD)
-        else:
-            column = shard_files.attributes(shards.parent, entry, ["text"])["text"]
-            h_ND = encoder.embed(embedder, column.take(pa.array(rows)).to_pylist())
-        found.append(kmeans.assign(h_ND, centres_KD, np.array(prices_K))[0])
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     p = cli.parser(__doc__)
     p.add_argument("--shards", required=True, type=Path, help="shards/manifest.json")
@@ -133,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     selection = heldout.select_validation(args.shards, manifest, plan.validation_share, plan.rng_seed)
     documents = heldout.read_validation(args.shards, selection)
     grouping = by_clusterer(args.shards, args.vectors, args.clusterer, plan)
-    prices_K = grouping.settings["prices_K"]
-    of_validation = label_validation(
-        args.shards, args.vectors, args.clusterer, prices_K, selection, documents
+    centres_KD = artifact.read_npz(args.clusterer, "clusterer")[0]["centres_KD"]
+    of_validation = regroup.clusters_of(
+        args.shards, args.vectors, centres_KD, np.array(grouping.settings["prices_K"]), selection, documents
     )
     regroup.write(args.shards, train, args.out, grouping, Validation(documents, of_validation), args.threads)
 

@@ -20,6 +20,7 @@ from cbtm_pipeline.base.printable import printable as as_printable
 from cbtm_pipeline.corpus import labels
 from cbtm_pipeline.inference import changed_set, where
 from cbtm_pipeline.ops import which_run
+from cbtm_pipeline.provenance import records
 
 N_TERMS = 8
 HEADER = ("cluster", "documents", "tokens", "share", "validation loss", "what sets it apart")
@@ -28,11 +29,10 @@ LABELS = "labels"  # the column before the last, where documents have labels
 
 def read(outdir: Path) -> list[dict[str, Any]]:
     """A row for each cluster. Raises ValueError if there are no clusters yet, or for a damaged file."""
-    path = outdir / "assignments/manifest.json"
+    path, terms_path = records.clusters(outdir)
     if not path.exists():
         raise ValueError(f"{outdir}: no clusters yet. Expected {path}. Start the run, or name its outdir.")
     manifest = artifact.read_sealed(path, "assignments")
-    terms_path = outdir / "cluster/top_terms.json"
     terms = artifact.read_sealed(terms_path, "top_terms")
     artifact.check_made_from(terms_path, terms, "clusterer", manifest["made_from"]["clusterer"])
     total = sum(manifest["n_tokens"]) or 1

@@ -34,6 +34,8 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
     ("corpus", "label_field"): None,
     ("cluster", "by"): "text",
     ("cluster", "border_share"): 0.0,
+    ("cluster", "parents"): None,
+    ("cluster", "second_round"): False,
     ("tokenizer", "revision"): None,
     ("embed", "revision"): None,
     ("model", "revision"): None,
@@ -41,6 +43,7 @@ LATER_KEYS = {  # keys that the config.json of an older version lacks, and the v
     ("route", "hysteresis"): [1.0],
     ("route", "fix_after"): [],
     ("train", "only"): "all",
+    ("train", "first_share"): 0.5,
     ("eval", "merge"): False,
     ("eval", "tasks"): [],
 }
@@ -95,6 +98,8 @@ class Cluster(_Section):
     n_init: Count
     max_iterations: Count
     border_share: Annotated[Float, Field(ge=0, lt=1)]
+    parents: Count | None
+    second_round: bool
 
 
 class Model(_Section):
@@ -128,6 +133,7 @@ class Train(_Section):
     precision: Literal["auto", "float32", "bf16"]
     compile: bool | None
     only: Literal["all", "feed-forward"]
+    first_share: Annotated[Float, Field(gt=0, lt=1)]
 
 
 class Route(_Section):
@@ -208,6 +214,7 @@ def validate(content: Any) -> Config:
         )
     _check_revisions(config)
     _check_controls(config)
+    _check_first_stage(config.cluster)
     if config.cluster.by != "text" and config.corpus.label_field is None:
         raise ValueError(
             f"cluster.by: {config.cluster.by} without corpus.label_field. Expected the field of the labels. "
@@ -253,6 +260,23 @@ def _check_controls(config: Config) -> None:
         )
 
 
+def _check_first_stage(cluster: Cluster) -> None:
+    """Raise ValueError for parents of no or unequally many children, and for keys that exclude each other."""
+    k, n = cluster.k, cluster.parents
+    for key, value in (("parents", n), ("border_share", cluster.border_share)):
+        if cluster.second_round and value:
+            raise ValueError(
+                f"cluster.second_round: true with cluster.{key} {value}. Expected one of the two. "
+                f"Set cluster.second_round: false, or remove cluster.{key}."
+            )
+    if n is not None and (n >= k or k % n):
+        fitting = [f"{some}" for some in range(1, k) if k % some == 0]
+        todo = f"Choose {' or '.join(fitting[-4:])}, or another cluster.k" if fitting else "Set it to null"
+        raise ValueError(
+            f"cluster.parents: {n}. Expected a number below cluster.k, {k}, that divides it. {todo}."
+        )
+
+
 def _with_later_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the keys that the config.json of an older version does not have."""
     complete = {"tags": {}, **content}
@@ -278,10 +302,10 @@ def _with_all(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_new_text(config: Config, paths: list[str]) -> dict[str, Any]:
-    """The values of a run's config for other text, which has no labels and no held-out files of its own."""
+    """The values of a run's config for other text, without labels, held-out files and first stages."""
     values = config.model_dump()
     values["corpus"] |= {"train": paths, "eval": None, "label_field": None}
-    values["cluster"] |= {"by": "text"}
+    values["cluster"] |= {"by": "text", "parents": None, "second_round": False}
     return values
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cbtm_pipeline import config
+from cbtm_pipeline import config, plan_first, plan_search
 from cbtm_pipeline import plan as plans
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import heldout
@@ -120,7 +120,7 @@ def _inputs(
         randoms=plans.random_experts(cfg),
         train_flops={name: card["train_flops"] for name, card in cards.items()},
         n_parameters={name: card["n_parameters"] for name, card in cards.items()},
-        unbranched=frozenset(name for name in cards if not plans.branches(name)),
+        begins=_begins(cfg),
         search_flops=chosen.search_flops(cfg, cards, choices),
         grid=sweep.Grid(
             *(plan.routers, plan.top_k, plan.temperature, plan.epsilon, plan.beta),
@@ -128,6 +128,11 @@ def _inputs(
         ),
         n_threads=n_threads,
     )
+
+
+def _begins(cfg: config.Config) -> dict[str, str]:
+    """The model that each training begins as, by id. Those from scratch are left out."""
+    return {name: first for name in plans.trained(cfg) if (first := plans.begins_as(cfg, name))}
 
 
 def _merged(
@@ -238,13 +243,14 @@ def _comparisons(
 
 
 def _flops(cfg: config.Config, cards: Cards) -> dict[str, float]:
-    """Training FLOPs of the seed, of the experts and of each control, and the FLOPs of inference.
+    """Training FLOPs of the seed, the first stage, the experts and each control, and FLOPs of inference.
 
     `forward_per_token` is the forward pass of one model over one token: a third of its training FLOPs. That
     of dense-large, a larger model, stands apart.
     """
     groups = {
         "seed": ["seed"],
+        **({plan_search.kind(first[0]): first} if (first := plan_first.firsts(cfg)) else {}),
         "experts": plans.cluster_experts(cfg),
         **{name: [name] for name in plans.dense_experts(cfg)},
     }
@@ -277,9 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
 
-    experts, branched = plans.trained(cfg), list(filter(plans.branches, plans.trained(cfg)))
     route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
-    expected = scored.Expected(cfg.outdir, experts, branched, cfg.cluster.k, route, score)
+    expected = scored.Expected(cfg.outdir, plans.evaluated(cfg), _begins(cfg), cfg.cluster.k, route, score)
     found = scored.read(expected, args.distances, args.scores, args.experts)
     manifests, field = same_clusters.check(found, args.experts, args.clusters), cfg.corpus.label_field
     models, labelled, shards = None, None, None
@@ -291,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         labelled = by_label.read(field, (args.shards, shards), manifests["clusters"]) if field else None
     choices = chosen.read(cfg, args.choices, found.cards)
     metrics = evaluate(cfg, found.scored, found.cards, models, choices, args.threads, labelled)
+    if "second_round" in manifests["clusters"][1]:
+        metrics["flops"]["second_round"] = manifests["clusters"][1]["second_round"]["flops"]
     table = verdict.table(metrics)
     with artifact.publish(args.out.with_name(TABLE)) as tmp:
         tmp.write_text(table, "utf-8")

@@ -12,6 +12,9 @@ Every phase-two system spends the same tokens, T = train.steps * train.batch_siz
 dense-large has twice the layers of an expert, and so about the parameters of two active experts. It begins
 from scratch, and spends the training FLOPs of the seed and of all experts together.
 
+With cluster.parents or cluster.second_round, the k experts share these tokens with the models of a first
+stage, as which they begin (plan_first.py).
+
 Neither dense, dense-large nor the seed depends on k. Where batch_size / k is not whole, the batch is rounded,
 and the number of steps makes up for it. The seed spends seed_share of the compute of seed and experts.
 """
@@ -23,10 +26,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from cbtm_pipeline import plan_search, plan_tasks, presets
+from cbtm_pipeline import plan_first, plan_search, plan_tasks, presets
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.plan_base import EnsemblePlan, Plan
-from cbtm_pipeline.plan_clusters import assign, assign_random, fit_kmeans
+from cbtm_pipeline.plan_clusters import assign, assign_random, fit_kmeans, score_training, second_round
 from cbtm_pipeline.plan_training import LARGE, LARGE_DEPTH, Data, LargePlan, SeedPlan, TrainingPlan
 
 
@@ -145,22 +148,33 @@ def dense_experts(config: Config) -> list[str]:
 
 
 def experts(config: Config) -> list[str]:
-    """Ids of everything that is trained besides the seed."""
+    """Ids of all models that are compared with the seed."""
     return [*cluster_experts(config), *dense_experts(config), *random_experts(config)]
 
 
-def trained(config: Config) -> list[str]:
-    """Ids of everything that is trained, the seed first."""
+def evaluated(config: Config) -> list[str]:
+    """Ids of the models that are scored and compared: all but a first stage. The seed comes first."""
     return ["seed", *experts(config)]
 
 
+def trained(config: Config) -> list[str]:
+    """Ids of everything that is trained. What others begin as comes before them."""
+    return ["seed", *plan_first.firsts(config), *experts(config)]
+
+
 def data_of(expert: str) -> tuple[Data, int]:
-    """Which documents an expert or a candidate reads: (`corpus`, 0), (`clusters`, i) or (`random`, i)."""
+    """Which documents a training reads: (`corpus`, 0), (`clusters`, i), (`parents`, i), (`first`, i) or
+    (`random`, i).
+    """
     expert = plan_search.base(expert)
     if expert.isdecimal():
         return "clusters", int(expert)
     if expert.startswith("random-"):
         return "random", int(expert.removeprefix("random-"))
+    if expert.startswith(plan_first.PARENT):
+        return "parents", int(expert.removeprefix(plan_first.PARENT))
+    if expert.startswith(plan_first.FIRST):
+        return "first", int(expert.removeprefix(plan_first.FIRST))
     return "corpus", 0
 
 
@@ -193,8 +207,13 @@ def embed(c: Config) -> TfidfPlan | EncoderPlan:
 
 
 def branches(expert: str) -> bool:
-    """Whether a training begins as the seed. The seed itself and dense-large begin from scratch."""
+    """Whether a training begins as another model. The seed itself and dense-large begin from scratch."""
     return plan_search.base(expert) not in ("seed", LARGE)
+
+
+def begins_as(c: Config, expert: str) -> str | None:
+    """The model that a training begins as: the seed, or one of a first stage. None if from scratch."""
+    return (plan_first.first_of(c, expert) or "seed") if branches(expert) else None
 
 
 def train_expert(c: Config, training: str) -> TrainingPlan:
@@ -204,10 +223,13 @@ def train_expert(c: Config, training: str) -> TrainingPlan:
     """
     t, k, expert = c.train, c.cluster.k, plan_search.base(training)
     data, group = data_of(expert)
-    others = {"batch_size", "steps", "seed_share", "seed_batch_size", "dense", "controls", "lr"}
+    others = {"batch_size", "steps", "seed_share", "first_share", "seed_batch_size", "dense", "controls"}
+    others |= {"lr"}
     about: dict[str, Any] = {"expert": expert, "data": data, "group": group, "rng_seed": c.seed}
     about |= {**_values(t, without=others), "lr": plan_search.rate(c, training)}
     about["candidate"] = plan_search.is_searched(c, expert)
+    about["begins"] = plan_first.first_of(c, expert)
+    about["children"] = plan_first.n_children(c) if data == "parents" else 1
     about["only"] = t.only if data != "corpus" else "all"  # seed and dense models train all
     total = t.steps * t.batch_size  # sequences of every phase-two system
 
@@ -222,7 +244,15 @@ def train_expert(c: Config, training: str) -> TrainingPlan:
         return TrainingPlan(**about, n_steps=t.steps, batch_size=t.batch_size)
     batch_size = max(1, round(t.batch_size / k))
     n_steps = max(1, round(total / (k * batch_size)))
-    return TrainingPlan(**about, n_steps=k * n_steps if data == "corpus" else n_steps, batch_size=batch_size)
+    first = plan_first.share_of(c, n_steps)
+    n_steps = {
+        "corpus": k * n_steps,
+        "random": n_steps,
+        "parents": about["children"] * first,
+        "first": first,
+        "clusters": n_steps - first,
+    }[data]
+    return TrainingPlan(**about, n_steps=n_steps, batch_size=batch_size)
 
 
 def trainings(c: Config) -> dict[str, TrainingPlan]:
@@ -274,6 +304,8 @@ RULES: dict[str, Callable[..., Plan]] = {
     "fit_kmeans": fit_kmeans,
     "assign": assign,
     "assign_random": assign_random,
+    "score_training": score_training,
+    "second_round": second_round,
     "train_expert": train_expert,
     "choose": plan_search.choose,
     "adopt": lambda c: Plan(),

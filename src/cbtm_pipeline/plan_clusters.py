@@ -19,6 +19,7 @@ class ClusterPlan(Plan):
     max_iterations: int
     rng_seed: int
     by: Literal["text", "label", "label+text"] = "text"
+    parents: int | None = None  # groups of clusters; they are numbered by group
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,24 @@ class AssignRandomPlan(AssignPlan):
     k: int
 
 
+@dataclass(frozen=True)
+class ScoreTrainingPlan(Plan):
+    """Rule `score_training`: the first `context` tokens of the documents that clusters are fitted on."""
+
+    context: int
+    fit_documents: int
+    rng_seed: int
+
+
+@dataclass(frozen=True)
+class SecondRoundPlan(AssignPlan):
+    """Rule `second_round`."""
+
+    k: int
+    balance: Literal["documents", "tokens", "none"]
+    fit_documents: int
+
+
 def fit_kmeans(c: Config) -> ClusterPlan:
     names = {field.name for field in dataclasses.fields(ClusterPlan)}
     return ClusterPlan(**c.cluster.model_dump(include=names), rng_seed=c.seed)
@@ -51,3 +70,12 @@ def assign(c: Config) -> AssignPlan:
 
 def assign_random(c: Config) -> AssignRandomPlan:
     return AssignRandomPlan(c.train.validation_share, c.seed, c.cluster.k)
+
+
+def score_training(c: Config) -> ScoreTrainingPlan:
+    return ScoreTrainingPlan(c.train.seq_len, c.cluster.fit_documents, c.seed)
+
+
+def second_round(c: Config) -> SecondRoundPlan:
+    about = c.cluster.k, c.cluster.balance, c.cluster.fit_documents
+    return SecondRoundPlan(c.train.validation_share, c.seed, *about)

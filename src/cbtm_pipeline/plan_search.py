@@ -1,9 +1,9 @@
 """The search for learning rates: `train.lr` is a list. Which trainings are candidates, and of what.
 
-A *kind* is what shares a rate: `seed`, `experts` (all on clusters), `random` (all on random clusters), and
-each dense model. Every model of a kind is trained with every rate. Such a training is a *candidate*, with the
-id `0@0.004`: expert 0 with the rate 0.004. Of each kind, the rate with the lowest validation loss is chosen.
-The batches of a candidate do not depend on its rate.
+A *kind* is what shares a rate: `seed`, `parents` or `first` (all of a first stage), `experts` (all on
+clusters), `random` (all on random clusters), and each dense model. Every model of a kind is trained with
+every rate. Such a training is a *candidate*, with the id `0@0.004`: expert 0 with the rate 0.004. Of each
+kind, the rate with the lowest validation loss is chosen. Batches do not depend on the rate.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,11 @@ from cbtm_pipeline.config import Config
 from cbtm_pipeline.plan_base import Plan
 
 MARK = "@"  # between an expert's id and a rate
+KINDS = {
+    "random": "random",
+    "parent": "parents",
+    "first": "first",
+}  # kinds of models that have a number, by their names
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ def candidate(expert: str, value: float) -> str:
 def kind(training: str) -> str:
     """The kind that an expert or a candidate belongs to."""
     expert = base(training)
-    return "experts" if expert.isdecimal() else "random" if expert.startswith("random-") else expert
+    if expert.isdecimal():
+        return "experts"
+    name, _, number = expert.partition("-")
+    return KINDS.get(name, expert) if number.isdecimal() else expert
 
 
 def choose(c: Config) -> ChoosePlan:

@@ -7,18 +7,23 @@ from typing import Any, Literal
 
 from cbtm_pipeline.plan_base import Plan
 
-Data = Literal["corpus", "clusters", "random"]
+Data = Literal["corpus", "clusters", "parents", "first", "random"]
 LARGE = "dense-large"  # the id of the large dense model
 LARGE_DEPTH = 2  # it has so many times the layers of an expert
+
+
+def groups(group: int, children: int = 1) -> range:
+    """The numbers of the clusters that a training reads, by the entries of its plan."""
+    return range(group * children, (group + 1) * children)
 
 
 @dataclass(frozen=True)
 class TrainingPlan(Plan):
     """Rule `train_expert`: all that an expert's weights depend on besides its data and the seed model."""
 
-    expert: str  # its id: seed, 0 ... k-1, dense, dense-batch, dense-steps, dense-large, random-0 ...
-    data: Data  # which documents it reads: the whole corpus, or one of the (random) clusters
-    group: int  # the number of that cluster; 0 for the whole corpus
+    expert: str  # seed, parent-0 ..., 0 ... k-1, dense, dense-batch, dense-steps, dense-large, random-0 ...
+    data: Data  # the documents it reads: the corpus, a (random) cluster, or those of a first stage
+    group: int  # the number of that cluster or parent; 0 for the whole corpus
     rng_seed: int
     n_steps: int  # optimiser steps; 0 for a pretrained seed
     batch_size: int  # sequences of a step
@@ -40,6 +45,15 @@ class TrainingPlan(Plan):
     compile: bool | None  # torch.compile; None: on a GPU
     only: Literal["all", "feed-forward"] = dataclasses.field(default="all", kw_only=True)
     candidate: bool = dataclasses.field(default=False, kw_only=True)  # its validation loss decides about lr
+    begins: str | None = dataclasses.field(
+        default=None, kw_only=True
+    )  # the model of the first stage it begins as
+    children: int = dataclasses.field(default=1, kw_only=True)  # clusters that a parent reads
+
+    @property
+    def groups(self) -> range:
+        """The numbers of the clusters that it reads."""
+        return groups(self.group, self.children)
 
     @property
     def step_tokens(self) -> int:

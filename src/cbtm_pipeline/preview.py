@@ -32,6 +32,8 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
     "fit_kmeans": ("cluster",),
     "assign": ("train", "cluster"),
     "assign_random": ("train", "cluster"),
+    "score_training": ("cluster",),
+    "second_round": ("train", "cluster"),
     "train_expert": ("train", "model"),
     "score_expert": ("eval",),
     "route": ("eval", "route"),
@@ -39,10 +41,12 @@ SECTIONS = {  # where a field of a rule's plan comes from, the first section tha
     "eval_task": ("eval",),
 }
 NAMES = {"rng_seed": "seed", "context": "train.seq_len", "model": "model.pretrained"}  # other fields
-DERIVED = {  # from train.steps, batch_size, cluster.k and lr
+DERIVED = {  # from train.steps, batch_size, lr, cluster.k, parents and second_round
     "n_steps": "steps",
     "batch_size": "sequences per step",
     "candidate": "search for a rate",
+    "begins": "the model it begins as",
+    "children": "clusters of a parent",
 }
 LOG_TAIL = 1 << 16  # bytes at the end of a training's log: about 400 steps
 OTHERS = ("all", "demo_corpus")  # rules that no record belongs to

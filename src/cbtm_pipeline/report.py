@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cbtm_pipeline import plan
+from cbtm_pipeline import plan, plan_training
 from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.base.errors import make_again
 from cbtm_pipeline.corpus import demo_sources, heldout
@@ -86,8 +86,9 @@ def read(files: Files) -> Report:
     for path in files.training:
         name, card, log = _read_training(path, files.metrics, metrics)
         data, group = plan.data_of(name)
-        if data != "random":
-            tokens = made_from.tokens(group, assignments if data == "clusters" else shards)
+        if data not in ("random", "first"):
+            groups = plan_training.groups(group, card["made_with"].get("children", 1))
+            tokens = made_from.tokens(groups, shards if data == "corpus" else assignments)
             artifact.check_made_from(path.with_name("card.json"), card, "tokens", tokens)
         logs[name] = log
         others[f"train_expert {name}"] = card
@@ -98,7 +99,8 @@ def read(files: Files) -> Report:
         )
     tasks = artifact.read_sealed(files.tasks, "tasks") if files.tasks else None
     identities = made_from.report(metrics, terms, assignments, shards, others, tasks)
-    shown = {**others, "shard": shards, "assign": assignments, "eval_ensemble": metrics}
+    last = "second_round" if "second_round" in assignments else "assign"
+    shown = {**others, "shard": shards, last: assignments, "eval_ensemble": metrics}
     order = list(records.PLACES)
     jobs = sorted(shown, key=lambda job: (order.index(job.partition(" ")[0]), job))
     plans = {job: shown[job]["made_with"] for job in jobs}
@@ -153,7 +155,7 @@ def _read_training(
             f"{make_again(metrics)}"
         )
     expert_files.check_file(path, card)
-    return name, card, read_log(path)
+    return name, card, read_log(path)._replace(begins=card["made_with"].get("begins", "seed"))
 
 
 def read_log(path: Path) -> training.Log:
@@ -192,7 +194,7 @@ def write_evaluations(report: Report, logs: Sequence[Path]) -> None:
         name = path.parent.name
         system = f"expert-{name}" if name in experts else name
         if system not in on_all:
-            continue  # one on random clusters
+            continue  # one on random clusters, or a parent
         perplexity, dense, terms = {ALL: on_all[system]}, {ALL: on_all["dense"]}, []
         if name in experts:
             j = experts.index(name)

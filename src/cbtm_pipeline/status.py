@@ -24,7 +24,7 @@ from pathlib import Path
 
 import orjson
 
-from cbtm_pipeline import config, plan, plan_search
+from cbtm_pipeline import config, plan, plan_first, plan_search
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import lenient, run_state, status_table, which_run
@@ -43,6 +43,8 @@ OUTPUTS = {  # of the stages, in their order
     "fit_kmeans": "cluster/clusterer.npz",
     "assign": "assignments/manifest.json",
     "assign_random": "random/manifest.json",
+    "score_training": "second/scores/{}.npz",  # one for each expert of the first round
+    "second_round": "second/manifest.json",
     "choose": "search/{}.json",  # one for each kind of model
     "route": "route/distances.npz",
     "score_expert": "scores/{}.npz",  # one for each expert
@@ -53,13 +55,18 @@ OUTPUTS = {  # of the stages, in their order
     "tasks_table": "eval/tasks.json",
 }
 # Rules with a job for each model, and how these are called on Slurm.
-OF_MANY = {"score_expert": "score", "eval_task": "tasks", "choose": "choose"}
+OF_MANY = {
+    "score_training": "training-score",
+    "score_expert": "score",
+    "eval_task": "tasks",
+    "choose": "choose",
+}
 
 
 def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: float) -> Status:
     """The run in `outdir` at the unix time `now`. `queue`: Slurm's jobs by id; None if it cannot be asked."""
     path, plans, notes = outdir / "config.json", {}, []
-    left_out, models, kinds = {"eval_task", "tasks_table", "choose"}, [], []
+    left_out, models, kinds = {"eval_task", "tasks_table", "choose", "score_training", "second_round"}, [], []
     began = lenient.changed(path)
     try:
         cfg = config.validate(orjson.loads(path.read_bytes()))
@@ -68,6 +75,8 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
             left_out.add("demo_corpus")
         if not plan.random_experts(cfg):
             left_out.add("assign_random")
+        if cfg.cluster.second_round:
+            left_out -= {"score_training", "second_round"}
         if not stale.packs(cfg):
             left_out.add("ensemble")
         if kinds := list(plan.searched(cfg)):
@@ -79,17 +88,18 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
         expected = "the config, which a run writes when it starts"
         notes.append(f"{path}: {reason}. Expected {expected}. Without it, much is unknown.")
     names = list(plans) or run_state.traces(outdir)
-    scored = list(dict.fromkeys(map(plan_search.base, names)))
+    trained = dict.fromkeys(map(plan_search.base, names))
+    scored = [name for name in trained if not plan_first.is_first(name)]
     if not names:
         left_out.add("score_expert")
     if began is None and not names:
         return Status(str(outdir), None, [], [f"{outdir}: {NO_RUN}"])
+    many = {"score_expert": scored, "eval_task": models, "choose": kinds}
+    many["score_training"] = [name for name in trained if plan_first.is_first(name)]
     active = run_state.holder(outdir / ".lock", now)
     run = Snapshot(outdir, queue, now, began or 0.0, active is not None)
     stages = [
-        _stages(run, name, {"score_expert": scored, "eval_task": models, "choose": kinds}[name])
-        if name in OF_MANY
-        else _stage(run, name)
+        _stages(run, name, many[name]) if name in OF_MANY else _stage(run, name)
         for name in OUTPUTS
         if name not in left_out
     ]
@@ -115,7 +125,7 @@ def _stages(run: Snapshot, name: str, experts: Sequence[str]) -> Row:
     n_done = sum(job.state == "done" for job in jobs.values())
     error = jobs[expert].error
     row = Row("stage", name, jobs[expert].state, n_done, len(jobs))
-    what = {"score_expert": "expert", "choose": "rate of"}.get(name, "model")
+    what = {"score_expert": "expert", "score_training": "expert", "choose": "rate of"}.get(name, "model")
     return row._replace(error=error and f"{what} {expert}: {error}")
 
 

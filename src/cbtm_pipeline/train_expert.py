@@ -68,8 +68,8 @@ class Files(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The model before its first step, its card if it is the seed, its commit if it is from the hub, and how
-    many steps it is trained for.
+    """The model before its first step, the card of the model that it begins as, its commit if it is from the
+    hub, and how many steps it is trained for.
     """
 
     net: "PreTrainedModel"
@@ -97,6 +97,11 @@ def start_from(
     assert files.seed_model is not None
     card = expert_files.read_card(files.seed_model)
     artifact.check_made_from(files.seed_model, card, "tokenizer", tokenizer["identity"])
+    if plan.begins not in (None, card["expert"]):
+        raise ValueError(
+            f"{files.seed_model}: {card['expert']}. Expected {plan.begins}, as which expert {plan.expert} "
+            "begins by the config. Give its model.safetensors."
+        )
     net = model.load(files.seed_model.parent)
     if plan.only == "feed-forward":
         model.train_feed_forwards_only(net)
@@ -161,6 +166,8 @@ def _train(
     A candidate may diverge: then its model is that of the last good step, and it has no validation loss.
     """
     more: dict[str, Any] = {"pretrained_commit": start.commit} if start.commit else {}
+    if task.plan.data in ("parents", "first") and (base := base_of(task.plan, start)) is not None:
+        more["base"] = base
     if not task.plan.candidate:
         return loop.train(start.net, task, stop, group), more
     more["n_validation_tokens"] = task.validation.n_tokens if task.validation else 0
@@ -176,6 +183,8 @@ def base_of(plan: TrainingPlan, start: Start) -> str | None:
     if start.card is None:
         name, commit = getattr(plan, "pretrained", None), start.commit
     else:
+        if "base" in start.card:  # it is of a first stage
+            return start.card["base"]
         name, commit = start.card["made_with"].get("pretrained"), start.card.get("pretrained_commit")
     return None if name is None else name if commit else ""
 
@@ -231,8 +240,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
     p.add_argument(
         "--expert",
         required=True,
-        help="seed, 0 ... k-1, dense, dense-batch, dense-steps, dense-large, random-0 ...; with a rate of "
-        "train.lr where that is a list: 0@0.004",
+        help="seed, parent-0 ..., first-0 ..., 0 ... k-1, dense, dense-batch, dense-steps, dense-large, "
+        "random-0 ...; with a rate of train.lr where that is a list: 0@0.004",
     )
     p.add_argument(
         "--data",
@@ -249,7 +258,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, config.Config]:
     p.add_argument(
         "--seed-model",
         type=Path,
-        help="model.safetensors to start from; for every expert but the seed and dense-large",
+        help="model.safetensors to start from, the seed's or a parent's; for every expert but the seed and "
+        "dense-large",
     )
     p.add_argument(
         "--out",

@@ -216,9 +216,8 @@ def write_empty_cluster(outdir: Path) -> Path:
 
 def files(outdir: Path, name: str, data: str | None = None, to: str = "experts") -> train_expert.Files:
     """The paths that the workflow would use. `data` is another folder of data, `to` one of experts."""
-    folder = (
-        data or {"corpus": "shards", "clusters": "assignments", "random": "random"}[plan.data_of(name)[0]]
-    )
+    folders = {"corpus": "shards", "clusters": "assignments", "parents": "assignments", "random": "random"}
+    folder = data or folders[plan.data_of(name)[0]]
     return train_expert.Files(
         data=outdir / folder / "manifest.json",
         tokenizer=outdir / "tokenizer/tokenizer.json",

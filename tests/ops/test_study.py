@@ -114,6 +114,11 @@ def shared(a: config.Config, b: config.Config) -> set[str]:
 CORPUS = {"demo_corpus", "tokenizer", "shard"}
 SEED_AND_DENSE = {f"{rule} {name}" for rule in ("train_expert", "score_expert") for name in ("seed", "dense")}
 CLUSTERS = {"fit_kmeans", "assign", "assign_random", "route"}
+CONTROLS = {
+    f"{rule} {name}"
+    for rule in ("train_expert", "score_expert")
+    for name in ("dense-steps", *(f"random-{i}" for i in range(4)))
+}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +129,12 @@ CLUSTERS = {"fit_kmeans", "assign", "assign_random", "route"}
         ("seed", [0, 1], CORPUS),
         ("embed.idf_power", [1.0, 2.0], CORPUS | {"assign_random"}),
         ("tokenizer.vocab_size", [300, 400], {"demo_corpus"}),
+        (
+            "cluster.second_round",
+            [False, True],
+            CORPUS | {"embed"} | (CLUSTERS - {"route"}) | SEED_AND_DENSE | CONTROLS,
+        ),
+        ("cluster.parents", [None, 2], CORPUS | {"embed", "assign_random"} | SEED_AND_DENSE | CONTROLS),
     ],
 )
 def test_runs_share_what_does_not_depend_on_the_key(

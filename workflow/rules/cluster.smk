@@ -86,3 +86,51 @@ rule assign_random:
     shell:
         "exec {params.launch:q} python -m cbtm_pipeline.assign_random --config {params.config:q} --shards {input.shards:q} --out {output:q}"
         " --threads {threads} --log {log:q}"
+
+
+# With cluster.second_round, experts of a first round score training documents, and these go to the one that predicts them best.
+rule score_training:
+    input:
+        expert=made("experts/{expert}/model.safetensors"),
+        shards=made("shards/manifest.json"),
+        lender=lender("score_training"),
+    output:
+        f"{OUT}/second/scores/{{expert}}.npz",
+    log:
+        f"{OUT}/logs/score_training/{{expert}}.log",
+    wildcard_constraints:
+        expert="|".join(map(re.escape, FIRSTS)) or "none",
+    conda:
+        CONDA
+    params:
+        launch=launch("score_training", "training-score"),
+        config=RUN_CONFIG,
+    shell:
+        "exec {params.launch:q} python -m cbtm_pipeline.score_training --config {params.config:q} --expert-weights {input.expert:q}"
+        " --shards {input.shards:q} --out {output:q} --threads {threads} --log {log:q}"
+
+
+rule second_round:
+    input:
+        shards=made("shards/manifest.json"),
+        vectors=made("embed/manifest.json"),
+        assignments=made("assignments/manifest.json"),
+        scores=first_scores,
+        tokenizer=made("tokenizer/tokenizer.json"),
+        lender=lender("second_round"),
+    output:
+        manifest=f"{OUT}/second/manifest.json",
+        clusterer=f"{OUT}/second/clusterer.npz",
+        top_terms=f"{OUT}/second/top_terms.json",
+    log:
+        f"{OUT}/logs/second_round.log",
+    conda:
+        CONDA
+    threads: 2
+    params:
+        launch=launch("second_round"),
+        config=RUN_CONFIG,
+    shell:
+        "exec {params.launch:q} python -m cbtm_pipeline.second_round --config {params.config:q} --shards {input.shards:q}"
+        " --vectors {input.vectors:q} --assignments {input.assignments:q} --scores {input.scores:q} --tokenizer {input.tokenizer:q}"
+        " --out {output.manifest:q} --threads {threads} --log {log:q}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 from cbtm_pipeline import config as schema
-from cbtm_pipeline import compare, plan, plan_search, preview
+from cbtm_pipeline import compare, plan, plan_first, plan_search, preview
 from cbtm_pipeline.base import cli, lock, printable, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
@@ -22,6 +22,14 @@ DEMO = f"{OUT}/{stale.DEMO}"
 CONDA = f"{workflow.basedir}/../envs/cbtm.yaml"
 EXPERTS = list(dict.fromkeys(name for run in RUNS.values() for name in run.experts))
 TRAININGS = list(dict.fromkeys(name for run in RUNS.values() for name in run.trainings))
+FIRSTS = list(
+    dict.fromkeys(
+        name
+        for run in RUNS.values()
+        if run.config.cluster.second_round
+        for name in plan_first.firsts(run.config)
+    )
+)
 KINDS = list(dict.fromkeys(kind for run in RUNS.values() for kind in run.searched))
 ADOPTED = list(dict.fromkeys(name for run in RUNS.values() for name in run.adopted))
 SEARCHING = [name for name, run in RUNS.items() if run.searched]
@@ -84,17 +92,37 @@ def made(*outputs):
     return paths
 
 
+def of_clusters(name):
+    """The manifest, the clusterer or the terms of the clusters whose experts are evaluated."""
+
+    def path(wildcards):
+        run = run_of(wildcards)
+        return made_by(run, run.clusters[name])
+
+    return path
+
+
+def first_scores(wildcards):
+    """What the experts of the first round say of the training documents."""
+    run = run_of(wildcards)
+    names = plan_first.firsts(run.config)
+    return [made_by(run, f"second/scores/{name}.npz") for name in names]
+
+
 def made_by(run, name):
     """An output of a run, by its path below the outdir, as an input."""
     return run.path(name) if run.produces(name) else ancient(run.path(name))
 
 
-def of_experts(pattern, clusters_only=False):
-    """Inputs that are made for each expert."""
+def of_experts(pattern, which="experts"):
+    """Inputs that are made for each of some models: `experts` are scored, `trained` are all, `clusters` are packed."""
 
     def paths(wildcards):
         run = run_of(wildcards)
-        names = plan.cluster_experts(run.config) if clusters_only else run.experts
+        clusters = plan.cluster_experts(run.config)
+        names = {"experts": run.experts, "trained": run.trained, "clusters": clusters}[
+            which
+        ]
         return [made_by(run, pattern.format(name)) for name in names]
 
     return paths
@@ -197,13 +225,13 @@ def unless_done(run, job):
 
 
 def expert_inputs(wildcards):
-    """The data, the tokenizer and the seed model of a training. Those from scratch have no seed model."""
+    """The data, the tokenizer and the model that a training begins as, if there is one."""
     inputs = {
-        "data": started.MANIFESTS[plan.data_of(wildcards.expert)[0]],
+        "data": run_of(wildcards).manifest(plan.data_of(wildcards.expert)[0]),
         "tokenizer": "tokenizer/tokenizer.json",
     }
-    if plan.branches(wildcards.expert):
-        inputs["seed_model"] = "experts/seed/model.safetensors"
+    if first := plan.begins_as(run_of(wildcards).config, wildcards.expert):
+        inputs["seed_model"] = f"experts/{first}/model.safetensors"
     return {name: made(output)(wildcards) for name, output in inputs.items()}
 
 

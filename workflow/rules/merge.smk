@@ -2,7 +2,7 @@ rule route:
     input:
         shards=made("shards/manifest.json"),
         embedder=made("embed/embedder.npz"),
-        clusterer=made("cluster/clusterer.npz"),
+        clusterer=of_clusters("clusterer"),
         tokenizer=made("tokenizer/tokenizer.json"),
         lender=lender("route"),
     output:
@@ -24,7 +24,7 @@ rule eval_ensemble:
     input:
         distances=made("route/distances.npz"),
         scores=of_experts("scores/{}.npz"),
-        experts=of_experts("experts/{}/model.safetensors"),
+        experts=of_experts("experts/{}/model.safetensors", "trained"),
         clusters=clusterings,
         choices=choices,
         labels=labels_read,
@@ -64,10 +64,10 @@ rule eval_ensemble:
 rule report:
     input:
         metrics=made("eval/metrics.json"),
-        top_terms=made("cluster/top_terms.json"),
-        assignments=made("assignments/manifest.json"),
+        top_terms=of_clusters("top_terms"),
+        assignments=of_clusters("assignments"),
         shards=made("shards/manifest.json"),
-        experts=of_experts("experts/{}/model.safetensors"),
+        experts=of_experts("experts/{}/model.safetensors", "trained"),
         tasks=tasks_of_report,
     output:
         report(
@@ -96,10 +96,10 @@ rule ensemble:
     input:
         metrics=made("eval/metrics.json"),
         embedder=made("embed/embedder.npz"),
-        clusterer=made("cluster/clusterer.npz"),
-        top_terms=made("cluster/top_terms.json"),
+        clusterer=of_clusters("clusterer"),
+        top_terms=of_clusters("top_terms"),
         tokenizer=made("tokenizer/tokenizer.json"),
-        experts=of_experts("experts/{}/model.safetensors", clusters_only=True),
+        experts=of_experts("experts/{}/model.safetensors", "clusters"),
     output:
         report(
             f"{OUT}/ensemble/files.json",

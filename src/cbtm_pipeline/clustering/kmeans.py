@@ -27,7 +27,7 @@ from cbtm_pipeline.clustering.distances import (
     weighted_sum,
 )
 
-__all__ = ["Clustering", "assign", "duality_gap", "fit", "squared_distances"]
+__all__ = ["Clustering", "assign", "duality_gap", "fit", "renumbered", "squared_distances"]
 
 SAMPLE_ROWS, SAMPLE_PER_CLUSTER = (
     8192,
@@ -236,6 +236,19 @@ def _numbered(x_ND: np.ndarray, state: lloyd.State) -> lloyd.State:
         order = _order_of_appearance(x_ND, ordered)
         state = ordered if len(order) == k else state
     return state
+
+
+def renumbered(
+    x_ND: np.ndarray, weights_N: np.ndarray | None, found: Clustering, order: np.ndarray
+) -> Clustering:
+    """The clustering of these vectors with its clusters in another order, and its certificate taken anew.
+
+    Documents that tie exactly may move: they belong to the lowest of their clusters.
+    """
+    x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
+    weights_N = np.ones(len(x_ND)) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
+    state = lloyd.State(found.centres_KD[order], found.prices_K[order], found.n_iterations)
+    return _certify(x_ND, weights_N, state)
 
 
 def _order_of_appearance(x_ND: np.ndarray, state: lloyd.State) -> np.ndarray:

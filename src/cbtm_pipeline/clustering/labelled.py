@@ -41,6 +41,11 @@ def deal(weights: Mapping[str, float], k: int) -> dict[str, int]:
     return groups
 
 
+def renumbered(groups: Mapping[str, int], order: Sequence[int]) -> dict[str, int]:
+    """The cluster of each label, where the clusters are put into another order."""
+    return {label: list(order).index(j) for label, j in groups.items()}
+
+
 def numbered(weights: Mapping[str, float]) -> dict[str, int]:
     """A number for each label. Raises ValueError for too many labels."""
     check(len(weights), 0)

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from cbtm_pipeline.base import artifact, cli, parallel
 from cbtm_pipeline.clustering import kmeans
 from cbtm_pipeline.corpus import heldout, labels, shard_files, token_files
+from cbtm_pipeline.embedding import encoder, tfidf
+from cbtm_pipeline.embedding import vectors as vector_files
 
 
 class Shard(NamedTuple):
@@ -46,6 +48,7 @@ class Grouping(NamedTuple):
     `label` is called once for each shard, in the order of the shards. `made_from` and `settings` (balance,
     prices) go into the manifest, as does the plan `made_with`. With `crossed`, labels are read, and this
     table counts them by cluster. With `border_share`, documents are lent to neighbours.
+    `files` are further files of the rule beside the manifest.
     """
 
     label: Callable[[Shard], Labels]
@@ -55,6 +58,7 @@ class Grouping(NamedTuple):
     settings: dict[str, Any]
     crossed: labels.Crossed | None = None
     border_share: float = 0.0
+    files: tuple[str, ...] = ()
 
 
 class Validation(NamedTuple):
@@ -67,6 +71,27 @@ class Validation(NamedTuple):
 def weights(n_tokens_N: np.ndarray, balance: str) -> np.ndarray:
     """The weight of each document in the balance: its tokens (at least one) or 1."""
     return np.maximum(n_tokens_N, 1) if balance == "tokens" else np.ones(len(n_tokens_N))
+
+
+def clusters_of(
+    shards: Path,
+    vectors: Path,
+    centres_KD: np.ndarray,
+    prices_K: np.ndarray,
+    selection: heldout.Selection,
+    documents: list[token_files.Documents],
+) -> list[np.ndarray]:
+    """Clusters of the validation documents, shard by shard, by their text and these centres and prices."""
+    embedder = vector_files.read_embedder(vectors.with_name("embedder.npz"), shards)
+    found = []
+    for (entry, rows), of_shard in zip(selection, documents, strict=True):
+        if isinstance(embedder, tfidf.Embedder):
+            h_ND = tfidf.embed(of_shard, embedder.E_VD)
+        else:
+            column = shard_files.attributes(shards.parent, entry, ["text"])["text"]
+            h_ND = encoder.embed(embedder, column.take(pa.array(rows)).to_pylist())
+        found.append(kmeans.assign(h_ND, centres_KD, prices_K)[0])
+    return found
 
 
 class Totals:
@@ -158,7 +183,8 @@ def write(
     if grouping.crossed:
         content["labels"] = _log_agreement(grouping.crossed.content())
     content["identity_validation"] = None
-    content["files"] = [f"{entry['name']}{suffix}" for entry in written for suffix in (".parquet", ".arrow")]
+    content["files"] = [*grouping.files]
+    content["files"] += [f"{entry['name']}{suffix}" for entry in written for suffix in (".parquet", ".arrow")]
     if validation.documents:
         identities = heldout.write_validation(out, *validation, grouping.k, grouping.made_from)
         content["identity_validation"] = identities

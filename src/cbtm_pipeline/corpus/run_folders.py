@@ -11,8 +11,8 @@ SEEN = ".corpus.json"  # in an outdir: the identities of corpus files, remembere
 NAMES = frozenset(
     (
         *("added", "assignments", "cluster", "config.json", "demo", "embed", "ensemble", "eval", "experts"),
-        *("kept", "logs", "random", "report.html", "route", "scored", "scores", "shards", "slurm"),
-        *("tokenizer", "work", "runs", "study.html", "study.json", "study.parquet", "study.txt"),
+        *("kept", "logs", "random", "report.html", "route", "scored", "scores", "second", "shards"),
+        *("slurm", "tokenizer", "work", "runs", "study.html", "study.json", "study.parquet", "study.txt"),
     )
 )
 DEMO = "demo"  # of these names, the one with text to train on: a run may name it as its corpus

@@ -235,8 +235,17 @@ def _use(metrics: Metrics) -> list[Html]:
 def compute(metrics: Metrics) -> Html:
     """FLOPs of each training, and of a token for each number of models that run at once."""
     cost = metrics["flops"]
-    names = ["seed", "experts", *(name for name in cost if name.startswith("dense")), "random"]
+    names = [
+        "seed",
+        "parents",
+        "first",
+        "experts",
+        *(name for name in cost if name.startswith("dense")),
+        "random",
+    ]
     training = [(f"{name}, training", flops(cost[name])) for name in names if name in cost]
+    if "second_round" in cost:
+        training.append(("second round, scoring of training documents", flops(cost["second_round"])))
     n_models = sorted({row["n_active"] for row in metrics["systems"] if row["n_active"]})
     inference = [
         (f"{n} model{'s' if n > 1 else ''}, per token", flops(n * cost["forward_per_token"]))

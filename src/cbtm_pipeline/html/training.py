@@ -28,6 +28,7 @@ class Log(NamedTuple):
     times: tuple[float, float] | None = None  # of the first and of the last step
     machines: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
+    begins: str = "seed"  # the model that it began as
 
 
 def downsample(points: Curve, n: int = MAX_POINTS) -> Curve:
@@ -42,28 +43,42 @@ def downsample(points: Curve, n: int = MAX_POINTS) -> Curve:
 def training(logs: Mapping[str, Log], experts: Sequence[str]) -> Html:
     """The section. `logs` are by model, `experts` are the cluster experts in order."""
     dense = sorted(name for name in logs if name.startswith("dense"))
-    names = [*experts, *dense]
-    drawn = [_chart("Training loss", {name: log.losses for name, log in logs.items()}, names, experts)]
+    begins = {name: log.begins for name, log in logs.items()}
+    firsts = [name for name in logs if name in begins.values() and name != "seed"]
+    names = [*firsts, *experts, *dense]
+    losses = {name: log.losses for name, log in logs.items()}
+    drawn = [_chart("Training loss", losses, names, experts, begins)]
     validation = {name: log.validation for name, log in logs.items()}
     if any(validation[name] for name in ("seed", *names)):
-        drawn.append(_chart("Validation loss", validation, names, experts))
+        drawn.append(_chart("Validation loss", validation, names, experts, begins))
+    where_begun = (
+        "the models of the first stage end, and those where the seed ends" if firsts else "the seed ends"
+    )
     note = (
-        "Losses in nats per token, over the tokens seen; the experts begin where the seed ends. "
+        f"Losses in nats per token, over the tokens seen; the experts begin where {where_begun}. "
         "Training losses are means over runs of steps. Each expert is trained and validated on texts of its "
         "own cluster, dense models and the seed on texts of all. So lines compare in shape, not in height."
     )
     return section("Training", note, tag("div", *drawn, class_="charts"), _table(logs), tag("p", where(logs)))
 
 
-def _chart(title: str, curves: Mapping[str, Curve], names: Sequence[str], experts: Sequence[str]) -> Html:
-    """One line for the seed, and one for each model that begins where the seed ends."""
+def _chart(
+    title: str,
+    curves: Mapping[str, Curve],
+    names: Sequence[str],
+    experts: Sequence[str],
+    begins: Mapping[str, str],
+) -> Html:
+    """One line for the seed, and one for each model that begins where the one ends that it began as."""
     seed = curves["seed"]
-    start, series = (seed[-1][0] if seed else 0.0), []
+    ends, series = {"seed": seed[-1][0] if seed else 0.0}, []
     dots = title.startswith("Validation")
     if seed:
         series.append(charts.Series("seed", "grey", downsample(seed), dots=dots))
     for name in names:
+        start = ends[begins[name]]
         points = [(start + n_tokens, loss) for n_tokens, loss in downsample(curves[name])]
+        ends[name] = start + (curves[name][-1][0] if curves[name] else 0.0)
         if not points:
             continue
         if name in experts:
@@ -72,6 +87,8 @@ def _chart(title: str, curves: Mapping[str, Curve], names: Sequence[str], expert
             label = f"expert {name}" if named else "experts"
             colour = COLOURS[i % len(COLOURS)] if named else "c0"
             series.append(charts.Series(label, colour, points, "thin", dots, end=name if named else ""))
+        elif name in begins.values():
+            series.append(charts.Series("first stage", "grey", points, "thin", dots))
         else:
             colour = DENSE[(len(names) - names.index(name) - 1) % len(DENSE)]
             series.append(charts.Series(name, colour, points, "strong", dots, end=name))

@@ -9,6 +9,7 @@ from cbtm_pipeline.base.cli import log
 from cbtm_pipeline.base.errors import first_sentence
 from cbtm_pipeline.base.lean import lean_imports
 from cbtm_pipeline.inference import package
+from cbtm_pipeline.provenance import records
 
 TERMS = "top_terms.json"
 
@@ -76,7 +77,7 @@ def load(
         getattr(model.config, "max_position_embeddings", None),
         model.config.bos_token_id,
         frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends),
-        _terms(model, [folder / TERMS, *([outdir / "cluster" / TERMS] if outdir else [])]),
+        _terms(model, [folder / TERMS, *([records.clusters(outdir)[1]] if outdir else [])]),
         fingerprint,
     )
 

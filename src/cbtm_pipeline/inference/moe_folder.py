@@ -14,7 +14,7 @@ from cbtm_pipeline.base.cli import Progress
 from cbtm_pipeline.base.publish import fresh
 from cbtm_pipeline.corpus import heldout, token_files
 from cbtm_pipeline.inference import document_scores, model_card, moe, package
-from cbtm_pipeline.provenance import card_header
+from cbtm_pipeline.provenance import card_header, records
 from cbtm_pipeline.training import model
 
 N_SEQUENCES = 64  # of each cluster, that routers are fitted on
@@ -38,7 +38,7 @@ def training_texts(outdir: Path, names: Sequence[str], n_context: int) -> dict[i
 
     Raises ValueError if the run's assignments are missing or damaged.
     """
-    path = outdir / "assignments/manifest.json"
+    path, _ = records.clusters(outdir)
     if not path.exists():
         raise ValueError(
             f"{path}: missing. Expected the run of the ensemble, on whose texts the routers are fitted. "

@@ -42,7 +42,7 @@ class Finished(NamedTuple):
     folder: Path
     settings: dict[str, Any]  # by config key, such as `cluster.k`
     metrics: dict[str, Any]
-    n_tokens: int  # that all experts together were trained on, without the seed
+    n_tokens: int  # that all experts and their parents were trained on, without the seed
     n_parameters: dict[str, int]  # of each model
     held_out: str  # identity of the held-out documents, as tokens
     text: str  # the same, as text

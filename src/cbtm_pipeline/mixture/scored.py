@@ -3,7 +3,7 @@
 Shapes: N held-out tokens, D documents, K cluster experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +55,8 @@ class Expected(NamedTuple):
     """What the config says about the run."""
 
     outdir: str
-    experts: list[str]  # ids of everything that is trained, the seed included
-    branched: list[str]  # those of them that began as the seed
+    experts: list[str]  # ids of everything that is scored, the seed included
+    begins: Mapping[str, str]  # the model that each training began as, by id; parents are among them
     k: int  # number of clusters
     route: Meta  # the plan of rule route, as plan.route(...).content() gives it
     score_expert: Meta  # likewise of rule score_expert
@@ -105,13 +105,13 @@ def read(expected: Expected, distances: Path, scores: Iterable[Path], cards: Ite
 
 
 def _read_cards(expected: Expected, paths: Iterable[Path]) -> dict[str, Meta]:
-    """The cards by expert. Those that are `branched` must branch from the given seed."""
+    """The cards of all that was trained. Each must have begun as the model that it should begin as."""
     metas = {path: artifact.read_sealed(path, "expert") for path in paths}
-    found = _by_expert(metas, expected.experts, f"{expected.outdir}/experts/{{}}/card.json")
-    seed = found["seed"][1]["identity"]
-    for name in expected.branched:
+    names = list(dict.fromkeys([*expected.experts, *expected.begins]))
+    found = _by_expert(metas, names, f"{expected.outdir}/experts/{{}}/card.json")
+    for name, first in expected.begins.items():
         path, card = found[name]
-        artifact.check_made_from(path, card, "seed", seed)
+        artifact.check_made_from(path, card, "seed", found[first][1]["identity"])
     return {name: card for name, (_, card) in found.items()}
 
 

@@ -4,7 +4,7 @@ Shapes: D reported documents, K cluster experts.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,7 +51,7 @@ class Inputs:
     randoms: list[str]  # the experts on random clusters; may be empty
     train_flops: dict[str, float]  # of each training, the seed's included
     n_parameters: dict[str, int]  # of each model
-    unbranched: frozenset[str]  # the models that did not begin as the seed
+    begins: Mapping[str, str]  # the model that each one began as, by id; those from scratch are not there
     search_flops: dict[str, float]  # of all candidates of each training; empty where no rate was searched
     grid: sweep.Grid
     n_threads: int = 1  # of the sweep
@@ -66,11 +66,14 @@ class Inputs:
         return _held_out(self.reported, self.clusters)
 
     def cost(self, experts: Iterable[str], n_active: int | None) -> Row:
-        """Training FLOPs of these experts, and of the seed if they began as it. All their parameters, and
-        those of the `n_active` that read a token; embedding and output layer count in each.
+        """Training FLOPs of these experts, and of all that they began as. All their parameters, and those of
+        the `n_active` that read a token; embedding and output layer count in each.
         """
-        names = list(experts)
-        trained = names if self.unbranched.issuperset(names) else list(dict.fromkeys(["seed", *names]))
+        names = left = list(experts)
+        trained: list[str] = []
+        while left:
+            trained = [*left, *trained]
+            left = list(dict.fromkeys(self.begins[name] for name in left if name in self.begins))
         sizes = sorted((self.n_parameters[name] for name in names), reverse=True)
         row: Row = {"train_flops": sum(self.train_flops[name] for name in trained)}
         row |= {"n_parameters": sum(sizes)}

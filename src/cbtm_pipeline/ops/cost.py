@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cbtm_pipeline import plan, plan_search
+from cbtm_pipeline import plan, plan_first, plan_search
 from cbtm_pipeline.base import hub
 from cbtm_pipeline.base.duration import duration
 from cbtm_pipeline.base.errors import first_sentence
@@ -64,6 +64,7 @@ def n_jobs(config: Config) -> dict[str, int]:
         **dict.fromkeys(once, 1),
         **({"assign_random": 1} if random else {}),
         **({"ensemble": 1} if stale.packs(config) else {}),
+        **({"score_training": config.cluster.k, "second_round": 1} if config.cluster.second_round else {}),
         "train_expert": len(plan.trainings(config)),
         **({"choose": len(searched), "adopt": sum(map(len, searched.values()))} if searched else {}),
         "score_expert": n_experts,
@@ -106,7 +107,7 @@ def disk(config: Config, model: Size, text: TextBytes, n_dimensions: int, n_runn
     """Bytes under outdir when it is fullest, by kind. `n_running`: how many trainings run at once."""
     experts, k = plan.experts(config), config.cluster.k
     both, width = text.train + text.held_out, 2 if model.vocab_size <= 1 << 16 else 4
-    groupings = 2 if "random" in config.train.controls else 1
+    groupings = 1 + ("random" in config.train.controls) + config.cluster.second_round
     lent = 1 / (1 - config.cluster.border_share)  # documents that are lent stand twice
     grouped = text.train * (groupings - 1 + lent)
     per_document = config.eval.max_document_tokens or math.inf
@@ -224,6 +225,8 @@ def _tokens(config: Config) -> str:
     tokens = n_tokens(config)
     k, n_random = config.cluster.k, len(plan.random_experts(config))
     parts = [f"{name} {_each(config, name, tokens)}" for name in ["seed", *plan.dense_experts(config)]]
+    if firsts := plan_first.firsts(config):
+        parts += [f"{plan_search.kind(firsts[0])} {len(firsts)} x {_each(config, firsts[0], tokens)}"]
     parts += [f"experts {k} x {_each(config, '0', tokens)}"]
     parts += [f"random experts {n_random} x {_each(config, 'random-0', tokens)}"] if n_random else []
     return f"{units(sum(tokens.values()))} in training: {', '.join(parts)}"

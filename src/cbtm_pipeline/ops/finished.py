@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import config, plan
+from cbtm_pipeline import config, plan, plan_first
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.mixture.comparison import Documents, Finished
 from cbtm_pipeline.ops import planned
@@ -31,6 +31,7 @@ def read(folder: Path) -> Finished:
                 f"run. Finish it: snakemake --cores 2 --configfile {path}"
             )
     cards = {name: records.read(folder, "train_expert", name) for name in plan.trained(cfg)}
+    experts = [*plan_first.firsts(cfg), *plan.cluster_experts(cfg)]
     shards = records.read(folder, "shard")
     texts = [entry["identity_columns"]["text"] for entry in shards["shards"] if entry["split"] == "eval"]
     return Finished(
@@ -38,7 +39,7 @@ def read(folder: Path) -> Finished:
         folder=folder,
         settings=settings(whole),
         metrics=records.read(folder, "eval_ensemble"),
-        n_tokens=sum(cards[name]["n_train_tokens"] for name in plan.cluster_experts(cfg)),
+        n_tokens=sum(cards[name]["n_train_tokens"] for name in experts),
         n_parameters={name: card["n_parameters"] for name, card in cards.items()},
         held_out=shards["identity_eval"],
         text=artifact.fingerprint(texts),

@@ -18,7 +18,7 @@ from cbtm_pipeline.slurm import commands, request
 
 # Every rule in one small graph: whether a rule is submitted does not depend on the number of experts.
 DEFAULT = "config.yaml"  # which the workflow reads first
-SMALL = {"cluster": {"k": 1}, "train": {"controls": ["random"]}}
+SMALL = {"cluster": {"k": 1, "parents": None}, "train": {"controls": ["random"]}}
 
 
 class PlannedJob(NamedTuple):

@@ -171,7 +171,8 @@ def traces(outdir: Path) -> list[str]:
     """Ids of the experts that have left files, in order: for a run whose config cannot be read."""
     names = {path.name for folder in ("experts", "work") for path in lenient.listed(outdir / folder)}
     names |= {path.name.removeprefix("expert-") for path in lenient.listed(outdir / "slurm")}
-    expert = re.compile(r"(seed)|(\d{1,9})|(dense(?:-batch|-steps|-large)?)|random-(\d{1,9})")
+    numbered, dense = r"(?:parent|first)-(\d{1,9})|(\d{1,9})", r"(dense(?:-batch|-steps|-large)?)"
+    expert = re.compile(rf"(seed)|{numbered}|{dense}|random-(\d{{1,9}})")
     ids = [found for name in names if (found := expert.fullmatch(name))]
-    ids.sort(key=lambda found: (found.lastindex, int(found[2] or found[4] or 0), found[0]))
+    ids.sort(key=lambda found: (found.lastindex, int(found[2] or found[3] or found[5] or 0), found[0]))
     return [found[0] for found in ids]

@@ -13,7 +13,13 @@ from cbtm_pipeline.provenance.stale import Asked, Job, Start
 MANIFESTS = {
     "corpus": "shards/manifest.json",
     "clusters": "assignments/manifest.json",
+    "parents": "assignments/manifest.json",
+    "first": "assignments/manifest.json",
     "random": "random/manifest.json",
+}
+CLUSTERS = {  # what the evaluation and the result read of the clusters, by rounds
+    False: ("assignments/manifest.json", "cluster/clusterer.npz", "cluster/top_terms.json"),
+    True: ("second/manifest.json", "second/clusterer.npz", "second/top_terms.json"),
 }
 
 
@@ -37,6 +43,12 @@ class Run:
 
     @cached_property
     def experts(self) -> list[str]:
+        """Ids of the models that are scored and compared."""
+        return plan.evaluated(self.config)
+
+    @cached_property
+    def trained(self) -> list[str]:
+        """Ids of all models: those that are compared, and those that experts begin as."""
         return plan.trained(self.config)
 
     @cached_property
@@ -77,7 +89,17 @@ class Run:
     def clusterings(self) -> list[str]:
         """The manifests that the evaluation reads."""
         names = ["clusters", "random"] if plan.random_experts(self.config) else ["clusters"]
-        return [MANIFESTS[name] for name in names]
+        return [self.manifest(name) for name in names]
+
+    @property
+    def clusters(self) -> dict[str, str]:
+        """The manifest of the clusters, their clusterer and their terms, below the outdir."""
+        names = CLUSTERS[self.config.cluster.second_round]
+        return dict(zip(("assignments", "clusterer", "top_terms"), names, strict=True))
+
+    def manifest(self, data: plan.Data) -> str:
+        """The manifest of the documents that a training reads, below the outdir."""
+        return self.clusters["assignments"] if data == "clusters" else MANIFESTS[data]
 
     def path(self, name: str) -> str:
         """A file of the run, by its path below the outdir."""

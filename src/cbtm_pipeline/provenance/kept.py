@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import plan_search
+from cbtm_pipeline import plan_first, plan_search
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.publish import fresh, link_or_copy
 from cbtm_pipeline.provenance import expert_files, records
@@ -55,8 +55,9 @@ def surplus(outdir: Path, experts: Iterable[str]) -> list[str]:
 def put_away(outdir: Path, experts: Iterable[str], packs: bool) -> None:
     """Move experts that no longer belong to the run here, and delete what was made from them.
 
-    Without random experts, the random clusters are deleted, too: no training needs them. So is the folder of
-    the ensemble unless the run `packs` one: it would be that of another config.
+    Without random experts, the random clusters are deleted, too, and without a first round the second one: no
+    training needs them. So is the folder of the ensemble unless the run `packs` one: it would be that of
+    another config.
     """
     for name in surplus(outdir, experts):
         _keep_expert(outdir, outdir / f"experts/{name}")
@@ -67,6 +68,8 @@ def put_away(outdir: Path, experts: Iterable[str], packs: bool) -> None:
     _drop_search(outdir, known)
     if not any(name.startswith("random-") for name in known):
         shutil.rmtree(outdir / "random", ignore_errors=True)
+    if not any(name.startswith(plan_first.FIRST) for name in known):
+        shutil.rmtree(outdir / "second", ignore_errors=True)
     if not packs and (outdir / "ensemble/files.json").exists():
         shutil.rmtree(outdir / "ensemble", ignore_errors=True)
 

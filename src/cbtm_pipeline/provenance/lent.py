@@ -22,7 +22,7 @@ from cbtm_pipeline.provenance.stale import DAMAGED, DEMO, Job
 # Rules whose outputs may be lent. The others read results of the whole run, or write texts about it.
 DEMO_RULE = "demo_corpus"  # it has no record: its output is the same everywhere
 LENT = (DEMO_RULE, "tokenizer", "shard", "embed", "fit_kmeans", "assign", "assign_random")
-LENT += ("train_expert", "score_expert", "route", "eval_task")
+LENT += ("score_training", "second_round", "train_expert", "score_expert", "route", "eval_task")
 LINKED = {".safetensors", ".arrow", ".parquet", ".npz", ".npy", ".zst"}
 
 

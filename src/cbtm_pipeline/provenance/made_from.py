@@ -16,7 +16,7 @@ So new held-out text trains nothing again, and a new clustering trains only the 
 changes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cbtm_pipeline.base import artifact
@@ -56,18 +56,39 @@ def assign_random(shards: Record) -> Identities:
     return {"shards": shards["identity_train"], "held_out": shards["identity_eval"], "tokenizer": tokenizer}
 
 
+def score_training(card: Record, shards: Record) -> Identities:
+    """Of second/scores/<expert>.npz."""
+    return {"expert": card["identity"], "shards": shards["identity_train"]}
+
+
+def second_clusterer(vectors: Record, first: Record, scores: Mapping[str, Record]) -> Identities:
+    """Of second/clusterer.npz. `first`: the manifest of the first round; its held-out text does not count."""
+    scored = {f"scores-{name}": record["seal"] for name, record in scores.items()}
+    return {**fit_kmeans(vectors), "first": artifact.fingerprint(first["identity_groups"]), **scored}
+
+
+def second_round(shards: Record, clusterer: Record) -> Identities:
+    """Of second/manifest.json. It names what its clusterer, which lies beside it, was made from, too."""
+    return {**assign(shards, clusterer), **clusterer["made_from"]}
+
+
 def labels(shards: Record, split: str) -> Identities:
     """The labels of the `train` or `eval` documents, for rules that read them. Nothing if there are none."""
     identity = shard_files.identity_labels([entry for entry in shards["shards"] if entry["split"] == split])
     return {"labels": identity} if identity else {}
 
 
-def tokens(group: int, data: Record) -> str:
-    """Identity of the tokens that an expert trains on: a group of the files that `data` lists."""
+def tokens(groups: Sequence[int], data: Record) -> str:
+    """Identity of the tokens that a training reads: some groups of the files that `data` lists."""
     if data["kind"] == "assignments":
-        return data["identity_groups"][group]
+        return _of_groups(groups, data["identity_groups"])
     entries = [entry for entry in data["shards"] if entry["split"] == "train"]
     return artifact.fingerprint([entry["identity_groups"][0] for entry in entries])
+
+
+def _of_groups(groups: Sequence[int], identities: Sequence[str]) -> str:
+    found = [identities[j] for j in groups]
+    return found[0] if len(found) == 1 else artifact.fingerprint(found)
 
 
 def validation(plan: TrainingPlan, data: Record) -> str | None:
@@ -77,16 +98,16 @@ def validation(plan: TrainingPlan, data: Record) -> str | None:
     if plan.data == "corpus":
         return artifact.fingerprint([data["identity_eval"], plan.validation_share, plan.rng_seed])
     identities = data["identity_validation"]
-    return identities[plan.group] if identities else None
+    return _of_groups(plan.groups, identities) if identities else None
 
 
 def train_expert(plan: TrainingPlan, data: Record, tokenizer: Record, seed: Record | None) -> Identities:
-    """Of an expert's card. `seed` is the card of the seed model; None for the seed itself.
+    """Of an expert's card. `seed` is the card of the model that it begins as; None without one.
 
     The validation text is left out where it decides nothing. A training with `patience` depends on it, and a
     candidate, because its validation loss decides about the learning rate.
     """
-    found = {"tokens": tokens(plan.group, data), "tokenizer": tokenizer["identity"]}
+    found = {"tokens": tokens(plan.groups, data), "tokenizer": tokenizer["identity"]}
     if seed is not None:
         found["seed"] = seed["identity"]
     if (plan.patience is not None or plan.candidate) and (identity := validation(plan, data)):

@@ -44,6 +44,12 @@ PLACES = {  # by rule, in the order of the data
         "experts/{}/card.json",
         tuple(f"experts/{{}}/{name}" for name in (expert_files.WEIGHTS, *expert_files.BESIDE)),
     ),
+    "score_training": Place("training_scores", "second/scores/{}.npz", ("second/scores/{}.npz",)),
+    "second_round": Place(
+        "assignments",
+        "second/manifest.json",
+        ("second/manifest.json", "second/clusterer.npz", "second/top_terms.json"),
+    ),
     "choose": Place("choice", "search/{}.json", ("search/{}.json",)),
     "score_expert": Place("scores", "scores/{}.npz", ("scores/{}.npz",)),
     "route": Place("distances", "route/distances.npz", ("route/distances.npz",)),
@@ -96,8 +102,10 @@ def check_beside(outdir: Path, rule: str, record: dict[str, Any]) -> None:
     """Raise ValueError if an output that lies beside the rule's record is damaged."""
     if rule == "embed":
         read_embedder(outdir)
-    elif rule == "fit_kmeans":
-        read_top_terms(outdir)
+    elif rule in ("fit_kmeans", "second_round"):
+        read_top_terms(outdir, rule)
+        if rule == "second_round":
+            read_second_clusterer(outdir)
     elif rule == "eval_ensemble":
         for name, path in (("table", outdir / "eval/table.txt"), ("documents", outdir / DOCUMENTS)):
             if artifact.identity(path) != record.get(name):
@@ -156,6 +164,20 @@ def read_embedder(outdir: Path) -> dict[str, Any]:
     return artifact.read_record(outdir / "embed/embedder.npz", "embedder")
 
 
-def read_top_terms(outdir: Path) -> dict[str, Any]:
-    """The terms of the clusters, an output of `fit_kmeans` beside its record."""
-    return artifact.read_record(outdir / "cluster/top_terms.json", "top_terms")
+def read_top_terms(outdir: Path, rule: str = "fit_kmeans") -> dict[str, Any]:
+    """The terms of the clusters, an output of `fit_kmeans` or `second_round` beside its record."""
+    path = outdir / PLACES[rule].record
+    return artifact.read_record(path.with_name("top_terms.json"), "top_terms")
+
+
+def read_second_clusterer(outdir: Path) -> dict[str, Any]:
+    """The record of the clusterer of the second round, an output of `second_round` beside its record."""
+    return artifact.read_record(outdir / PLACES["second_round"].outputs[1], "clusterer")
+
+
+def clusters(outdir: Path) -> tuple[Path, Path]:
+    """The manifest of a run's clusters and their terms: of the second round, if there was one."""
+    second, first = (outdir / PLACES[rule].record for rule in ("second_round", "assign"))
+    if second.exists():
+        return second, second.with_name("top_terms.json")
+    return first, outdir / PLACES["fit_kmeans"].outputs[1]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cbtm_pipeline import plan
+from cbtm_pipeline import plan, plan_training
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.base.errors import run_again
 from cbtm_pipeline.mixture import scored
@@ -31,18 +31,21 @@ def check(
     by_name = {path.parent.name: path for path in paths}
     for name, card in found.cards.items():
         data, group = plan.data_of(name)
-        if data == "corpus":
+        if data in ("corpus", "first"):  # of the first round, second_round has checked the documents
             continue
+        groups = plan_training.groups(group, card["made_with"].get("children", 1))
+        data = "clusters" if data == "parents" else data
         if data not in manifests:
             raise ValueError(
                 f"--clusters: no manifest of {data}. Expected that of {name}, too. "
                 "Add it to the command line."
             )
         path, manifest = manifests[data]
-        if group >= manifest["k"] or card["made_from"]["tokens"] != made_from.tokens(group, manifest):
+        if groups[-1] >= manifest["k"] or card["made_from"]["tokens"] != made_from.tokens(groups, manifest):
+            what = " and ".join(map(str, groups))
             weights = by_name.get(name, Path(name, "card.json")).with_name("model.safetensors")
             raise ValueError(
-                f"{weights}: trained on other documents than cluster {group} of {path}. "
+                f"{weights}: trained on other documents than cluster {what} of {path}. "
                 f"Expected that cluster. {run_again(weights)}"
             )
     return manifests

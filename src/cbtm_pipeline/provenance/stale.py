@@ -16,7 +16,7 @@ from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.mixture.routers import ROUTERS
-from cbtm_pipeline.provenance import chosen, made_from, records, task_files
+from cbtm_pipeline.provenance import chosen, made_from, records, rounds, task_files
 from cbtm_pipeline.provenance.records import DAMAGED, Read
 
 OF_CORPUS = ("tokenizer", "shard")  # rules that read the corpus
@@ -68,25 +68,36 @@ def jobs(cfg: Config) -> dict[Job, list[Job]]:
         Job(rule)
         for rule in ("tokenizer", "shard", "embed", "fit_kmeans", "assign", "assign_random", "route")
     )
-    names = plan.trained(cfg)
-    data = {"corpus": shard, "clusters": assign, "random": dealt}
+    names = plan.evaluated(cfg)
+    second = Job("second_round") if cfg.cluster.second_round else None
+    clusterer, clusters = second or fit, second or assign
+    data = {"corpus": shard, "clusters": clusters, "parents": assign, "first": assign, "random": dealt}
     found = {tokenizer: [], shard: [tokenizer], embed: [shard], fit: [tokenizer, shard, embed]}
     found[assign] = [shard, embed, fit]
     randoms = [dealt] if plan.random_experts(cfg) else []
     found |= {dealt: [shard]} if randoms else {}
     for kind, models in plan.kinds(cfg).items():
         found |= _trainings(cfg, kind, models, tokenizer, data)
-    found[route] = [tokenizer, shard, embed, fit]
+        if second and kind == "first":
+            found |= {Job("score_training", name): [shard, Job("train_expert", name)] for name in models}
+            found[second] = [
+                tokenizer,
+                shard,
+                embed,
+                assign,
+                *(Job("score_training", name) for name in models),
+            ]
+    found[route] = [tokenizer, shard, embed, clusterer]
     found |= {Job("score_expert", name): [shard, Job("train_expert", name)] for name in names}
-    experts = [Job("train_expert", name) for name in names]
+    experts = [Job("train_expert", name) for name in plan.trained(cfg)]
     scores = [Job("score_expert", name) for name in names]
     choices = [Job("choose", kind) for kind in plan.searched(cfg)]
     labelled = [shard] if cfg.corpus.label_field else []
-    found[Job("eval_ensemble")] = [*labelled, route, assign, *randoms, *experts, *scores, *choices]
-    report = [shard, fit, assign, Job("eval_ensemble"), *experts]
+    found[Job("eval_ensemble")] = [*labelled, route, clusters, *randoms, *experts, *scores, *choices]
+    report = list(dict.fromkeys([shard, fit, clusterer, clusters, Job("eval_ensemble"), *experts]))
     if packs(cfg):
-        clusters = [Job("train_expert", name) for name in plan.cluster_experts(cfg)]
-        found[Job("ensemble")] = [tokenizer, embed, fit, Job("eval_ensemble"), *clusters]
+        packed = [Job("train_expert", name) for name in plan.cluster_experts(cfg)]
+        found[Job("ensemble")] = [tokenizer, embed, clusterer, Job("eval_ensemble"), *packed]
     if models := task_models(cfg):
         found |= {Job("eval_task", name): [model] for name, model in models.items()}
         found[Job("tasks_table")] = [Job("eval_task", name) for name in models]
@@ -101,9 +112,10 @@ def _trainings(
     """The trainings of a kind. Where its rate is searched: of its candidates, then the choice, then the job
     that makes the chosen candidate the expert.
     """
-    seed, found, made = Job("train_expert", "seed"), {}, {}
+    found, made = {}, {}
     for name in models:
-        reads = [tokenizer, data[plan.data_of(name)[0]], *([seed] if plan.branches(name) else [])]
+        first = plan.begins_as(cfg, name)
+        reads = [tokenizer, data[plan.data_of(name)[0]], *([Job("train_expert", first)] if first else [])]
         made[name] = [Job("train_expert", one) for one in plan_search.candidates(cfg, name) or [name]]
         found |= dict.fromkeys(made[name], reads)
     if plan_search.is_searched(cfg, models[0]):
@@ -219,11 +231,17 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
             return made_from.assign(read("shard"), read("fit_kmeans"))
         case "assign_random":
             return made_from.assign_random(read("shard"))
+        case "score_training":
+            return made_from.score_training(read("train_expert", job.expert), read("shard"))
+        case "second_round":
+            return rounds.identities(cfg, read)
         case "train_expert":
             planned = plan.train_expert(cfg, chosen.training(cfg, *job, read))
-            rule = {"corpus": "shard", "clusters": "assign", "random": "assign_random"}[planned.data]
-            seed = read("train_expert", "seed") if plan.branches(planned.expert) else None
-            return made_from.train_expert(planned, read(rule), read("tokenizer"), seed)
+            rules = {"corpus": "shard", "random": "assign_random", "clusters": rounds.rule(cfg)}
+            rule = rules.get(planned.data, "assign")
+            first = plan.begins_as(cfg, planned.expert)
+            begun = read("train_expert", first) if first else None
+            return made_from.train_expert(planned, read(rule), read("tokenizer"), begun)
         case "choose":
             models = plan.kinds(cfg)[job.expert or ""]
             candidates = [one for name in models for one in plan_search.candidates(cfg, name)]
@@ -231,19 +249,19 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
         case "score_expert":
             return made_from.score_expert(read("train_expert", job.expert), read("shard"))
         case "route":
-            return made_from.route(read("shard"), read("fit_kmeans"))
+            return made_from.route(read("shard"), rounds.clusterer(cfg, read))
         case "eval_ensemble":
-            scores = {name: read("score_expert", name) for name in plan.trained(cfg)}
+            scores = {name: read("score_expert", name) for name in plan.evaluated(cfg)}
             choices = {kind: read("choose", kind) for kind in plan.searched(cfg)}
             labelled = read("shard") if cfg.corpus.label_field else None
             return made_from.eval_ensemble(read("route"), scores, choices, labelled)
         case "report":
-            terms = records.read_top_terms(Path(cfg.outdir))
+            terms = rounds.terms(cfg)
             others = {rule: read(rule, expert) for rule, expert in records.SHOWN.items()}
             others |= {f"train_expert {name}": read("train_expert", name) for name in plan.trained(cfg)}
             tasks = read("tasks_table") if cfg.eval.tasks else None
             return made_from.report(
-                read("eval_ensemble"), terms, read("assign"), read("shard"), others, tasks
+                read("eval_ensemble"), terms, read(rounds.rule(cfg)), read("shard"), others, tasks
             )
         case "eval_task":
             assert job.expert
@@ -252,10 +270,10 @@ def identities(cfg: Config, job: Job, read: Read) -> dict[str, str] | None:
         case "tasks_table":
             return made_from.tasks_table({name: read("eval_task", name) for name in task_models(cfg)})
         case "ensemble":
-            terms = records.read_top_terms(Path(cfg.outdir))
+            terms = rounds.terms(cfg)
             cards = {name: read("train_expert", name) for name in plan.cluster_experts(cfg)}
             return made_from.ensemble(
-                read("eval_ensemble"), read("fit_kmeans"), terms, read("tokenizer"), cards
+                read("eval_ensemble"), rounds.clusterer(cfg, read), terms, read("tokenizer"), cards
             )
     raise AssertionError(job)
 

@@ -56,7 +56,7 @@ def main() -> None:
     p.add_argument("--config", required=True, type=Path, help="config.json in the folder of the outputs")
     p.add_argument("--rule", required=True, help="the rule of the job")
     p.add_argument(
-        "--expert", help="the expert of the job, for train_expert and score_expert; for eval_task, the model"
+        "--expert", help="the expert of the job, for train_expert and the scores; for eval_task, the model"
     )
     p.add_argument("--lender", type=Path, help="folder of a run of the study that has the same job")
     p.add_argument("--log", type=Path, help="write a line to this file if there is nothing to do")
@@ -64,7 +64,12 @@ def main() -> None:
     args = p.parse_args()
     job = Job(args.rule, args.expert)
     if why := is_done(config.read(args.config), job, args.lender):
-        label = {"train_expert": "expert", "score_expert": "score", "eval_task": "tasks"}.get(job.rule)
+        label = {
+            "train_expert": "expert",
+            "score_expert": "score",
+            "score_training": "training score",
+            "eval_task": "tasks",
+        }.get(job.rule)
         cli.start_logging(f"{label} {job.expert}" if label else job.rule, args.log)
         cli.log.info("%s", why)
         return

@@ -4,7 +4,11 @@
 |------------|---------------------------|--------------------------------------------|
 | `corpus`   | shards/manifest.json      | every training shard: the seed and dense   |
 | `clusters` | assignments/manifest.json | group i of every file: expert i            |
+| `parents`  | assignments/manifest.json | groups of the experts that begin as it: parent-i |
+| `first`    | assignments/manifest.json | group i of every file: expert first-i      |
 | `random`   | random/manifest.json      | group i of every file: expert random-i     |
+
+With cluster.second_round, expert i reads group i of the files of second/manifest.json.
 """
 
 from pathlib import Path
@@ -30,8 +34,8 @@ def read(path: Path, plan: TrainingPlan) -> Data:
     Raises ValueError if a file is not the one that the manifest names.
     """
     manifest = artifact.read_sealed(path, "shards" if plan.data == "corpus" else "assignments")
-    if plan.data != "corpus" and ("clusterer" in manifest["made_from"]) != (plan.data == "clusters"):
-        expected = {"clusters": "assignments/manifest.json", "random": "random/manifest.json"}[plan.data]
+    if plan.data != "corpus" and ("clusterer" in manifest["made_from"]) != (plan.data != "random"):
+        expected = "random/manifest.json" if plan.data == "random" else "assignments/manifest.json"
         raise ValueError(f"{path}: other clusters. Expected {plan.data}. Give {expected}.")
     segments = []
     for entry in manifest["shards"]:
@@ -41,7 +45,7 @@ def read(path: Path, plan: TrainingPlan) -> Data:
         else:
             identities = token_files.read_identities(file, entry["identity"])
         if identities is not None:
-            segments.append(token_files.read(file, plan.group, identities[plan.group]).values)
+            segments += [token_files.read(file, j, identities[j]).values for j in plan.groups]
     return Data(batches.Stream(segments), read_validation(path, manifest, plan), manifest)
 
 
@@ -59,6 +63,6 @@ def read_validation(path: Path, manifest: dict[str, Any], plan: TrainingPlan) ->
     elif manifest["identity_validation"] is None:
         segments = []
     else:
-        file, identity = path.with_name(heldout.VALIDATION_FILE), manifest["identity_validation"][plan.group]
-        segments = [token_files.read(file, plan.group, identity).values]
+        file, identities = path.with_name(heldout.VALIDATION_FILE), manifest["identity_validation"]
+        segments = [token_files.read(file, j, identities[j]).values for j in plan.groups]
     return batches.Stream(segments) if any(len(segment) for segment in segments) else None

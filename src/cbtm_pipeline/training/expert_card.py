@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cbtm_pipeline import plan_training
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.provenance import card_header
 from cbtm_pipeline.provenance.expert_files import WEIGHTS
@@ -126,6 +127,14 @@ def names(card: Mapping[str, Any]) -> tuple[str, str]:
         return f"Dense model ({name})", what
     if plan["data"] == "corpus":
         return f"Dense model ({name})", "a dense model on the whole corpus, the baseline"
+    if plan["data"] == "parents":
+        groups = plan_training.groups(plan["group"], plan["children"])
+        what = f"the model on clusters {groups[0]} to {groups[-1]}, as which their experts begin"
+        return f"Parent {plan['group']}", what
+    if plan["data"] == "first":
+        j = plan["group"]
+        what = f"the expert on cluster {j} of the first round, as which expert {j} begins"
+        return f"Expert {name}", what
     if plan["data"] == "clusters":
         return f"Expert {name}", f"the expert on cluster {plan['group']}"
     return f"Expert {name}", f"the expert on random cluster {plan['group']}, a control"
@@ -137,7 +146,11 @@ def _origin(card: Mapping[str, Any], base: str | None) -> str:
         return "the expert of the run that is nearest to its text"
     first = "random weights" if base is None else base or "a model in a folder"
     from_scratch = card["expert"] == "seed" or "depth" in card["made_with"]
-    return first if from_scratch else f"the seed model of the run, which began as {first}"
+    if from_scratch:
+        return first
+    seed = f"the seed model of the run, which began as {first}"
+    parent = card["made_with"].get("begins")
+    return f"{parent} of the run, which began as {seed}" if parent else seed
 
 
 class Evaluation(NamedTuple):
