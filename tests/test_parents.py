@@ -11,6 +11,7 @@ from cbtm_pipeline import config, eval_ensemble, plan, status, train_expert
 from cbtm_pipeline.base import artifact
 from made_project import done, make_project, snakemake
 from made_run import run_rule
+from resealed import change_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -95,8 +96,7 @@ def test_a_child_of_another_parent_is_refused(
     project = tmp_path / "project"
     shutil.copytree(family, project, symlinks=True)
     results = project / "results"
-    one = results / "experts/parent-0/card.json"
-    artifact.write_sealed(one, {**artifact.read_json(one), "identity": "0" * 32})
+    change_json(results / "experts/parent-0/card.json", identity="0" * 32)
     names = plan.trained(config.read(results / "config.json"))
     line = ["--config", str(results / "config.json"), "--distances", str(results / "route/distances.npz")]
     line += ["--scores", *map(str, sorted((results / "scores").glob("*.npz")))]
