@@ -13,7 +13,7 @@ from made_project import done, make_project, snakemake
 from made_run import run_rule
 from resealed import change_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

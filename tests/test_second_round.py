@@ -16,7 +16,7 @@ from cbtm_pipeline.base import artifact
 from made_project import done, make_project, snakemake
 from made_run import run_rule
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NAMES = ("first-0", "first-1")
 
 

@@ -12,7 +12,7 @@ Its settings are those that the artifacts were made with, not those of a config.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,8 +182,14 @@ def read_log(path: Path) -> training.Log:
         [(row["n_tokens"], row["valid_loss"]) for row in rows if "valid_loss" in row],
         sum(seconds) if seconds else None,
         (times[0], times[-1]) if times else None,
-        *(tuple(dict.fromkeys(row[key] for row in rows if key in row)) for key in ("machine", "version")),
+        _distinct(rows, "machine"),
+        _distinct(rows, "version"),
     )
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[str, ...]:
+    """The values of a key, each once, in the order of the rows."""
+    return tuple(dict.fromkeys(row[key] for row in rows if key in row))
 
 
 def write_evaluations(report: Report, logs: Sequence[Path]) -> None:

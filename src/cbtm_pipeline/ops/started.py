@@ -88,8 +88,8 @@ class Run:
     @property
     def clusterings(self) -> list[str]:
         """The manifests that the evaluation reads."""
-        names = ["clusters", "random"] if plan.random_experts(self.config) else ["clusters"]
-        return [self.manifest(name) for name in names]
+        random = [self.manifest("random")] if plan.random_experts(self.config) else []
+        return [self.manifest("clusters"), *random]
 
     @property
     def clusters(self) -> dict[str, str]:
