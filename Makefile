@@ -30,7 +30,8 @@ demo: setup  ## the whole pipeline on the built-in corpus (config.yaml), into re
 # One thread each: threads of several processes wait for each other, and burn the time.
 test: export OMP_NUM_THREADS := 1
 test: setup  ## all tests; those on a real Slurm where its packages are or can be installed (root, apt-get)
-	@$(BIN)/python -m pytest tests/slurm >slurm-tests.log 2>&1 & slurm=$$!; \
+	@SHARED_BY_TESTS=$$(mktemp -d); export SHARED_BY_TESTS; trap 'rm -rf "$$SHARED_BY_TESTS"' EXIT; \
+	$(BIN)/python -m pytest tests/slurm >slurm-tests.log 2>&1 & slurm=$$!; \
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore=tests/slurm; status=$$?; \
 	wait $$slurm || status=1; cat slurm-tests.log; exit $$status
 

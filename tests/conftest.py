@@ -15,9 +15,13 @@ from made_project import make_project, snakemake
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project after one whole run, whose terminal is printed.txt; tests must leave it as it is."""
+    """The project after one whole run, whose terminal is printed.txt; tests must leave it as it is.
+
+    All workers share it, and all processes of `make test`, which names a folder for it.
+    """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all workers
+    base = Path(os.environ.get("SHARED_BY_TESTS", base))
     folder = base / "finished/project"
     with filelock.FileLock(base / "finished.lock"):
         if not (folder / "printed.txt").exists():

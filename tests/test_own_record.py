@@ -103,9 +103,9 @@ def test_config_changes_rerun_the_same_jobs_wherever_the_results_are(
         assert planned_jobs(setting, change, monkeypatch) == expected, change
 
 
-def test_snakemake_runs_what_the_records_say(setting: Path, tmp_path: Path) -> None:
+def test_snakemake_runs_what_the_records_say(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "change.yaml").write_text("train: {lr: 0.001}")
-    printed = snakemake(setting, "-n", configfiles=configfiles(setting, str(tmp_path / "change.yaml")))
+    printed = snakemake(finished, "-n", configfiles=configfiles(finished, str(tmp_path / "change.yaml")))
     assert jobs(printed) == TRAINING
 
 

@@ -463,10 +463,13 @@ def run_with_hub(tmp_path: Path, env: dict[str, str], **sections: Any) -> subpro
 
 
 @pytest.mark.parametrize(
-    ("revision", "commit", "vocab_size"),
-    [(None, MAIN_COMMIT, 401), ("v1", OLD_COMMIT, 320), (OLD_COMMIT, OLD_COMMIT, 320)],
+    ("section", "revision", "commit", "vocab_size"),
+    [
+        ("tokenizer", None, MAIN_COMMIT, 401),
+        ("model", "v1", OLD_COMMIT, 320),
+        ("tokenizer", OLD_COMMIT, OLD_COMMIT, 320),
+    ],
 )
-@pytest.mark.parametrize("section", ["tokenizer", "model"])
 def test_revision_on_the_hub_is_used_and_its_commit_recorded(
     tmp_path: Path,
     hub_cache: dict[str, str],
