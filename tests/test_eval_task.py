@@ -153,7 +153,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_task_stops_a_dry_run_and_doctor_before_anything_is_trained(tmp_path: Path) -> None:
+def test_a_bad_task_stops_a_dry_run_and_doctor_knows_a_good_one(tmp_path: Path) -> None:
     project = make_project(tmp_path / "project")
     path = write_task(tmp_path / "task")
     (project / "good.yaml").write_text(yaml.safe_dump({"eval": {"tasks": [str(path)]}}))
