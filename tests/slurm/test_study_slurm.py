@@ -48,10 +48,10 @@ def test_a_study_killed_in_the_middle_makes_shared_parts_once(
     write_profile(there)
     words = snakemake_command(*study, "--profile", "slurm", configfiles=["study.yaml"])
     environment = {**box.env, "OMP_NUM_THREADS": "1"}
-    log = (there / "first.log").open("wb")
-    first = subprocess.Popen(
-        words, cwd=there, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
+    with (there / "first.log").open("wb") as log:
+        first = subprocess.Popen(
+            words, cwd=there, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     seeds = there / "results/study/runs/k=1,bootstrap=200/experts/seed/model.safetensors"
     wait(seeds.exists, 300, "the first seed")
     os.killpg(first.pid, signal.SIGKILL)
