@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cbtm_pipeline.html import charts
-from cbtm_pipeline.mixture import comparison, verdict
+from cbtm_pipeline.mixture import verdict
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -37,18 +37,33 @@ class Study:
         self.runs: list[Row] = self.content["runs"]
         self.by_name = {run["run"]: run for run in self.runs}
 
-    def grid(self, key: str) -> list[Any]:
-        """The values of a key that runs of the grid have, in order."""
-        return sorted({run["setting"][key] for run in self.runs if run["run"].startswith("k=")})
+    @property
+    def grid(self) -> list[Row]:
+        """The runs of the grid. Others have names of their own."""
+        return [run for run in self.runs if run["run"].startswith("k=")]
 
-    def at(self, k: int, steps: int) -> Row:
+    @property
+    def ks(self) -> list[int]:
+        return sorted({run["k"] for run in self.grid})
+
+    @property
+    def budgets(self) -> list[int]:
+        """Training tokens of all experts together, rounded."""
+        return sorted({budget(run) for run in self.grid})
+
+    def at(self, k: int, n_tokens: int) -> Row:
         """The run of the grid with this k and budget."""
-        return self.by_name[f"k={k},steps={steps}"]
+        return next(run for run in self.grid if (run["k"], budget(run)) == (k, n_tokens))
 
     def dense(self, run: Row) -> dict[str, Row]:
         """The dense models of equal compute of all runs with the budget and the random seed of this one."""
-        keys = [key for key in ("train.steps", "seed", "train.seed_share") if key in run["setting"]]
-        same = [r for r in self.runs if all(r["setting"][key] == run["setting"][key] for key in keys)]
+        keys = ("seed", "train.seed_share")
+        same = [
+            other
+            for other in self.runs
+            if budget(other) == budget(run)
+            and all(other["setting"].get(key) == run["setting"].get(key) for key in keys)
+        ]
         found = {model["model"]: model for r in same for model in r["models"] if is_dense(model)}
         most = verdict.EQUAL * run["headline"]["train_flops"]
         return {name: model for name, model in found.items() if model["train_flops"] <= most}
@@ -66,6 +81,11 @@ class Study:
             if (pair["run"], pair["against"]) == (against, name):
                 return 1 / pair["ratio"], [1 / end for end in reversed(pair["ci95"])]
         raise ValueError(f"{name}, {against}: no such pair in the study")
+
+
+def budget(run: Row) -> int:
+    """Training tokens of all experts together, by two digits: k changes them a little."""
+    return round(run["n_tokens"], 1 - int(math.log10(run["n_tokens"])))
 
 
 def is_dense(model: Row) -> bool:
@@ -110,16 +130,18 @@ def picture(name: str, title: str, x_label: str, y_label: str, series: list[char
     (DOCS / "study" / f"{name}.svg").write_text(text, "utf-8")
 
 
-def curves(study: Study) -> None:
-    """The pictures: ratio to dense, and held-out perplexity, against tokens."""
+def curves(study: Study) -> list[str]:
+    """The pictures: ratio to dense, and held-out perplexity, against tokens. None of one budget."""
+    if len(study.budgets) < 2:
+        return []
     ratios, losses = [], []
-    for i, k in enumerate(study.grid("cluster.k")):
-        runs = [study.at(k, steps) for steps in study.grid("train.steps")]
+    for i, k in enumerate(study.ks):
+        runs = [study.at(k, n_tokens) for n_tokens in study.budgets]
         points = [(run["n_tokens"], study.ratio(run)) for run in runs]
         ratios.append(charts.Series(f"k = {k}", f"c{i}", points, dots=True, end=f"k = {k}"))
         points = [(run["n_tokens"], run["headline"]["perplexity"]) for run in runs]
         losses.append(charts.Series(f"k = {k}", f"c{i}", points, dots=True, end=f"k = {k}"))
-    runs = [study.at(study.grid("cluster.k")[0], steps) for steps in study.grid("train.steps")]
+    runs = [study.at(study.ks[0], n_tokens) for n_tokens in study.budgets]
     dense = [
         (run["n_tokens"], min(model["perplexity"] for model in study.dense(run).values())) for run in runs
     ]
@@ -128,14 +150,19 @@ def curves(study: Study) -> None:
     tokens = "training tokens of all experts together"
     picture("ratio", "Ratio to dense", tokens, "perplexity, relative to dense", [ones, *ratios])
     picture("perplexity", "Perplexity", tokens, "held-out perplexity", losses)
+    return [
+        "![Best ensemble over the strongest dense model, against tokens, for each k](study/ratio.svg)",
+        "",
+        "![Held-out perplexity of dense and of the best ensemble of each k](study/perplexity.svg)",
+        "",
+    ]
 
 
 def budgets(study: Study) -> list[str]:
     """Perplexity and ratio for each k and budget."""
-    ks = study.grid("cluster.k")
-    rows = []
-    for steps in study.grid("train.steps"):
-        runs = [study.at(k, steps) for k in ks]
+    ks, rows = study.ks, []
+    for n_tokens in study.budgets:
+        runs = [study.at(k, n_tokens) for k in ks]
         dense = study.dense(runs[0])
         best = min(runs, key=lambda run: run["headline"]["perplexity"])
         cells = []
@@ -149,7 +176,7 @@ def budgets(study: Study) -> list[str]:
 
 def routers(study: Study, k: int) -> list[str]:
     """The routers and their sparse settings at one k, for each budget."""
-    runs = [study.at(k, steps) for steps in study.grid("train.steps")]
+    runs = [study.at(k, n_tokens) for n_tokens in study.budgets]
     names = [row["model"] for row in runs[0]["models"] if row["router"]]
     rows = []
     for name in ["seed", "uniform", *names, "oracle"]:
@@ -180,28 +207,14 @@ def changes(study: Study, base: str) -> list[str]:
             training = (study.by_name[name]["labels"] or {}).get("training", {})
             nmi = f"{training['nmi']:.3f}" if training else "–"
             rows.append([f"`{name}`", what, verdict.interval(ratio, ci95), nmi])
-    return table(["change", "what it is", "perplexity over that of the base [95 %]", "NMI with labels"], rows)
+    if not rows:
+        return []
+    header = ["change", "what it is", "perplexity over that of the base [95 %]", "NMI with labels"]
+    about = f"Against `{base}`, on documents that both report. NMI says how far clusters and labels agree."
+    return ["## One change at a time", "", about, "", *table(header, rows), ""]
 
 
 Estimate = tuple[float, list[float] | None]  # a ratio with its 95 % interval
-
-
-def over_seeds(study: Study, names: Sequence[str]) -> dict[str, Estimate]:
-    """Ratios of runs that differ in their random seed: geometric means, and intervals of Student's t."""
-    found: dict[str, list[float]] = {}
-    for name in names:
-        run = study.by_name[name]
-        strongest = min(row["perplexity"] for row in study.dense(run).values())
-        for label, value in (
-            ("best ensemble / strongest dense", study.ratio(run)),
-            ("best `filter` / best `paper`", against(run, "filter", "paper")[0]),
-            ("random clusters / strongest dense", model(run, "random, uniform")["perplexity"] / strongest),
-        ):
-            found.setdefault(label, []).append(value)
-    return {
-        label: (math.exp(sum(map(math.log, values)) / len(values)), comparison.over_seeds(values))
-        for label, values in found.items()
-    }
 
 
 def to_dense(run: Row, name: str) -> Estimate:
@@ -226,105 +239,107 @@ def is_falling(values: Sequence[float]) -> bool:
     return all(a > b for a, b in itertools.pairwise(values))
 
 
-def claims(study: Study, seeds: dict[str, Estimate], base: str, controls: str) -> list[str]:
-    """Each claim of the paper and of its relatives, and what this study says about it."""
-    ks, budgets = study.grid("cluster.k"), study.grid("train.steps")
-    largest = [study.at(k, budgets[-1]) for k in ks]
-    best = min(largest, key=lambda run: run["headline"]["perplexity"])
-    at_most = f"at {millions(best['n_tokens'])} tokens"
-    by_budget = {k: [study.ratio(study.at(k, steps)) for steps in budgets] for k in ks}
-    best_ks = [min(ks, key=lambda k: study.at(k, steps)["headline"]["perplexity"]) for steps in budgets]
-    run = study.by_name[controls]
-    wins = seeds["best ensemble / strongest dense"]
-    random = seeds["random clusters / strongest dense"]
-    unbalanced = study.pair("balance=none", base)
-    by_label = study.pair("by=label", base)
-    share = study.pair("seed_share=0.25", base)
+def claims(study: Study, controls: str) -> list[str]:
+    """Claims of the paper and of its relatives, and what this study says about each, as far as it has run."""
+    run, base = study.by_name[controls], controls.replace("controls", "k=8")
+    strongest = min(study.dense(run).values(), key=lambda row: row["perplexity"])["model"]
+    wins = against_dense(run, run["headline"]["model"], strongest)
+    random = against_dense(run, "random, uniform", strongest)
     top_1, top_2, everyone = (
         to_dense(run, f"filter {name}") for name in ("top-1", "top-2", f"all-{run['k']}")
     )
-    falls = all(is_falling(values) for values in by_budget.values())
-    grows = is_falling([-k for k in best_ks])
+    ours = against(run, "filter", "paper")
     rows = [
         (
             "Experts beat a dense model of equal compute (C-BTM)",
             judged(wins, "holds", "does not hold"),
-            f"k = 8, {millions(run['n_tokens'])} tokens, three seeds, strongest dense model: {shown(wins)}",
+            f"k = {run['k']}, over `{strongest}`, the strongest dense model: {shown(wins)}",
         ),
         (
-            "The gain grows with the data (C-BTM)",
-            "holds" if falls else "holds in part",
-            "; ".join(f"k = {k}: {' → '.join(f'{r:.3f}' for r in by_budget[k])}" for k in ks),
-        ),
-        (
-            "The best k grows with the data (C-BTM)",
-            "holds" if grows else "not seen" if len(set(best_ks)) == 1 else "holds in part",
-            f"best k at {', '.join(millions(study.at(ks[0], s)['n_tokens']) for s in budgets)} tokens: "
-            f"{', '.join(map(str, best_ks))}",
-        ),
-        (
-            "Two active experts are about as good as all, and one already beats dense (C-BTM)",
+            "One active expert already beats dense, and two are about as good as all (C-BTM)",
             judged(top_1, "holds", "does not hold"),
-            f"over dense: top-1 {shown(top_1)}, top-2 {shown(top_2)}, all {shown(everyone)}",
+            f"over `dense`: top-1 {shown(top_1)}, top-2 {shown(top_2)}, all {shown(everyone)}",
         ),
         (
             "Experts on random clusters gain nothing (C-BTM)",
             judged(random, "does not hold", "holds"),
-            f"equal weights, over the strongest dense model, three seeds: {shown(random)}",
+            f"equal weights, over `{strongest}`: {shown(random)}",
         ),
-        (
-            "Balance matters (C-BTM)",
-            judged(unbalanced, "does not hold", "holds"),
-            f"clusters that are not balanced, over balanced ones: {shown(unbalanced)}",
-        ),
-        (
-            "Clusters that are found are as good as labels (C-BTM)",
-            judged(by_label, "does not hold", "holds"),
-            f"labels dealt to eight experts, over found clusters: {shown(by_label)}",
-        ),
-        (
-            "The common seed is worth 40 to 60 % of the compute (BTM)",
-            judged(share, "does not hold", "holds"),
-            f"a share of 0.25, over 0.5: {shown(share)}",
-        ),
+        *_growth(study),
+        *(_change(study, base, *change) for change in CLAIMED if change[0] in study.by_name),
         (
             "Experts of 1.3 B match a dense model of 6.7 B; few-shot tasks gain (C-BTM)",
             "cannot be tested here",
             "models of 0.2 M parameters know too little",
         ),
-    ]
-    ours = against(best, "filter", "paper")
-    rows.append(
         (
             "Ours: `filter` is better than the paper's router",
             judged(ours, "holds", "does not hold"),
-            f"{at_most}, k = {best['k']}: {shown(ours)}; at {millions(run['n_tokens'])}, three seeds: "
-            f"{shown(seeds['best `filter` / best `paper`'])}",
-        )
-    )
+            f"k = {run['k']}, each at its best setting: {shown(ours)}",
+        ),
+    ]
     return table(["claim", "here", "measured"], rows)
 
 
+CLAIMED = (  # run, claim, what it says if the run is better than the base, and if it is worse
+    ("balance=none", "Balance matters (C-BTM)", "does not hold", "holds"),
+    ("by=label", "Clusters that are found are as good as labels (C-BTM)", "does not hold", "holds"),
+    ("seed_share=0.25", "The seed is worth half of the compute (BTM)", "does not hold", "holds"),
+)
+
+
+def _change(study: Study, base: str, name: str, claim: str, better: str, worse: str) -> tuple[str, str, str]:
+    ratio = study.pair(name, base)
+    return claim, judged(ratio, better, worse), f"`{name}` over `{base}`: {shown(ratio)}"
+
+
+def _growth(study: Study) -> list[tuple[str, str, str]]:
+    """The claims about growing data, where there are several budgets."""
+    if len(study.budgets) < 2:
+        return []
+    ratios = {k: [study.ratio(study.at(k, n)) for n in study.budgets] for k in study.ks}
+    best_ks = [min(study.ks, key=lambda k: study.at(k, n)["headline"]["perplexity"]) for n in study.budgets]
+    falls, grows = all(map(is_falling, ratios.values())), is_falling([-k for k in best_ks])
+    tokens = ", ".join(map(millions, study.budgets))
+    return [
+        (
+            "The gain grows with the data (C-BTM)",
+            "holds" if falls else "holds in part",
+            "; ".join(f"k = {k}: {' → '.join(f'{r:.3f}' for r in ratios[k])}" for k in study.ks),
+        ),
+        (
+            "The best k grows with the data (C-BTM)",
+            "holds" if grows else "not seen" if len(set(best_ks)) == 1 else "holds in part",
+            f"best k at {tokens} tokens: {', '.join(map(str, best_ks))}",
+        ),
+    ]
+
+
+def against_dense(run: Row, name: str, dense: str) -> Estimate:
+    """A model of a run over one of its dense models. Intervals are known over `dense` and the strongest."""
+    row = model(run, name)
+    assert dense in ("dense", run["dense"])
+    return (row["ratio"], row["ci95"]) if dense == run["dense"] else to_dense(run, name)
+
+
 def write(study: Study) -> str:
-    """The page."""
+    """The page: a part for each mark of the text, as far as the study has run."""
     text = (Path(__file__).parent / "study.md").read_text("utf-8")
-    base, controls = "k=8,steps=200", "controls,steps=200"
-    seeds = over_seeds(study, [controls, "seed=1,steps=200", "seed=2,steps=200"])
+    controls = next(name for name in study.by_name if name.startswith("controls"))
     parts = {
-        "claims": claims(study, seeds, base, controls),
+        "pictures": curves(study),
+        "claims": claims(study, controls),
         "budgets": budgets(study),
-        "seeds": table(["three seeds", "ratio [95 %]"], [(name, shown(e)) for name, e in seeds.items()]),
-        "changes": changes(study, base),
+        "changes": changes(study, controls.replace("controls", "k=8")),
         "routers": routers(study, 8),
     }
     for name, lines in parts.items():
-        text = text.replace(f"<!-- {name} -->", "\n".join(lines))
+        text = text.replace(f"<!-- {name} -->\n", "".join(f"{line}\n" for line in lines))
     return text
 
 
 def main() -> None:
     study = Study(DOCS / "study/technical.json")
-    curves(study)
     (DOCS / "study.md").write_text(write(study), "utf-8")
 
 
