@@ -76,6 +76,18 @@ def test_runs_that_differ_in_their_seed_alone_are_one_point() -> None:
     assert first["ci95"] is None, "two seeds are too few for an interval"
 
 
+def test_runs_of_several_k_that_try_all_experts_differ_in_k_alone() -> None:
+    """route.top_k: [1, 2, 4, all], the default, is another list for each k."""
+    runs = [run("a", k=2, nll=-0.1), run("b", k=8, nll=-0.2)]
+    for one in runs:
+        one.settings["route.top_k"] = sorted({1, 2, 4, one.metrics["k"]})
+    found = comparison.compare(runs)
+    assert found["differs"] == ["cluster.k"]
+    assert [(row["k"], row["tried"]) for row in found["best_k"]] == [(8, [2, 8])]
+    runs[0].settings["route.top_k"] = [2]
+    assert comparison.compare(runs)["differs"] == ["cluster.k", "route.top_k"], "only one has tried top-1"
+
+
 def test_three_seeds_have_an_interval() -> None:
     runs = [run(str(seed), seed=seed, nll=nll) for seed, nll in enumerate((-0.1, -0.14, -0.12))]
     (group,) = comparison.compare(runs)["groups"]

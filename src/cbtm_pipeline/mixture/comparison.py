@@ -19,6 +19,7 @@ from cbtm_pipeline.mixture import bootstrap, verdict
 Content = dict[str, Any]  # of study.json
 Row = dict[str, Any]
 K, SEED, CONTROLS = "cluster.k", "seed", "train.controls"
+TOP_K = "route.top_k"
 MIN_SEEDS = 3  # below, no interval over seeds
 BUDGET = ("train.steps", "train.batch_size", "train.seq_len")  # keys that decide the tokens of training
 ALL_PAIRS = 4  # up to so many runs, each is compared with each; more are compared with the best
@@ -84,7 +85,8 @@ def compare(runs: Sequence[Finished]) -> Content:
     `unit` says which figure compares runs: `perplexity`, or `bits_per_byte` where tokenizers differ.
     """
     unit = "perplexity" if check_comparable(runs) else "bits_per_byte"
-    keys = differing([run.settings for run in runs])
+    fewest = min(run.metrics["k"] for run in runs)
+    keys = differing([{**run.settings, TOP_K: _tried(run, fewest)} for run in runs])
     rows = [_run(run, keys) for run in runs]
     groups = _groups(rows)
     return {
@@ -95,6 +97,14 @@ def compare(runs: Sequence[Finished]) -> Content:
         "best_k": _best_k(groups, unit),
         "pairs": _pairs(runs, rows, unit),
     }
+
+
+def _tried(run: Finished, fewest: int) -> list[Any]:
+    """The sizes of active sets that were tried, below the fewest experts of all runs.
+
+    So a list with `all`, which is another number for each k, is the same list.
+    """
+    return [size for size in run.settings.get(TOP_K, []) if size < fewest]
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
