@@ -130,6 +130,22 @@ def picture(name: str, title: str, x_label: str, y_label: str, series: list[char
     (DOCS / "study" / f"{name}.svg").write_text(text, "utf-8")
 
 
+def summary(study: Study) -> list[str]:
+    """The best ensemble of each budget beside the strongest dense model."""
+    lines = []
+    for n_tokens in study.budgets:
+        runs = [study.at(k, n_tokens) for k in study.ks]
+        best = min(runs, key=lambda run: run["headline"]["perplexity"])
+        dense = study.dense(best)
+        strongest = min(dense, key=lambda name: dense[name]["perplexity"])
+        lines.append(
+            f"At {millions(n_tokens)} training tokens the best ensemble has k = {best['k']}, and "
+            f"{study.ratio(best):.3f} times the perplexity of `{strongest}`, the strongest dense model of equal "
+            "compute."
+        )
+    return [*lines, ""]
+
+
 def curves(study: Study) -> list[str]:
     """The pictures: ratio to dense, and held-out perplexity, against tokens. None of one budget."""
     if len(study.budgets) < 2:
@@ -327,6 +343,7 @@ def write(study: Study) -> str:
     text = (Path(__file__).parent / "study.md").read_text("utf-8")
     controls = next(name for name in study.by_name if name.startswith("controls"))
     parts = {
+        "summary": summary(study),
         "pictures": curves(study),
         "claims": claims(study, controls),
         "budgets": budgets(study),

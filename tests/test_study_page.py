@@ -1,0 +1,33 @@
+"""docs/study.md says what the stored metrics say."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def writer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("write_study", ROOT / "benchmarks/study/write.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_that_of_the_stored_metrics(writer: ModuleType) -> None:
+    study = writer.Study(ROOT / "docs/study/technical.json")
+    assert writer.write(study) == (ROOT / "docs/study.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("ci95", "found"),
+    [([0.8, 0.9], "holds"), ([1.1, 1.2], "does not hold"), ([0.9, 1.1], "no clear difference")],
+)
+def test_a_claim_holds_if_its_whole_interval_lies_on_its_side(
+    writer: ModuleType, ci95: list[float], found: str
+) -> None:
+    assert writer.judged((1.0, ci95), "holds", "does not hold") == found
