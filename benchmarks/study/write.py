@@ -140,8 +140,8 @@ def summary(study: Study) -> list[str]:
         strongest = min(dense, key=lambda name: dense[name]["perplexity"])
         lines.append(
             f"At {millions(n_tokens)} training tokens the best ensemble has k = {best['k']}, and "
-            f"{study.ratio(best):.3f} times the perplexity of `{strongest}`, the strongest dense model of equal "
-            "compute."
+            f"{study.ratio(best):.3f} times the perplexity of the strongest dense model of equal compute, "
+            f"`{strongest}`."
         )
     return [*lines, ""]
 
