@@ -68,8 +68,13 @@ def test_nodes_that_slurm_took_out_of_service_are_idle_after_clear(box: Box) -> 
     job = submit(box, "sleep 600", "--nodelist=gpu1")
     wait(lambda: box.state(job) == "RUNNING")
     box.run("scontrol", "update", "nodename=gpu1,gpu2", "state=drain", "reason=Duplicate jobid")
-    box.run("scontrol", "update", "nodename=gpu3", "state=down", "reason=lost")
-    assert [box.nodes()[node] for node in NODES] == ["draining", "drained", "down", "idle"]
+
+    def are_out() -> bool:
+        """A node that registers comes back from `down` by itself, so it is taken out again."""
+        box.run("scontrol", "update", "nodename=gpu3", "state=down", "reason=lost")
+        return [box.nodes()[node] for node in NODES] == ["draining", "drained", "down", "idle"]
+
+    wait(are_out, 30, "three nodes out of service", box.story)
     box.clear()
     assert box.nodes() == dict.fromkeys(NODES, "idle")
 
