@@ -213,7 +213,7 @@ def test_a_slurm_that_is_set_up_for_other_work(bad_box: Box) -> None:
     (age, _), (accounting, text) = slurm_checks.check_records(known())
     assert (age, accounting) == ("warn", "warn") and text.startswith("accounting: sacct: ")
     bad_box.kill_slurmctld()
-    ((level, text),) = slurm_checks.check_slurm(Facts([], None))
+    ((level, text),) = slurm_checks.check_slurm(Facts([], "slurm"))
     assert level == "FAIL" and "is DOWN" in text
 
 
