@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from cbtm_pipeline.clustering.labelled import check
 from cbtm_pipeline.config import Config
 from cbtm_pipeline.corpus import blocks, labels, rows
 from cbtm_pipeline.corpus import files as corpus_files
@@ -36,7 +35,9 @@ def check_labels(f: Facts) -> Iterator[Line]:
     elif not found:
         yield "FAIL", labels.missing(field)
     else:
-        check(len(found), needed)
+        from cbtm_pipeline.clustering import labelled  # only here: it imports torch
+
+        labelled.check(len(found), needed)
 
 
 def _look(config: Config, needed: int) -> tuple[set[str], bool]:

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cbtm_pipeline.base import artifact
-from cbtm_pipeline.corpus import shard_files
 from cbtm_pipeline.plan import TrainingPlan
 
 Record = Mapping[str, Any]  # the meta record of an artifact, with its seal
@@ -74,6 +73,10 @@ def second_round(shards: Record, clusterer: Record) -> Identities:
 
 def labels(shards: Record, split: str) -> Identities:
     """The labels of the `train` or `eval` documents, for rules that read them. Nothing if there are none."""
+    from cbtm_pipeline.corpus import (
+        shard_files,
+    )  # only here: it imports pyarrow
+
     identity = shard_files.identity_labels([entry for entry in shards["shards"] if entry["split"] == split])
     return {"labels": identity} if identity else {}
 
