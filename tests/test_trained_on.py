@@ -108,7 +108,7 @@ def lower_case(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (no_number, r"NaN or infinity in .* Expected finite weights"),
+        (no_number, r"NaN or infinity in .* Expected finite numbers"),
         (cut, r"cannot be loaded \(.*\)\. Expected a causal language model"),
         (without_a_tensor, r"no fitting weights for model\.norm\.weight"),
         (of_another_shape, r"no fitting weights for model\.norm\.weight"),
