@@ -8,14 +8,13 @@ verdict on the page is computed here.
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cbtm_pipeline.html import charts
-from cbtm_pipeline.mixture import verdict
+from cbtm_pipeline.mixture import comparison, verdict
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -84,8 +83,8 @@ class Study:
 
 
 def budget(run: Row) -> int:
-    """Training tokens of all experts together, by two digits: k changes them a little."""
-    return round(run["n_tokens"], 1 - int(math.log10(run["n_tokens"])))
+    """Training tokens of all experts together, rounded."""
+    return comparison.rounded(run["n_tokens"])
 
 
 def is_dense(model: Row) -> bool:
@@ -95,12 +94,6 @@ def is_dense(model: Row) -> bool:
 def model(run: Row, name: str) -> Row:
     """A model of a run, by its name in the table."""
     return next(row for row in run["models"] if row["model"] == name)
-
-
-def best_of(run: Row, router: str) -> Row:
-    """The best setting of a router, by name `<router> top-n` or `<router> all-n`: its pair says which."""
-    names = {pair["system"] for pair in run["comparisons"] if pair["system"].startswith(router)}
-    return model(run, names.pop())
 
 
 def against(run: Row, system: str, other: str) -> tuple[float, list[float]]:

@@ -9,7 +9,7 @@ A document goes to the cluster with the least squared distance plus price, or wh
 passes over its vectors first correct the prices for all of them (`prices.refine`). The clusterer keeps its
 own prices.
 
-Shapes: N documents of a shard, R documents of a chunk, D dimensions, K clusters.
+Shapes: N documents of a shard, D dimensions, K clusters.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,6 @@ from cbtm_pipeline.corpus import heldout, labels, shard_files
 from cbtm_pipeline.embedding import vectors as vector_files
 from cbtm_pipeline.plan_clusters import AssignPlan
 from cbtm_pipeline.provenance import made_from
-
-CHUNK_ROWS = 1 << 14
 
 
 def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan) -> Grouping:
@@ -57,9 +55,7 @@ def by_clusterer(shards: Path, vectors: Path, clusterer: Path, plan: AssignPlan)
             x_ND = rule.space(read_vectors(entry), names)
             n_tokens_N = shard_files.attributes(shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
             weights_N = regroup.weights(n_tokens_N, balance)
-            for start in range(0, len(x_ND), CHUNK_ROWS):
-                rows = slice(start, start + CHUNK_ROWS)
-                yield x_ND[rows], weights_N[rows]
+            yield from prices.cut(x_ND, weights_N)
 
     n_documents = sum(entry["n_documents"] for entry in train)
     if balance != "none" and n_documents > certificate["n_documents"] and not rule.groups:

@@ -32,7 +32,6 @@ from cbtm_pipeline.plan_clusters import SecondRoundPlan
 from cbtm_pipeline.provenance import made_from
 
 CLUSTERER, TOP_TERMS = "clusterer.npz", "top_terms.json"  # beside the manifest
-CHUNK_ROWS = 1 << 14
 
 
 class Files(NamedTuple):
@@ -98,8 +97,7 @@ def by_score(
             x_ND = vector_files.read(files.vectors.parent, by_name[entry["name"]])[left_N]
             column = shard_files.attributes(files.shards.parent, entry, ["n_tokens"])["n_tokens"].to_numpy()
             weights_N = regroup.weights(column[left_N], plan.balance)
-            for begin in range(0, len(x_ND), CHUNK_ROWS):
-                yield x_ND[begin : begin + CHUNK_ROWS], weights_N[begin : begin + CHUNK_ROWS]
+            yield from prices.cut(x_ND, weights_N)
 
     text_prices_K = second.text_prices(others, found.centres_KD, plan.balance != "none")
 

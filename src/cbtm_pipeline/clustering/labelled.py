@@ -43,7 +43,8 @@ def deal(weights: Mapping[str, float], k: int) -> dict[str, int]:
 
 def renumbered(groups: Mapping[str, int], order: Sequence[int]) -> dict[str, int]:
     """The cluster of each label, where the clusters are put into another order."""
-    return {label: list(order).index(j) for label, j in groups.items()}
+    place = {j: new for new, j in enumerate(order)}
+    return {label: place[j] for label, j in groups.items()}
 
 
 def numbered(weights: Mapping[str, float]) -> dict[str, int]:

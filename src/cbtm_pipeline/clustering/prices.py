@@ -8,7 +8,7 @@ Prices from a sample are nearly right, so a few Newton steps correct them.
 Shapes: R documents of a chunk, D dimensions, K clusters.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,13 @@ NEAR = 0.05  # least share of the documents, nearest to a border, that estimates
 SETTLED_DISTANCES = 1 << 23  # held at once where Newton steps get stuck
 
 Chunk = tuple[np.ndarray | torch.Tensor, np.ndarray]  # vectors (float32) and weights
+
+
+def cut(x_ND: np.ndarray, weights_N: np.ndarray) -> Iterator[Chunk]:
+    """Vectors and their weights in chunks of distances.CHUNK_ROWS."""
+    for start in range(0, len(x_ND), distances.CHUNK_ROWS):
+        rows = slice(start, start + distances.CHUNK_ROWS)
+        yield x_ND[rows], weights_N[rows]
 
 
 class Survey(NamedTuple):

@@ -159,8 +159,7 @@ def _groups(rows: Sequence[Row]) -> list[Row]:
     """
     found: dict[str, dict[Any, Row]] = {}
     for row in rows:
-        setting = {key: value for key, value in row["setting"].items() if key not in (SEED, CONTROLS)}
-        by_seed = found.setdefault(repr(setting), {})
+        by_seed = found.setdefault(repr(_shared_setting(row)), {})
         seed = row["setting"].get(SEED)
         if seed not in by_seed or row["headline"]["ratio"] > by_seed[seed]["headline"]["ratio"]:
             by_seed[seed] = row
@@ -168,15 +167,19 @@ def _groups(rows: Sequence[Row]) -> list[Row]:
     for some in (list(by_seed.values()) for by_seed in found.values()):
         ratios = [row["headline"]["ratio"] for row in some]
         means = {key: _mean(row["headline"][key] for row in some) for key in ("perplexity", "bits_per_byte")}
-        setting = {key: value for key, value in some[0]["setting"].items() if key not in (SEED, CONTROLS)}
         groups.append(
             {
-                **{"runs": [row["run"] for row in some], "setting": setting},
+                **{"runs": [row["run"] for row in some], "setting": _shared_setting(some[0])},
                 **{key: some[0][key] for key in ("k", "n_tokens")},
                 **{"ratio": _mean(ratios), "ci95": over_seeds(ratios), **means},
             }
         )
     return groups
+
+
+def _shared_setting(row: Row) -> dict[str, Any]:
+    """What the runs of a group have in common."""
+    return {key: value for key, value in row["setting"].items() if key not in (SEED, CONTROLS)}
 
 
 def over_seeds(ratios: Sequence[float]) -> list[float] | None:
@@ -208,7 +211,7 @@ def _best_k(groups: Sequence[Row], unit: str) -> list[Row]:
     found: dict[tuple[str, int], list[Row]] = {}
     for group in groups:
         # a token more or less comes from rounding the batch of an expert
-        found.setdefault((repr(others_of(group)), _rounded(group["n_tokens"])), []).append(group)
+        found.setdefault((repr(others_of(group)), rounded(group["n_tokens"])), []).append(group)
     best = []
     for some in found.values():
         if len({group["k"] for group in some}) > 1:
@@ -219,7 +222,7 @@ def _best_k(groups: Sequence[Row], unit: str) -> list[Row]:
     return sorted(best, key=lambda row: (repr(row["setting"]), row["n_tokens"]))
 
 
-def _rounded(n_tokens: int) -> int:
+def rounded(n_tokens: int) -> int:
     """Tokens by two digits."""
     return round(n_tokens, 1 - int(math.log10(n_tokens))) if n_tokens else 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from cbtm_pipeline import config, plan
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.inference import harness
-from cbtm_pipeline.provenance import chosen, lent, stale
+from cbtm_pipeline.provenance import chosen, lent, records, stale
 from cbtm_pipeline.provenance.stale import Asked, Job, Start
 
 MANIFESTS = {
@@ -16,10 +16,6 @@ MANIFESTS = {
     "parents": "assignments/manifest.json",
     "first": "assignments/manifest.json",
     "random": "random/manifest.json",
-}
-CLUSTERS = {  # what the evaluation and the result read of the clusters, by rounds
-    False: ("assignments/manifest.json", "cluster/clusterer.npz", "cluster/top_terms.json"),
-    True: ("second/manifest.json", "second/clusterer.npz", "second/top_terms.json"),
 }
 
 
@@ -94,7 +90,10 @@ class Run:
     @property
     def clusters(self) -> dict[str, str]:
         """The manifest of the clusters, their clusterer and their terms, below the outdir."""
-        names = CLUSTERS[self.config.cluster.second_round]
+        if self.config.cluster.second_round:
+            names = records.PLACES["second_round"].outputs
+        else:
+            names = (MANIFESTS["clusters"], *records.PLACES["fit_kmeans"].outputs)
         return dict(zip(("assignments", "clusterer", "top_terms"), names, strict=True))
 
     def manifest(self, data: plan.Data) -> str:
