@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import made_training as made
-from cbtm_pipeline import plan, train_expert
+from cbtm_pipeline import config, plan, train_expert
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.provenance import expert_files
@@ -28,6 +28,7 @@ from cbtm_pipeline.training import (
     validation,
 )
 from cbtm_pipeline.training import step as train_step
+from changed_config import changed
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,13 @@ def test_validations_are_evenly_spread_and_the_last_is_at_the_end(n_steps, n):
     assert len(steps) == min(n, n_steps) or len(steps) == n
     assert np.ptp(np.diff([0, *steps])) <= 1
     assert validation.validation_steps(n_steps, 0) == set()
+
+
+@pytest.mark.parametrize("rng_seed", [0, 1, 2**62, 2**63 - 1])
+def test_no_model_reads_in_the_order_of_the_one_that_it_began_as(rng_seed):
+    cfg = config.validate(changed(cluster__parents=2, seed=rng_seed))
+    orders = {loop.order(plan.train_expert(cfg, name)) for name in ("seed", "parent-1", "3")}
+    assert len(orders) == 3
 
 
 def test_validation_loss_is_the_mean_over_the_text(outdir):

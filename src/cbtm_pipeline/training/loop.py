@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-SECOND_ORDER = 1 << 62  # sets the order of batches of a second stage apart from those of all random seeds
+SECOND_ORDER = 1 << 62  # sets the order of batches of a second stage apart from that of the first
+
+
+def order(plan: TrainingPlan) -> int:
+    """The number that decides the order of a training's batches.
+
+    No model must read again, in the same order, what the one has read that it began as.
+    """
+    return 2 * plan.rng_seed + (plan.expert != "seed") + (SECOND_ORDER if plan.begins else 0)
 
 
 class Task(NamedTuple):
@@ -130,9 +138,7 @@ class Training:
     def read_batch(self, step: int) -> torch.Tensor:
         """This process's part of a step's batch (int64, (B, T + 1))."""
         plan, part = self.plan, slice(self.group.rank, None, self.group.world_size)
-        # No model must read again, in the same order, what the one has read that it began as.
-        order = 2 * plan.rng_seed + (plan.expert != "seed") + (SECOND_ORDER if plan.begins else 0)
-        tokens_BT = batches.batch(self.task.stream, order, step, plan.batch_size, plan.seq_len, part)
+        tokens_BT = batches.batch(self.task.stream, order(plan), step, plan.batch_size, plan.seq_len, part)
         on_host = torch.from_numpy(tokens_BT)
         return on_host.pin_memory() if self.device.type == "cuda" else on_host
 
