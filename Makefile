@@ -3,7 +3,8 @@ PYTHON ?= python3
 CORES ?= 2
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Without compiled modules, every job compiles torch and transformers anew: ten seconds.
+# Without compiled modules, every job compiles torch and transformers anew: ten seconds. To compile all that pip installs
+# takes minutes, so Python compiles what it imports, once.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -17,8 +18,9 @@ setup: .venv/ready slurm  ## install everything into .venv (once)
 .venv/ready: pyproject.toml envs/constraints.txt envs/demo.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"python3: {sys.version.split()[0]}. Expected 3.11 or newer. Run make PYTHON=/path/to/a/newer/python3.")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint envs/constraints.txt --editable '.[dev,serve,clients]'
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement envs/demo.txt
+	$(BIN)/python -m pip install --quiet --no-compile --constraint envs/constraints.txt --editable '.[dev,serve,clients]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes --requirement envs/demo.txt
+	$(BIN)/python -c "import torch._dynamo, transformers.models.auto.modeling_auto, sklearn.feature_extraction.text, pyarrow.parquet, snakemake.cli"
 	@touch $@
 
 # Snakemake looks for a profile by its name in this folder, and for nothing else that lies here.

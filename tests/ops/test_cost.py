@@ -118,6 +118,13 @@ def test_a_search_and_dense_large_cost_what_they_are() -> None:
     assert weights[3] == 3 * weights[2]
 
 
+def test_a_second_round_scores_documents() -> None:
+    size = cost.Size(10**9, 6 * 10**9, 50_000)
+    assert "second round" not in cost.table(make_config(), [], size, None)
+    c = make_config(cluster={"k": 8, "second_round": True, "fit_documents": 1000}, train={"seq_len": 256})
+    assert f"at most {8 * 1000 * 256 * 2e9:.3g} to score" in cost.table(c, [], size, None)
+
+
 def test_disk_follows_its_causes() -> None:
     size, text = cost.Size(10**9, 6 * 10**9, 50_000), cost.TextBytes(7e9, 3e9)
     config = make_config()

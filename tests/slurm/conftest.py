@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from . import faults
 from .box import Box
 from .launchers import RESOURCES, Start
 from .machine import install
@@ -27,6 +28,12 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         yield box
     finally:
         box.stop()
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that has all inputs of 16 experts, and no expert; tests must leave it as it is."""
+    return faults.prepare(tmp_path_factory.mktemp("prepared") / "project")
 
 
 @pytest.fixture(autouse=True)

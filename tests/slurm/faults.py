@@ -218,7 +218,7 @@ def outcome(run: Run, original: Path, name: str, struck: float) -> Outcome:
 
 
 def prepare(folder: Path) -> Path:
-    """A project that has all inputs of the experts, and no expert."""
+    """A project that has all inputs of the experts, made without Slurm, and no expert."""
     project = make_slurm_project(folder, N_STEPS)
     (project / "undisturbed").mkdir()
     snakemake(
@@ -236,8 +236,8 @@ def train_undisturbed(original: Path, folder: Path, experts: Iterable[str]) -> N
         (folder / target).rename(original / f"undisturbed/{expert}.safetensors")
 
 
-def all_faults(box: Box, folder: Path) -> Iterator[Outcome]:
-    original = prepare(folder / "original")
+def all_faults(box: Box, original: Path, folder: Path) -> Iterator[Outcome]:
+    """Inflict each fault on a copy of `original`, which `prepare` has made."""
 
     def lane(number: int) -> list[tuple[Run, str, float]]:
         return [
@@ -245,7 +245,8 @@ def all_faults(box: Box, folder: Path) -> Iterator[Outcome]:
             for i, fault in enumerate(LANES[number])
         ]
 
-    with ThreadPoolExecutor() as pool:
+    # With more at once on two cores, the start of Python alone takes as long as the time limit of a fault.
+    with ThreadPoolExecutor(2) as pool:
         undisturbed = pool.submit(train_undisturbed, original, folder / "alone", ["0", "dense"])
         suffered = [each for each_lane in pool.map(lane, range(len(LANES))) for each in each_lane]
         suffered += controller_faults(box, original, folder)
@@ -286,7 +287,7 @@ def main() -> None:
         box = Box(Path(folder, "box"))
         box.start()
         try:
-            for o in all_faults(box, Path(folder)):
+            for o in all_faults(box, prepare(Path(folder, "original")), Path(folder)):
                 same = "bit-identical" if o.same else "OTHER WEIGHTS"
                 print(
                     f"| {o.fault} | {o.steps_lost} | {o.seconds_lost:.0f} | {same}; {o.n_jobs} job(s), "

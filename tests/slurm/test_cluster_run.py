@@ -15,7 +15,7 @@ from made_project import done, make_project, snakemake_command
 
 from .box import Box
 from .machine import wait
-from .runs import Run, make_slurm_project, write_profile
+from .runs import Run, write_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EXPERTS = ("0", "1")
@@ -176,9 +176,10 @@ def test_the_profile_reruns_nothing(box: Box, on_slurm: Path) -> None:
     assert "Nothing to be done" in snakemake(box, on_slurm, "-n")
 
 
-def test_scancel_of_one_expert_fails_that_expert_only(box: Box, tmp_path: Path) -> None:
-    project = make_slurm_project(tmp_path / "project", 600)
-    first, second = Run(box, project, "0"), Run(box, project, "1")
+def test_scancel_of_one_expert_fails_that_expert_only(box: Box, prepared: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    first = Run.of_copy(box, prepared, project, "0")
+    second = Run(box, project, "1")
     both = ["results/experts/0/model.safetensors", "results/experts/1/model.safetensors"]
     first.start(both[1])
     first.reach(20)
@@ -209,9 +210,9 @@ def test_an_expert_on_two_gpus(box: Box, on_slurm: Path, tmp_path: Path, gpus: i
 
 
 @pytest.mark.parametrize("everything", [True, False], ids=["Ctrl-C", "kill -INT of Snakemake alone"])
-def test_ctrl_c_cancels_every_job(box: Box, tmp_path: Path, everything: bool) -> None:
-    project = make_slurm_project(tmp_path / "project", 600)
-    run = Run(box, project, "0")
+def test_ctrl_c_cancels_every_job(box: Box, prepared: Path, tmp_path: Path, everything: bool) -> None:
+    project = tmp_path / "project"
+    run = Run.of_copy(box, prepared, project, "0")
     run.start("results/experts/1/model.safetensors", "results/experts/2/model.safetensors")
     run.reach(5)
     run.kill(signal.SIGINT, everything=everything)

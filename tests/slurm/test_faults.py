@@ -1,6 +1,7 @@
 """Each fault of faults.py, inflicted on real trainings, ends with the weights of an undisturbed run."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +31,9 @@ WITHOUT_NOTICE = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(box: Box, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    return {outcome.fault: outcome for outcome in faults.all_faults(box, tmp_path_factory.mktemp("faults"))}
+def outcomes(box: Box, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    suffered = faults.all_faults(box, prepared, tmp_path_factory.mktemp("faults"))
+    return {outcome.fault: outcome for outcome in suffered}
 
 
 def job_logs(outcome: Outcome) -> str:

@@ -245,14 +245,24 @@ def _flops(config: Config, model: Size) -> dict[str, float]:
     return {name: n * model.flops_per_token for name, n in n_tokens(config).items()}
 
 
+def _second_round(config: Config, model: Size) -> float:
+    """FLOPs at most to score documents with the experts of the first round: a forward pass is a third of a
+    training's, and fewer or shorter documents need less.
+    """
+    n_read = config.cluster.fit_documents * config.train.seq_len
+    return config.cluster.k * n_read * model.flops_per_token / 3
+
+
 def _compute(config: Config, model: Size) -> dict[str, str]:
     flops = _flops(config, model)
     longest = max(flops, key=lambda name: flops[name])
     large = ", at most twice that for dense-large" if plan.LARGE in config.train.controls else ""
     each = f"{units(model.flops_per_token)} per token; most for {longest}, {flops[longest]:.3g}"
     memory = units(4 * STATE_BYTES // 3 * model.n_parameters, "B")
+    second = f"; at most {_second_round(config, model):.3g} to score the documents of the second round"
     return {
-        "compute": f"{sum(flops.values()):.3g} FLOPs in training, {each}",
+        "compute": f"{sum(flops.values()):.3g} FLOPs in training, {each}"
+        + (second if config.cluster.second_round else ""),
         "memory": f"{memory} for weights, gradients and optimiser, on each GPU of a training{large}",
     }
 
