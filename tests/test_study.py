@@ -43,6 +43,12 @@ def jobs(printed: str) -> tuple[Counter[str], Counter[str]]:
     return made, taken
 
 
+def runs_of(printed: str) -> set[str]:
+    """The runs whose jobs a dry run lists."""
+    runs = re.findall(r"wildcards: (?:expert=\S+, )?run=(\S+?)(?:,? ?expert=\S+)?$", printed, re.M)
+    return {name.rstrip(",") for name in runs}
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = make_project(tmp_path_factory.mktemp("study") / "project")
@@ -112,8 +118,13 @@ def test_a_finished_study_has_nothing_to_do_and_a_larger_one_only_what_is_new(pr
     assert "Nothing to be done" in run_study(project, "-n")
     larger = {**STUDY, "grid": {**STUDY["grid"], "cluster.k": [3, 1, 2]}}
     printed = run_study(project, "-n", study=larger)
-    runs = set(re.findall(r"wildcards: (?:expert=\S+, )?run=(\S+?)(?:,? ?expert=\S+)?$", printed, re.M))
-    assert {name.rstrip(",") for name in runs} == {"k=3,steps=4"}
+    assert runs_of(printed) == {"k=3,steps=4"}
+
+
+def test_one_run_of_a_study_is_asked_for_and_no_other_makes_anything(project: Path) -> None:
+    larger = {**STUDY, "grid": {"cluster.k": [4, 3], "train.steps": [8, 4]}}
+    printed = run_study(project, "-n", "results/study/runs/k=3,steps=8/eval/metrics.json", study=larger)
+    assert runs_of(printed) == {"k=3,steps=8"}
 
 
 def test_a_result_that_has_changed_makes_a_new_table(project: Path, tmp_path: Path) -> None:

@@ -167,21 +167,33 @@ def test_the_first_run_lends_unless_another_has_the_outputs_already(anywhere: Pa
     found = configs({"cluster.k": [2, 4, 8]})
     by_run = {name: study.keys(cfg) for name, cfg in found.items()}
     nothing = {name: states(cfg, set()) for name, cfg in found.items()}
-    lent = study.lenders(by_run, nothing)
+    whole = {name: set(jobs) for name, jobs in by_run.items()}
+    lent = study.lenders(by_run, nothing, whole)
     assert lent["k=2"] == {}
     assert lent["k=4"] == lent["k=8"]
     assert lent["k=4"][Job("train_expert", "dense")] == "k=2" and Job("fit_kmeans") not in lent["k=4"]
     grown = {**nothing, "k=8": states(found["k=8"], {"tokenizer", "shard"})}
-    lent = study.lenders(by_run, grown)
+    lent = study.lenders(by_run, grown, whole)
     assert lent["k=2"] == {Job("tokenizer"): "k=8", Job("shard"): "k=8"}
     assert lent["k=4"][Job("shard")] == "k=8" and lent["k=4"][Job("embed")] == "k=2"
+
+
+def test_a_run_that_was_not_asked_for_lends_only_what_it_has(anywhere: Path) -> None:
+    found = configs({"cluster.k": [2, 4, 8]})
+    by_run = {name: study.keys(cfg) for name, cfg in found.items()}
+    there = {name: states(cfg, {"shard"} if name == "k=2" else set()) for name, cfg in found.items()}
+    started = {"k=2": set[Job](), "k=4": set(by_run["k=4"]), "k=8": set(by_run["k=8"])}
+    lent = study.lenders(by_run, there, started)
+    assert {lent[name][Job("shard")] for name in ("k=4", "k=8")} == {"k=2"}
+    assert {name for job, name in lent["k=8"].items() if job.rule != "shard"} == {"k=4"}
 
 
 def test_nothing_about_a_whole_run_is_lent(anywhere: Path) -> None:
     a, b = configs({"run.log_seconds": [1, 2]}).values()
     assert study.keys(a) == study.keys(b)
     names = {"a": study.keys(a), "b": study.keys(b)}
-    lent = study.lenders(names, {"a": states(a, set()), "b": states(b, set())})
+    started = {name: set(jobs) for name, jobs in names.items()}
+    lent = study.lenders(names, {"a": states(a, set()), "b": states(b, set())}, started)
     assert {job.rule for job in names["b"]} - {job.rule for job in lent["b"]} == {
         "eval_ensemble",
         "report",

@@ -12,7 +12,7 @@ from cbtm_pipeline import compare, plan, plan_first, plan_search, preview
 from cbtm_pipeline.base import cli, lock, printable, trust
 from cbtm_pipeline.corpus import content
 from cbtm_pipeline.corpus import files as corpus_files
-from cbtm_pipeline.ops import interrupt, started, terminal
+from cbtm_pipeline.ops import interrupt, started, study, terminal
 from cbtm_pipeline.provenance import kept, lent, records, stale
 from cbtm_pipeline.slurm import request
 
@@ -62,6 +62,7 @@ def begin():
     for run in RUNS.values():
         run.begin(asked)
         workflow.dag.forcefiles.update(run.outdated())
+    study.lend(RUNS)
     for line in preview.of_runs(RUNS):
         print(printable.printable(line), file=sys.stderr, flush=True)
 

@@ -166,13 +166,17 @@ def _held_out(cfg: config.Config) -> dict[str, Any]:
 
 
 def runs(study: Study) -> dict[str, Run]:
-    """The runs of a study, each with those that lend it outputs. Raises ValueError as `configs` does."""
-    found = {name: Run(cfg) for name, cfg in configs(study).items()}
-    by_run = {name: keys(run.config) for name, run in found.items()}
-    lent = lenders(by_run, {name: run.states for name, run in found.items()})
-    for name, run in found.items():
-        run.lenders = {job: found[other] for job, other in lent[name].items()}
-    return found
+    """The runs of a study. Raises ValueError as `configs` does."""
+    return {name: Run(cfg) for name, cfg in configs(study).items()}
+
+
+def lend(runs: Mapping[str, Run]) -> None:
+    """Tell each run which others lend it outputs, as soon as all know what this start runs."""
+    by_run = {name: keys(run.config) for name, run in runs.items()}
+    states = {name: run.states for name, run in runs.items()}
+    lent = lenders(by_run, states, {name: set(run.start.run) for name, run in runs.items()})
+    for name, run in runs.items():
+        run.lenders = {job: runs[other] for job, other in lent[name].items()}
 
 
 def keys(cfg: config.Config) -> dict[Job, str]:
@@ -188,17 +192,22 @@ def keys(cfg: config.Config) -> dict[Job, str]:
     return found
 
 
-def lenders(keys: Mapping[str, Mapping[Job, str]], states: Mapping[str, States]) -> dict[str, dict[Job, str]]:
+def lenders(
+    keys: Mapping[str, Mapping[Job, str]], states: Mapping[str, States], started: Mapping[str, set[Job]]
+) -> dict[str, dict[Job, str]]:
     """For each run, the run that lends it a job's outputs, by job; nothing where it makes them itself.
 
-    The lender is the first run in whose folder the outputs are up to date, else the first of all.
+    The lender is the first run in whose folder the outputs are up to date, else the first that makes them in
+    this start. `started` has the jobs of the start: a run that no target needs makes nothing for others.
     """
     owner: dict[str, str] = {}
     for is_made in (True, False):
         for name, by_job in keys.items():
             for job, key in by_job.items():
                 state = states[name].get(job)
-                if job.rule in LENT and (not is_made or (state and not state.runs)):
+                is_there = bool(state and not state.runs)
+                is_made_now = job in started[name] or (job.rule == DEMO_RULE and bool(started[name]))
+                if job.rule in LENT and (is_there if is_made else is_made_now):
                     owner.setdefault(key, name)
     return {
         name: {job: owner[key] for job, key in by_job.items() if owner.get(key, name) != name}
