@@ -97,6 +97,15 @@ def test_each_run_is_an_ordinary_one(project: Path) -> None:
     assert '"failed"' not in told and '"waiting"' not in told
 
 
+def test_k_of_one_is_the_dense_model(project: Path) -> None:
+    run = project / "results/study/runs/k=1,steps=4"
+    one, dense = (run / f"experts/{name}/model.safetensors" for name in ("0", "dense"))
+    assert one.read_bytes() == dense.read_bytes()
+    systems = artifact.read_json(run / "eval/metrics.json")["systems"]
+    same = {"dense", "ensemble", "uniform", "oracle", "expert-0"}
+    assert len({row["nll"] for row in systems if row["system"] in same}) == 1
+
+
 def test_the_study_ends_in_a_table_and_a_page_of_all_runs(project: Path) -> None:
     folder = project / "results/study"
     found = artifact.read_sealed(folder / "study.json", "study")

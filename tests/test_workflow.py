@@ -263,26 +263,6 @@ def test_killed_at_many_points_and_started_again_ends_with_the_same_bytes(
         assert (project / "results" / name).read_bytes() == (finished / "results" / name).read_bytes(), name
 
 
-def test_k_of_one_is_the_dense_model(tmp_path: Path) -> None:
-    project = make_project(tmp_path / "project", cluster={"k": 1}, train={"controls": []})
-    snakemake(project, "--cores", "2")
-    experts = project / "results/experts"
-    assert (experts / "0/model.safetensors").read_bytes() == (
-        experts / "dense/model.safetensors"
-    ).read_bytes()
-    rows = json.loads((project / "results/eval/metrics.json").read_text())["systems"]
-    assert (
-        len(
-            {
-                row["nll"]
-                for row in rows
-                if row["system"] in {"dense", "ensemble", "uniform", "oracle", "expert-0"}
-            }
-        )
-        == 1
-    )
-
-
 def test_a_second_run_in_the_same_folder_is_refused(finished: Path, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(finished, project, symlinks=True)

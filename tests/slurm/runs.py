@@ -72,7 +72,7 @@ class Run:
                 env={**self.box.env, "OMP_NUM_THREADS": "1"},
             )
 
-    def finish(self, ok: bool = True, timeout: float = 300) -> None:
+    def finish(self, ok: bool = True, timeout: float = 600) -> None:
         wait(lambda: self.process.poll() is not None, timeout, f"end of {self.project}", self.story)
         status = self.process.returncode
         assert (status == 0) == ok, f"exit status {status}\n{self.printed()}"
@@ -109,7 +109,7 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return [row for row in map(json.loads, lines) if row["event"] == kind]
 
-    def reach(self, step: int, timeout: float = 300) -> None:
+    def reach(self, step: int, timeout: float = 600) -> None:
         """Wait until the training has done `step` steps."""
         wait(
             lambda: self.step() >= step or self.process.poll() is not None,
@@ -119,7 +119,7 @@ class Run:
         )
         assert self.process.poll() is None, self.printed()
 
-    def reach_starts(self, n: int, timeout: float = 200) -> None:
+    def reach_starts(self, n: int, timeout: float = 400) -> None:
         """Wait for the n-th start of the task on a node."""
         wait(
             lambda: len(self.events("started")) >= n or self.process.poll() is not None,

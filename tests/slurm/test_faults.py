@@ -9,7 +9,7 @@ from . import faults
 from .box import Box
 from .faults import LANES, Outcome
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 AWAY = ("slurmctld away for 15 s in mid-run", "slurmctld away for 15 s at submission")
 NAMES = [fault.name for lane in LANES for fault in lane]
