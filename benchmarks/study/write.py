@@ -8,6 +8,7 @@ verdict on the page is computed here.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,8 +39,15 @@ class Study:
 
     @property
     def grid(self) -> list[Row]:
-        """The runs of the grid. Others have names of their own."""
+        """The runs that differ in k and budget alone."""
         return [run for run in self.runs if run["run"].startswith("k=")]
+
+    @property
+    def controlled(self) -> list[Row]:
+        """The run with all dense models of each budget, from the smallest budget to the largest."""
+        found = [run for run in self.runs if re.match("controls|k=", run["run"])]
+        with_steps = [run for run in found if any(row["model"] == "dense-steps" for row in run["models"])]
+        return sorted(with_steps, key=lambda run: run["n_tokens"])
 
     @property
     def ks(self) -> list[int]:
@@ -50,9 +58,13 @@ class Study:
         """Training tokens of all experts together, rounded."""
         return sorted({budget(run) for run in self.grid})
 
-    def at(self, k: int, n_tokens: int) -> Row:
-        """The run of the grid with this k and budget."""
-        return next(run for run in self.grid if (run["k"], budget(run)) == (k, n_tokens))
+    def at(self, n_tokens: int) -> dict[int, Row]:
+        """The runs of the grid with this budget, by k."""
+        return {run["k"]: run for run in self.grid if budget(run) == n_tokens}
+
+    def of(self, k: int) -> list[Row]:
+        """The runs of the grid with this k, from the smallest budget to the largest."""
+        return sorted((run for run in self.grid if run["k"] == k), key=lambda run: run["n_tokens"])
 
     def dense(self, run: Row) -> dict[str, Row]:
         """The dense models of equal compute of all runs with the budget and the random seed of this one."""
@@ -127,8 +139,7 @@ def summary(study: Study) -> list[str]:
     """The best ensemble of each budget beside the strongest dense model."""
     lines = []
     for n_tokens in study.budgets:
-        runs = [study.at(k, n_tokens) for k in study.ks]
-        best = min(runs, key=lambda run: run["headline"]["perplexity"])
+        best = min(study.at(n_tokens).values(), key=lambda run: run["headline"]["perplexity"])
         dense = study.dense(best)
         strongest = min(dense, key=lambda name: dense[name]["perplexity"])
         lines.append(
@@ -145,12 +156,12 @@ def curves(study: Study) -> list[str]:
         return []
     ratios, losses = [], []
     for i, k in enumerate(study.ks):
-        runs = [study.at(k, n_tokens) for n_tokens in study.budgets]
+        runs = study.of(k)
         points = [(run["n_tokens"], study.ratio(run)) for run in runs]
         ratios.append(charts.Series(f"k = {k}", f"c{i}", points, dots=True, end=f"k = {k}"))
         points = [(run["n_tokens"], run["headline"]["perplexity"]) for run in runs]
         losses.append(charts.Series(f"k = {k}", f"c{i}", points, dots=True, end=f"k = {k}"))
-    runs = [study.at(study.ks[0], n_tokens) for n_tokens in study.budgets]
+    runs = [next(iter(study.at(n_tokens).values())) for n_tokens in study.budgets]
     dense = [
         (run["n_tokens"], min(model["perplexity"] for model in study.dense(run).values())) for run in runs
     ]
@@ -171,21 +182,21 @@ def budgets(study: Study) -> list[str]:
     """Perplexity and ratio for each k and budget."""
     ks, rows = study.ks, []
     for n_tokens in study.budgets:
-        runs = [study.at(k, n_tokens) for k in ks]
-        dense = study.dense(runs[0])
-        best = min(runs, key=lambda run: run["headline"]["perplexity"])
-        cells = []
-        for run in runs:
+        runs = study.at(n_tokens)
+        best = min(runs.values(), key=lambda run: run["headline"]["perplexity"])
+        cells = dict.fromkeys(ks, "–")
+        for k, run in runs.items():
             text = f"{run['headline']['perplexity']:.1f} ({study.ratio(run):.3f})"
-            cells.append(f"**{text}**" if run is best else text)
-        named = ", ".join(f"{name} {row['perplexity']:.1f}" for name, row in sorted(dense.items()))
-        rows.append([millions(runs[0]["n_tokens"]), named, *cells])
+            cells[k] = f"**{text}**" if run is best else text
+        dense = sorted(study.dense(best).items())
+        named = ", ".join(f"{name} {row['perplexity']:.1f}" for name, row in dense)
+        rows.append([millions(best["n_tokens"]), named, *cells.values()])
     return table(["tokens", "dense models", *(f"k = {k}" for k in ks)], rows)
 
 
 def routers(study: Study, k: int) -> list[str]:
     """The routers and their sparse settings at one k, for each budget."""
-    runs = [study.at(k, n_tokens) for n_tokens in study.budgets]
+    runs = study.of(k)
     names = [row["model"] for row in runs[0]["models"] if row["router"]]
     rows = []
     for name in ["seed", "uniform", *names, "oracle"]:
@@ -204,7 +215,11 @@ CHANGES = {
     "by=label+text": "labels and text together",
     "border_share=0.1": "a tenth of each expert's text from its neighbours",
     "seed_share=0.25": "a quarter of the compute for the seed, not half",
+    "parents=2": "clusters of clusters: two parents, and four experts that begin as each",
+    "fit_documents=10000": "clusters that are fitted on 10 000 documents, not on all",
+    "second_round": "documents go to the expert that predicts them best, then training goes on",
 }
+BASES = {"second_round": "fit_documents=10000"}  # of runs that differ from the base in more than one key
 
 
 def changes(study: Study, base: str) -> list[str]:
@@ -212,7 +227,7 @@ def changes(study: Study, base: str) -> list[str]:
     rows = []
     for name, what in CHANGES.items():
         if name in study.by_name:
-            ratio, ci95 = study.pair(name, base)
+            ratio, ci95 = study.pair(name, BASES.get(name, base))
             training = (study.by_name[name]["labels"] or {}).get("training", {})
             nmi = f"{training['nmi']:.3f}" if training else "–"
             rows.append([f"`{name}`", what, verdict.interval(ratio, ci95), nmi])
@@ -220,6 +235,9 @@ def changes(study: Study, base: str) -> list[str]:
         return []
     header = ["change", "what it is", "perplexity over that of the base [95 %]", "NMI with labels"]
     about = f"Against `{base}`, on documents that both report. NMI says how far clusters and labels agree."
+    about += "".join(
+        f" `{name}` stands against `{other}`." for name, other in BASES.items() if name in study.by_name
+    )
     return ["## One change at a time", "", about, "", *table(header, rows), ""]
 
 
@@ -248,34 +266,54 @@ def is_falling(values: Sequence[float]) -> bool:
     return all(a > b for a, b in itertools.pairwise(values))
 
 
-def claims(study: Study, controls: str) -> list[str]:
+def each(runs: Sequence[Row], estimates: Sequence[Estimate]) -> str:
+    """An estimate for each budget."""
+    if len(runs) == 1:
+        return shown(estimates[0])
+    told = zip(runs, estimates, strict=True)
+    return "; ".join(f"{millions(run['n_tokens'])} tokens: {shown(estimate)}" for run, estimate in told)
+
+
+def verdict_of(runs: Sequence[Row], estimates: Sequence[Estimate], below: str, above: str) -> str:
+    """One verdict if all budgets agree, else the verdict of each."""
+    found = [judged(estimate, below, above) for estimate in estimates]
+    if len(set(found)) == 1:
+        return found[0]
+    return "; ".join(f"{millions(run['n_tokens'])}: {text}" for run, text in zip(runs, found, strict=True))
+
+
+def claims(study: Study) -> list[str]:
     """Claims of the paper and of its relatives, and what this study says about each, as far as it has run."""
-    run, base = study.by_name[controls], controls.replace("controls", "k=8")
-    strongest = min(study.dense(run).values(), key=lambda row: row["perplexity"])["model"]
-    wins = against_dense(run, run["headline"]["model"], strongest)
-    random = against_dense(run, "random, uniform", strongest)
-    top_1, top_2, everyone = (
-        to_dense(run, f"filter {name}") for name in ("top-1", "top-2", f"all-{run['k']}")
-    )
-    ours = against(run, "filter", "paper")
+    runs = study.controlled
+    with_random = [run for run in runs if any(row["model"] == "random, uniform" for row in run["models"])]
+    base = next(run for run in study.of(8) if budget(run) == budget(with_random[-1]))
+    wins = [against_dense(run, run["headline"]["model"], strongest(study, run)) for run in runs]
+    random = [against_dense(run, "random, uniform", strongest(study, run)) for run in with_random]
+    sparse = {
+        name: [to_dense(run, f"filter {name}") for run in runs]
+        for name in ("top-1", "top-2", f"all-{runs[0]['k']}")
+    }
+    ours = [against(run, "filter", "paper") for run in runs]
+    k = runs[0]["k"]
     rows = [
         (
             "Experts beat a dense model of equal compute (C-BTM)",
-            judged(wins, "holds", "does not hold"),
-            f"k = {run['k']}, over `{strongest}`, the strongest dense model: {shown(wins)}",
+            verdict_of(runs, wins, "holds", "does not hold"),
+            f"k = {k}, over the strongest dense model: {each(runs, wins)}",
         ),
+        *_seeds(study),
         (
             "One active expert already beats dense, and two are about as good as all (C-BTM)",
-            judged(top_1, "holds", "does not hold"),
-            f"over `dense`: top-1 {shown(top_1)}, top-2 {shown(top_2)}, all {shown(everyone)}",
+            verdict_of(runs, sparse["top-1"], "holds", "does not hold"),
+            f"over `dense`: {'. '.join(f'{name}: {each(runs, found)}' for name, found in sparse.items())}",
         ),
         (
             "Experts on random clusters gain nothing (C-BTM)",
-            judged(random, "does not hold", "holds"),
-            f"equal weights, over `{strongest}`: {shown(random)}",
+            verdict_of(with_random, random, "does not hold", "holds"),
+            f"equal weights, over the strongest dense model: {each(with_random, random)}",
         ),
         *_growth(study),
-        *(_change(study, base, *change) for change in CLAIMED if change[0] in study.by_name),
+        *(_change(study, base["run"], *change) for change in CLAIMED if change[0] in study.by_name),
         (
             "Experts of 1.3 B match a dense model of 6.7 B; few-shot tasks gain (C-BTM)",
             "cannot be tested here",
@@ -283,11 +321,36 @@ def claims(study: Study, controls: str) -> list[str]:
         ),
         (
             "Ours: `filter` is better than the paper's router",
-            judged(ours, "holds", "does not hold"),
-            f"k = {run['k']}, each at its best setting: {shown(ours)}",
+            verdict_of(runs, ours, "holds", "does not hold"),
+            f"k = {k}, each at its best setting: {each(runs, ours)}",
         ),
     ]
     return table(["claim", "here", "measured"], rows)
+
+
+def strongest(study: Study, run: Row) -> str:
+    """The name of the strongest dense model of equal compute."""
+    return min(study.dense(run).values(), key=lambda row: row["perplexity"])["model"]
+
+
+def _seeds(study: Study) -> list[tuple[str, str, str]]:
+    """The first claim over random seeds, where there are three or more."""
+    others = [run for run in study.runs if run["run"].startswith("seed=")]
+    runs = [run for run in study.controlled if others and budget(run) == budget(others[0])] + others
+    ratios = [against_dense(run, run["headline"]["model"], strongest(study, run))[0] for run in runs]
+    interval = comparison.over_seeds(ratios)
+    if interval is None:
+        return []
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    estimate = mean, interval
+    measured = f"k = {runs[0]['k']}, {millions(runs[0]['n_tokens'])} tokens: {shown(estimate)}, "
+    return [
+        (
+            f"The same over {len(runs)} random seeds",
+            judged(estimate, "holds", "does not hold"),
+            f"{measured}each {', '.join(f'{ratio:.3f}' for ratio in ratios)}",
+        )
+    ]
 
 
 CLAIMED = (  # run, claim, what it says if the run is better than the base, and if it is worse
@@ -306,10 +369,11 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
     """The claims about growing data, where there are several budgets."""
     if len(study.budgets) < 2:
         return []
-    ratios = {k: [study.ratio(study.at(k, n)) for n in study.budgets] for k in study.ks}
-    best_ks = [min(study.ks, key=lambda k: study.at(k, n)["headline"]["perplexity"]) for n in study.budgets]
+    ratios = {k: [study.ratio(run) for run in study.of(k)] for k in study.ks}
+    whole = [n for n in study.budgets if set(study.at(n)) == set(study.ks)]
+    best_ks = [min(study.ks, key=lambda k: study.at(n)[k]["headline"]["perplexity"]) for n in whole]
     falls, grows = all(map(is_falling, ratios.values())), is_falling([-k for k in best_ks])
-    tokens = ", ".join(map(millions, study.budgets))
+    tokens = ", ".join(map(millions, whole))
     return [
         (
             "The gain grows with the data (C-BTM)",
@@ -334,13 +398,13 @@ def against_dense(run: Row, name: str, dense: str) -> Estimate:
 def write(study: Study) -> str:
     """The page: a part for each mark of the text, as far as the study has run."""
     text = (Path(__file__).parent / "study.md").read_text("utf-8")
-    controls = next(name for name in study.by_name if name.startswith("controls"))
+    base = next(run["run"] for run in study.of(8) if run["setting"].get("train.steps", 200) == 200)
     parts = {
         "summary": summary(study),
         "pictures": curves(study),
-        "claims": claims(study, controls),
+        "claims": claims(study),
         "budgets": budgets(study),
-        "changes": changes(study, controls.replace("controls", "k=8")),
+        "changes": changes(study, base),
         "routers": routers(study, 8),
     }
     for name, lines in parts.items():
