@@ -241,6 +241,29 @@ def changes(study: Study, base: str) -> list[str]:
     return ["## One change at a time", "", about, "", *table(header, rows), ""]
 
 
+COSTS = (1.5, 3, 5, 8, 16)  # expert passes per token that a user may afford
+
+
+def by_cost(study: Study) -> list[str]:
+    """For each budget and each bound on expert passes per token, the k and the setting that predict best."""
+    rows = []
+    for n_tokens in study.budgets:
+        tried = [
+            (row["perplexity"], run["k"], row)
+            for run in study.at(n_tokens).values()
+            for row in run["models"]
+            if row["router"] and row["passes"]
+        ]
+        cells = []
+        for cost in COSTS:
+            perplexity, k, row = min(t for t in tried if t[2]["passes"] <= cost)
+            cells.append(f"k = {k}, {row['model']}: {perplexity:.1f}")
+        one = next(iter(study.at(n_tokens).values()))
+        dense = min(row["perplexity"] for row in study.dense(one).values())
+        rows.append([millions(n_tokens), f"{dense:.1f}", *cells])
+    return table(["tokens", "dense", *(f"at most {cost:g} passes" for cost in COSTS)], rows)
+
+
 Estimate = tuple[float, list[float] | None]  # a ratio with its 95 % interval
 
 
