@@ -242,17 +242,20 @@ def test_experts_on_another_disk_are_kept_and_come_back_unless_they_were_damaged
         experts.symlink_to(Path(other_disk, "experts"))
         assert NOTHING in snakemake(project, "-n")
         (project / "change.yaml").write_text("train: {lr: 0.001}")
-        one = "results/experts/1/model.safetensors"
+        one, logs = "results/experts/1/model.safetensors", project / "results/logs/train_expert"
+        shutil.rmtree(logs)
         snakemake(project, one, "--cores", "2", configfiles=["small.yaml", "change.yaml"])
         assert trained(project) == {"seed", "1"}
         weights = next((project / "results/kept/experts").glob("1-*/model.safetensors"))
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
+        shutil.rmtree(logs)
         assert "kept models" in snakemake(project, "--cores", "2")
         assert trained(project) == {"1"}, "the seed was whole"
         assert experts.is_symlink()
-        assert files_of(experts) == files_of(finished / "results/experts")
+        before, after = files_of(finished / "results/experts"), files_of(experts)
+        assert {name for name in before if before[name] != after[name]} <= {"1/README.md"}
 
 
 def test_preview_of_a_target_that_does_not_exist_says_so(finished: Path) -> None:
