@@ -121,6 +121,12 @@ def test_the_tree_in_the_readme_is_true() -> None:
     assert listed == modules | folders
 
 
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """Two with one name, in two folders, cannot be collected by one process."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_hosted_ci_runs_the_same_script() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     assert [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step] == [".ci/run"]
