@@ -39,8 +39,12 @@ class Study:
 
     @property
     def grid(self) -> list[Row]:
-        """The runs that differ in k and budget alone."""
-        return [run for run in self.runs if run["run"].startswith("k=")]
+        """The runs that differ in k and budget alone. That with all controls has the experts of another."""
+        found: dict[tuple[int, int], Row] = {}
+        for run in sorted(self.runs, key=lambda run: not run["run"].startswith("k=")):
+            if re.match("k=|controls", run["run"]):
+                found.setdefault((run["k"], budget(run)), run)
+        return list(found.values())
 
     @property
     def controlled(self) -> list[Row]:
@@ -392,16 +396,16 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
     """The claims about growing data, where there are several budgets."""
     if len(study.budgets) < 2:
         return []
-    ratios = {k: [study.ratio(run) for run in study.of(k)] for k in study.ks}
+    ratios = {k: [study.ratio(run) for run in study.of(k)] for k in study.ks if len(study.of(k)) > 1}
     whole = [n for n in study.budgets if set(study.at(n)) == set(study.ks)]
     best_ks = [min(study.ks, key=lambda k: study.at(n)[k]["headline"]["perplexity"]) for n in whole]
     falls, grows = all(map(is_falling, ratios.values())), is_falling([-k for k in best_ks])
     tokens = ", ".join(map(millions, whole))
-    return [
+    found = [
         (
             "The gain grows with the data (C-BTM)",
             "holds" if falls else "holds in part",
-            "; ".join(f"k = {k}: {' → '.join(f'{r:.3f}' for r in ratios[k])}" for k in study.ks),
+            "; ".join(f"k = {k}: {' → '.join(f'{r:.3f}' for r in each)}" for k, each in ratios.items()),
         ),
         (
             "The best k grows with the data (C-BTM)",
@@ -409,6 +413,7 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
             f"best k at {tokens} tokens: {', '.join(map(str, best_ks))}",
         ),
     ]
+    return found if len(whole) > 1 else found[:1]
 
 
 def against_dense(run: Row, name: str, dense: str) -> Estimate:
