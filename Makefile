@@ -20,7 +20,7 @@ setup: .venv/ready slurm  ## install everything into .venv (once)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint envs/constraints.txt --editable '.[dev,serve,clients]'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes --requirement envs/demo.txt
-	$(BIN)/python -c "import torch._dynamo, transformers.models.auto.modeling_auto, sklearn.feature_extraction.text, pyarrow.parquet, snakemake.cli"
+	$(BIN)/python -c "import torch._dynamo, transformers.models.llama.modeling_llama, sklearn.feature_extraction.text, pyarrow.parquet, snakemake.cli"
 	@touch $@
 
 # Snakemake looks for a profile by its name in this folder, and for nothing else that lies here.

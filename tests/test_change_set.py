@@ -246,14 +246,9 @@ def test_a_wrong_exclude_is_one_line(
         (route_text.main, ["butter"]),
     ):
         assert line in refusal(capsys, main, *argv, *options)
-
-
-def test_a_server_without_an_expert_that_is_not_there_does_not_start(whole: Path, tmp_path: Path) -> None:
-    options = ["--port", "0", "--model", str(tagged(whole, tmp_path)), "--exclude", "9"]
-    words = [sys.executable, "-m", "cbtm_pipeline", "serve", *options]
+    words = [sys.executable, "-m", "cbtm_pipeline", "serve", "--port", "0", *map(str, options)]
     server = subprocess.run(words, capture_output=True, text=True)
-    assert server.returncode == 1 and server.stderr.count("\n") == 1
-    assert "exclude: 9. Expected 0, 1, 2, " in server.stderr
+    assert server.returncode == 1 and server.stderr.count("\n") == 1 and line in server.stderr
 
 
 def test_bad_input_to_add_expert_is_one_line(whole: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -146,6 +146,13 @@ def test_what_is_wrong_with_a_task_is_said_in_one_line(tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
+def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
+    task_files.check_names(["lambada_openai", "mine.yaml"])
+    with pytest.raises(ValueError, match=r"^eval\.tasks: lambada_openia\. .*Did you mean lambada_openai\?$"):
+        task_files.check_names(["lambada_openia"])
+
+
+@pytest.mark.slow
 def test_a_bad_task_stops_a_dry_run_and_doctor_knows_a_good_one(tmp_path: Path) -> None:
     project = make_project(tmp_path / "project")
     path = write_task(tmp_path / "task")

@@ -8,7 +8,6 @@ verdict on the page is computed here.
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,6 +53,11 @@ class Study:
         return sorted(with_steps, key=lambda run: run["n_tokens"])
 
     @property
+    def base(self) -> str:
+        """The run that others differ from in one key: k = 8 at the default budget."""
+        return next(run["run"] for run in self.of(8) if run["setting"].get("train.steps", 200) == 200)
+
+    @property
     def ks(self) -> list[int]:
         return sorted({run["k"] for run in self.grid})
 
@@ -83,10 +87,13 @@ class Study:
         most = verdict.EQUAL * run["headline"]["train_flops"]
         return {name: model for name, model in found.items() if model["train_flops"] <= most}
 
+    def strongest(self, run: Row) -> Row:
+        """The dense model of equal compute that predicts best."""
+        return min(self.dense(run).values(), key=lambda model: model["perplexity"])
+
     def ratio(self, run: Row) -> float:
         """The perplexity of a run's best ensemble over that of the strongest dense model of its budget."""
-        strongest = min(model["perplexity"] for model in self.dense(run).values())
-        return run["headline"]["perplexity"] / strongest
+        return run["headline"]["perplexity"] / self.strongest(run)["perplexity"]
 
     def pair(self, name: str, against: str) -> tuple[float, list[float]]:
         """The ratio of the best ensembles of two runs, with its interval."""
@@ -144,12 +151,10 @@ def summary(study: Study) -> list[str]:
     lines = []
     for n_tokens in study.budgets:
         best = min(study.at(n_tokens).values(), key=lambda run: run["headline"]["perplexity"])
-        dense = study.dense(best)
-        strongest = min(dense, key=lambda name: dense[name]["perplexity"])
         lines.append(
             f"At {millions(n_tokens)} training tokens the best ensemble has k = {best['k']}, and "
             f"{study.ratio(best):.3f} times the perplexity of the strongest dense model of equal compute, "
-            f"`{strongest}`."
+            f"`{study.strongest(best)['model']}`."
         )
     return [*lines, ""]
 
@@ -166,9 +171,7 @@ def curves(study: Study) -> list[str]:
         points = [(run["n_tokens"], run["headline"]["perplexity"]) for run in runs]
         losses.append(charts.Series(f"k = {k}", f"c{i}", points, dots=True, end=f"k = {k}"))
     runs = [next(iter(study.at(n_tokens).values())) for n_tokens in study.budgets]
-    dense = [
-        (run["n_tokens"], min(model["perplexity"] for model in study.dense(run).values())) for run in runs
-    ]
+    dense = [(run["n_tokens"], study.strongest(run)["perplexity"]) for run in runs]
     losses.append(charts.Series("dense", "grey", dense, dots=True, end="dense"))
     ones = charts.Series("dense", "grey", [(1, 1)], "dashed")
     tokens = "training tokens of all experts together"
@@ -226,46 +229,25 @@ CHANGES = {
 BASES = {"second_round": "fit_documents=10000"}  # of runs that differ from the base in more than one key
 
 
-def changes(study: Study, base: str) -> list[str]:
+def changes(study: Study) -> list[str]:
     """What one change to the base run makes of its best ensemble."""
     rows = []
     for name, what in CHANGES.items():
         if name in study.by_name:
-            ratio, ci95 = study.pair(name, BASES.get(name, base))
+            ratio, ci95 = study.pair(name, BASES.get(name, study.base))
             training = (study.by_name[name]["labels"] or {}).get("training", {})
             nmi = f"{training['nmi']:.3f}" if training else "–"
             rows.append([f"`{name}`", what, verdict.interval(ratio, ci95), nmi])
     if not rows:
         return []
     header = ["change", "what it is", "perplexity over that of the base [95 %]", "NMI with labels"]
-    about = f"Against `{base}`, on documents that both report. NMI says how far clusters and labels agree."
+    about = (
+        f"Against `{study.base}`, on documents that both report. NMI says how far clusters and labels agree."
+    )
     about += "".join(
         f" `{name}` stands against `{other}`." for name, other in BASES.items() if name in study.by_name
     )
     return ["## One change at a time", "", about, "", *table(header, rows), ""]
-
-
-COSTS = (1.5, 3, 5, 8, 16)  # expert passes per token that a user may afford
-
-
-def by_cost(study: Study) -> list[str]:
-    """For each budget and each bound on expert passes per token, the k and the setting that predict best."""
-    rows = []
-    for n_tokens in study.budgets:
-        tried = [
-            (row["perplexity"], run["k"], row)
-            for run in study.at(n_tokens).values()
-            for row in run["models"]
-            if row["router"] and row["passes"]
-        ]
-        cells = []
-        for cost in COSTS:
-            perplexity, k, row = min(t for t in tried if t[2]["passes"] <= cost)
-            cells.append(f"k = {k}, {row['model']}: {perplexity:.1f}")
-        one = next(iter(study.at(n_tokens).values()))
-        dense = min(row["perplexity"] for row in study.dense(one).values())
-        rows.append([millions(n_tokens), f"{dense:.1f}", *cells])
-    return table(["tokens", "dense", *(f"at most {cost:g} passes" for cost in COSTS)], rows)
 
 
 Estimate = tuple[float, list[float] | None]  # a ratio with its 95 % interval
@@ -313,9 +295,8 @@ def claims(study: Study) -> list[str]:
     """Claims of the paper and of its relatives, and what this study says about each, as far as it has run."""
     runs = study.controlled
     with_random = [run for run in runs if any(row["model"] == "random, uniform" for row in run["models"])]
-    base = next(run for run in study.of(8) if budget(run) == budget(with_random[-1]))
-    wins = [against_dense(run, run["headline"]["model"], strongest(study, run)) for run in runs]
-    random = [against_dense(run, "random, uniform", strongest(study, run)) for run in with_random]
+    wins = [against_dense(run, run["headline"]["model"], study.strongest(run)["model"]) for run in runs]
+    random = [against_dense(run, "random, uniform", study.strongest(run)["model"]) for run in with_random]
     sparse = {
         name: [to_dense(run, f"filter {name}") for run in runs]
         for name in ("top-1", "top-2", f"all-{runs[0]['k']}")
@@ -340,7 +321,7 @@ def claims(study: Study) -> list[str]:
             f"equal weights, over the strongest dense model: {each(with_random, random)}",
         ),
         *_growth(study),
-        *(_change(study, base["run"], *change) for change in CLAIMED if change[0] in study.by_name),
+        *(_change(study, *change) for change in CLAIMED if change[0] in study.by_name),
         (
             "Experts of 1.3 B match a dense model of 6.7 B; few-shot tasks gain (C-BTM)",
             "cannot be tested here",
@@ -355,29 +336,22 @@ def claims(study: Study) -> list[str]:
     return table(["claim", "here", "measured"], rows)
 
 
-def strongest(study: Study, run: Row) -> str:
-    """The name of the strongest dense model of equal compute."""
-    return min(study.dense(run).values(), key=lambda row: row["perplexity"])["model"]
-
-
 def _seeds(study: Study) -> list[tuple[str, str, str]]:
-    """The first claim over random seeds, where there are three or more."""
-    others = [run for run in study.runs if run["run"].startswith("seed=")]
-    runs = [run for run in study.controlled if others and budget(run) == budget(others[0])] + others
-    ratios = [against_dense(run, run["headline"]["model"], strongest(study, run))[0] for run in runs]
-    interval = comparison.over_seeds(ratios)
-    if interval is None:
-        return []
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    estimate = mean, interval
-    measured = f"k = {runs[0]['k']}, {millions(runs[0]['n_tokens'])} tokens: {shown(estimate)}, "
-    return [
-        (
-            f"The same over {len(runs)} random seeds",
-            judged(estimate, "holds", "does not hold"),
-            f"{measured}each {', '.join(f'{ratio:.3f}' for ratio in ratios)}",
-        )
-    ]
+    """The first claim over random seeds, where there are enough for an interval."""
+    rows = []
+    for group in study.content["groups"]:
+        if group["ci95"]:
+            estimate = group["ratio"], group["ci95"]
+            ratios = ", ".join(f"{study.by_name[run]['headline']['ratio']:.3f}" for run in group["runs"])
+            about = f"k = {group['k']}, {millions(group['n_tokens'])} tokens"
+            rows.append(
+                (
+                    f"The same over {len(group['runs'])} random seeds",
+                    judged(estimate, "holds", "does not hold"),
+                    f"{about}: {shown(estimate)}, each {ratios}",
+                )
+            )
+    return rows
 
 
 CLAIMED = (  # run, claim, what it says if the run is better than the base, and if it is worse
@@ -387,9 +361,9 @@ CLAIMED = (  # run, claim, what it says if the run is better than the base, and 
 )
 
 
-def _change(study: Study, base: str, name: str, claim: str, better: str, worse: str) -> tuple[str, str, str]:
-    ratio = study.pair(name, base)
-    return claim, judged(ratio, better, worse), f"`{name}` over `{base}`: {shown(ratio)}"
+def _change(study: Study, name: str, claim: str, better: str, worse: str) -> tuple[str, str, str]:
+    ratio = study.pair(name, study.base)
+    return claim, judged(ratio, better, worse), f"`{name}` over `{study.base}`: {shown(ratio)}"
 
 
 def _growth(study: Study) -> list[tuple[str, str, str]]:
@@ -426,13 +400,12 @@ def against_dense(run: Row, name: str, dense: str) -> Estimate:
 def write(study: Study) -> str:
     """The page: a part for each mark of the text, as far as the study has run."""
     text = (Path(__file__).parent / "study.md").read_text("utf-8")
-    base = next(run["run"] for run in study.of(8) if run["setting"].get("train.steps", 200) == 200)
     parts = {
         "summary": summary(study),
         "pictures": curves(study),
         "claims": claims(study),
         "budgets": budgets(study),
-        "changes": changes(study, base),
+        "changes": changes(study),
         "routers": routers(study, 8),
     }
     for name, lines in parts.items():

@@ -172,6 +172,8 @@ def runs(study: Study) -> dict[str, Run]:
 
 def lend(runs: Mapping[str, Run]) -> None:
     """Tell each run which others lend it outputs, as soon as all know what this start runs."""
+    if len(runs) == 1:
+        return
     by_run = {name: keys(run.config) for name, run in runs.items()}
     states = {name: run.states for name, run in runs.items()}
     lent = lenders(by_run, states, {name: set(run.start.run) for name, run in runs.items()})
