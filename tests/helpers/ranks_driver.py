@@ -122,7 +122,9 @@ def one_fails(which: str, how: str) -> None:
         group = distributed.from_environment(os.environ)
         cli.start_logging(f"process {group.rank}", None)
         with distributed.joined(group):
+            group.store.set(f"{group.rank} has joined", "")
             if group.rank == int(which):
+                group.store.wait([f"{1 - group.rank} has joined"])  # else the other fails while it joins
                 if how == "killed":
                     os.kill(os.getpid(), 9)
                 raise ValueError("the disk is full")
