@@ -136,6 +136,17 @@ def test_one_run_of_a_study_is_asked_for_and_no_other_makes_anything(project: Pa
     assert runs_of(printed) == {"k=3,steps=8"}
 
 
+def test_one_run_is_made_before_the_study_has_a_table(project: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy, symlinks=True)
+    for path in (copy / "results/study").glob("study.*"):
+        path.unlink()
+    table = "results/study/runs/k=1,steps=4/eval/table.txt"
+    (copy / table).unlink()
+    printed = run_study(copy, "--cores", "2", table)
+    assert (copy / table).exists() and "Error" not in printed and "Traceback" not in printed
+
+
 def test_a_result_that_has_changed_makes_a_new_table(project: Path, tmp_path: Path) -> None:
     copy = tmp_path / "project"
     shutil.copytree(project, copy, symlinks=True)
