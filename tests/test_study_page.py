@@ -1,26 +1,34 @@
 """docs/study.md says what the stored metrics say."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from cbtm_pipeline.ops import k_checks
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("write_study", ROOT / "benchmarks/study/write.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks/study"))
+        return importlib.import_module("write")
 
 
 def test_the_page_is_that_of_the_stored_metrics(writer: ModuleType) -> None:
     study = writer.Study(ROOT / "docs/study/technical.json")
     assert writer.write(study) == (ROOT / "docs/study.md").read_text("utf-8")
+    assert writer.which_k.write(study) == (ROOT / "docs/which-k.md").read_text("utf-8")
+
+
+def test_doctor_quotes_the_rule_of_the_page(writer: ModuleType) -> None:
+    study = writer.Study(ROOT / "docs/study/technical.json")
+    without, with_gain = writer.which_k.gains(study)
+    most, fewest = writer.which_k.per_parameter(without[-1]), writer.which_k.per_parameter(with_gain[0])
+    assert (round(most, 1), round(fewest)) == (k_checks.WITHOUT_GAIN, k_checks.WITH_GAIN)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ onstart:
 
 onsuccess:
     after_success()
-    if WHOLE.intersection(workflow.dag_settings.targets or ["all"]):  # else the table is not there, or of before
+    if WHOLE.intersection(
+        workflow.dag_settings.targets or ["all"]
+    ):  # else the table is not there, or of before
         print(compare.table(Path(STUDY.outdir)))
 
 

@@ -1,20 +1,22 @@
-"""Write docs/study.md and its pictures from the stored metrics, docs/study/*.json.
+"""Write docs/study.md with its pictures, and docs/which-k.md, from the stored metrics, docs/study/*.json.
 
     python benchmarks/study/write.py
 
 Each of these files is the study.json of a study whose config lies in this folder. Every number and every
-verdict on the page is computed here.
+verdict on the pages is computed here.
 """
 
 import itertools
-import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import which_k
+from stored import LARGE, Estimate, Row, Study, against, judged, millions, model, over, shown, table
 
 from cbtm_pipeline.html import charts
-from cbtm_pipeline.mixture import comparison, verdict
+from cbtm_pipeline.mixture import verdict
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -25,116 +27,6 @@ text { fill: #5d6876; font-size: 11.5px } .grid { stroke: #e1e4e8 } .grid, .line
 .dot, .end { fill: var(--c) } .dot { stroke: #fcfcfa } .end { font-weight: 600 }
 .c0 { --c: #2c6cb0 } .c1 { --c: #c4621a } .c2 { --c: #2d8a6b } .c3 { --c: #8b4fa3 } .grey { --c: #838c97 }
 """
-Row = dict[str, Any]
-
-
-class Study:
-    """The content of a study.json."""
-
-    def __init__(self, path: Path) -> None:
-        self.content = json.loads(path.read_text("utf-8"))
-        self.runs: list[Row] = self.content["runs"]
-        self.by_name = {run["run"]: run for run in self.runs}
-
-    @property
-    def grid(self) -> list[Row]:
-        """The runs that differ in k and budget alone. That with all controls has the experts of another."""
-        found: dict[tuple[int, int], Row] = {}
-        for run in sorted(self.runs, key=lambda run: not run["run"].startswith("k=")):
-            if re.match("k=|controls", run["run"]):
-                found.setdefault((run["k"], budget(run)), run)
-        return list(found.values())
-
-    @property
-    def controlled(self) -> list[Row]:
-        """The run with all dense models of each budget, from the smallest budget to the largest."""
-        found = [run for run in self.runs if re.match("controls|k=", run["run"])]
-        with_steps = [run for run in found if any(row["model"] == "dense-steps" for row in run["models"])]
-        return sorted(with_steps, key=lambda run: run["n_tokens"])
-
-    @property
-    def base(self) -> str:
-        """The run that others differ from in one key: k = 8 at the default budget."""
-        return next(run["run"] for run in self.of(8) if run["setting"].get("train.steps", 200) == 200)
-
-    @property
-    def ks(self) -> list[int]:
-        return sorted({run["k"] for run in self.grid})
-
-    @property
-    def budgets(self) -> list[int]:
-        """Training tokens of all experts together, rounded."""
-        return sorted({budget(run) for run in self.grid})
-
-    def at(self, n_tokens: int) -> dict[int, Row]:
-        """The runs of the grid with this budget, by k."""
-        return {run["k"]: run for run in self.grid if budget(run) == n_tokens}
-
-    def of(self, k: int) -> list[Row]:
-        """The runs of the grid with this k, from the smallest budget to the largest."""
-        return sorted((run for run in self.grid if run["k"] == k), key=lambda run: run["n_tokens"])
-
-    def dense(self, run: Row) -> dict[str, Row]:
-        """The dense models of equal compute of all runs with the budget and the random seed of this one."""
-        keys = ("seed", "train.seed_share")
-        same = [
-            other
-            for other in self.runs
-            if budget(other) == budget(run)
-            and all(other["setting"].get(key) == run["setting"].get(key) for key in keys)
-        ]
-        found = {model["model"]: model for r in same for model in r["models"] if is_dense(model)}
-        most = verdict.EQUAL * run["headline"]["train_flops"]
-        return {name: model for name, model in found.items() if model["train_flops"] <= most}
-
-    def strongest(self, run: Row) -> Row:
-        """The dense model of equal compute that predicts best."""
-        return min(self.dense(run).values(), key=lambda model: model["perplexity"])
-
-    def ratio(self, run: Row) -> float:
-        """The perplexity of a run's best ensemble over that of the strongest dense model of its budget."""
-        return run["headline"]["perplexity"] / self.strongest(run)["perplexity"]
-
-    def pair(self, name: str, against: str) -> tuple[float, list[float]]:
-        """The ratio of the best ensembles of two runs, with its interval."""
-        for pair in self.content["pairs"]:
-            if (pair["run"], pair["against"]) == (name, against):
-                return pair["ratio"], pair["ci95"]
-            if (pair["run"], pair["against"]) == (against, name):
-                return 1 / pair["ratio"], [1 / end for end in reversed(pair["ci95"])]
-        raise ValueError(f"{name}, {against}: no such pair in the study")
-
-
-def budget(run: Row) -> int:
-    """Training tokens of all experts together, rounded."""
-    return comparison.rounded(run["n_tokens"])
-
-
-def is_dense(model: Row) -> bool:
-    return model["model"].startswith("dense")
-
-
-def model(run: Row, name: str) -> Row:
-    """A model of a run, by its name in the table."""
-    return next(row for row in run["models"] if row["model"] == name)
-
-
-def against(run: Row, system: str, other: str) -> tuple[float, list[float]]:
-    """The ratio of two mixtures of a run by the beginnings of their names, with its interval."""
-    for pair in run["comparisons"]:
-        if pair["system"].startswith(system) and pair["against"].startswith(other):
-            return pair["ratio"], pair["ci95"]
-    raise ValueError(f"{run['run']}: {system} was not compared with {other}")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def millions(n_tokens: float) -> str:
-    return f"{n_tokens / 1e6:.1f} M" if n_tokens < 1e7 else f"{n_tokens / 1e6:.0f} M"
 
 
 def picture(name: str, title: str, x_label: str, y_label: str, series: list[charts.Series]) -> None:
@@ -151,11 +43,15 @@ def summary(study: Study) -> list[str]:
     lines = []
     for n_tokens in study.budgets:
         best = min(study.at(n_tokens).values(), key=lambda run: run["headline"]["perplexity"])
-        lines.append(
+        text = (
             f"At {millions(n_tokens)} training tokens the best ensemble has k = {best['k']}, and "
-            f"{study.ratio(best):.3f} times the perplexity of the strongest dense model of equal compute, "
-            f"`{study.strongest(best)['model']}`."
+            f"{study.ratio(best):.3f} times the perplexity of `{study.strongest(best)['model']}`, the "
+            "strongest dense model of equal compute and of an expert's size."
         )
+        if large := study.dense(best).get(LARGE):
+            ratio = best["headline"]["perplexity"] / large["perplexity"]
+            text += f" It has {ratio:.3f} times that of `{LARGE}`: equal compute, but twice the layers."
+        lines.append(f"* {text}")
     return [*lines, ""]
 
 
@@ -250,27 +146,6 @@ def changes(study: Study) -> list[str]:
     return ["## One change at a time", "", about, "", *table(header, rows), ""]
 
 
-Estimate = tuple[float, list[float] | None]  # a ratio with its 95 % interval
-
-
-def to_dense(run: Row, name: str) -> Estimate:
-    """A model of a run over the dense model with the larger batch."""
-    row = model(run, name)
-    return row["ratio_to_dense"], row["ci95_to_dense"]
-
-
-def judged(estimate: Estimate, below: str, above: str) -> str:
-    """What an interval says about 1."""
-    ci95 = estimate[1]
-    if ci95 is None:
-        return "unclear"
-    return below if ci95[1] < 1 else above if ci95[0] > 1 else "no clear difference"
-
-
-def shown(estimate: Estimate) -> str:
-    return verdict.interval(*estimate)
-
-
 def is_falling(values: Sequence[float]) -> bool:
     return all(a > b for a, b in itertools.pairwise(values))
 
@@ -295,10 +170,10 @@ def claims(study: Study) -> list[str]:
     """Claims of the paper and of its relatives, and what this study says about each, as far as it has run."""
     runs = study.controlled
     with_random = [run for run in runs if any(row["model"] == "random, uniform" for row in run["models"])]
-    wins = [against_dense(run, run["headline"]["model"], study.strongest(run)["model"]) for run in runs]
-    random = [against_dense(run, "random, uniform", study.strongest(run)["model"]) for run in with_random]
+    wins = [study.over_strongest(run, run["headline"]["model"]) for run in runs]
+    random = [study.over_strongest(run, "random, uniform") for run in with_random]
     sparse = {
-        name: [to_dense(run, f"filter {name}") for run in runs]
+        name: [over(run, f"filter {name}", "dense") for run in runs]
         for name in ("top-1", "top-2", f"all-{runs[0]['k']}")
     }
     ours = [against(run, "filter", "paper") for run in runs]
@@ -309,6 +184,8 @@ def claims(study: Study) -> list[str]:
             verdict_of(runs, wins, "holds", "does not hold"),
             f"k = {k}, over the strongest dense model: {each(runs, wins)}",
         ),
+        *_larger(runs),
+        *_rates(study),
         *_seeds(study),
         (
             "One active expert already beats dense, and two are about as good as all (C-BTM)",
@@ -334,6 +211,32 @@ def claims(study: Study) -> list[str]:
         ),
     ]
     return table(["claim", "here", "measured"], rows)
+
+
+def _larger(runs: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """The first claim against a dense model that is larger, where there is one."""
+    runs = [run for run in runs if LARGE in run["equal_dense"]]
+    if not runs:
+        return []
+    found = [over(run, run["headline"]["model"], LARGE) for run in runs]
+    verdict = verdict_of(runs, found, "holds", "does not hold")
+    claim = "They beat a dense model of equal compute with twice the layers, too (ours)"
+    return [(claim, verdict, f"k = {runs[0]['k']}, over `{LARGE}`: {each(runs, found)}")]
+
+
+def _rates(study: Study) -> list[tuple[str, str, str]]:
+    """The first claim with other learning rates for all models."""
+    rows = []
+    for run in study.runs:
+        if run["run"].startswith("lr="):
+            found = study.over_strongest(run, run["headline"]["model"])
+            best, dense = run["headline"]["perplexity"], study.strongest(run)["perplexity"]
+            about = f"k = {run['k']}, {millions(run['n_tokens'])} tokens: {shown(found)}"
+            claim = f"The same with learning rate {run['setting']['train.lr']} for all models"
+            rows.append(
+                (claim, judged(found, "holds", "does not hold"), f"{about}, {best:.1f} over {dense:.1f}")
+            )
+    return rows
 
 
 def _seeds(study: Study) -> list[tuple[str, str, str]]:
@@ -371,10 +274,18 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
     if len(study.budgets) < 2:
         return []
     ratios = {k: [study.ratio(run) for run in study.of(k)] for k in study.ks if len(study.of(k)) > 1}
-    whole = [n for n in study.budgets if set(study.at(n)) == set(study.ks)]
-    best_ks = [min(study.ks, key=lambda k: study.at(n)[k]["headline"]["perplexity"]) for n in whole]
-    falls, grows = all(map(is_falling, ratios.values())), is_falling([-k for k in best_ks])
-    tokens = ", ".join(map(millions, whole))
+    whole = study.complete
+    best_ks = {
+        bound: [found[0]["k"] for n in whole if (found := which_k.best_within(study, n, bound))]
+        for bound in (math.inf, *which_k.PASSES)
+    }
+    falls = all(map(is_falling, ratios.values()))
+    tokens = " and ".join(map(millions, whole))
+    named = {
+        bound: "all experts run" if bound == math.inf else f"at most {bound:g} passes" for bound in best_ks
+    }
+    told = [f"{named[bound]}: {', '.join(map(str, ks))}" for bound, ks in best_ks.items()]
+    grow = [len(set(ks)) > 1 and ks == sorted(ks) for ks in best_ks.values()]
     found = [
         (
             "The gain grows with the data (C-BTM)",
@@ -383,18 +294,11 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
         ),
         (
             "The best k grows with the data (C-BTM)",
-            "holds" if grows else "not seen" if len(set(best_ks)) == 1 else "holds in part",
-            f"best k at {tokens} tokens: {', '.join(map(str, best_ks))}",
+            "holds" if all(grow) else "holds in part" if any(grow) else "not seen",
+            f"best k at {tokens} tokens, {'; '.join(told)}",
         ),
     ]
     return found if len(whole) > 1 else found[:1]
-
-
-def against_dense(run: Row, name: str, dense: str) -> Estimate:
-    """A model of a run over one of its dense models. Intervals are known over `dense` and the strongest."""
-    row = model(run, name)
-    assert dense in ("dense", run["dense"])
-    return (row["ratio"], row["ci95"]) if dense == run["dense"] else to_dense(run, name)
 
 
 def write(study: Study) -> str:
@@ -416,6 +320,7 @@ def write(study: Study) -> str:
 def main() -> None:
     study = Study(DOCS / "study/technical.json")
     (DOCS / "study.md").write_text(write(study), "utf-8")
+    (DOCS / "which-k.md").write_text(which_k.write(study), "utf-8")
 
 
 if __name__ == "__main__":

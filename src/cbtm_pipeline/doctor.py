@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from cbtm_pipeline.base import cli
 from cbtm_pipeline.base.printable import printable
-from cbtm_pipeline.ops import cost, fit_checks, label_checks, run_checks, slurm_checks
+from cbtm_pipeline.ops import cost, fit_checks, k_checks, label_checks, run_checks, slurm_checks
 from cbtm_pipeline.ops.facts import Facts
 from cbtm_pipeline.ops.finding import Line
 
@@ -28,6 +28,7 @@ CHECKS = (  # in this order: later checks use what earlier ones found
     fit_checks.check_tokenizer,
     run_checks.check_model,
     fit_checks.check_seed,
+    k_checks.check_k,
     fit_checks.check_held_out,
     label_checks.check_labels,
     run_checks.check_encoder,

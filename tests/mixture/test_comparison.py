@@ -96,13 +96,28 @@ def test_three_seeds_have_an_interval() -> None:
     assert "[0.844, 0.932]" in comparison_table.text(comparison.compare([*runs, run("more", k=4, seed=0)]))
 
 
-def test_a_run_that_adds_a_control_is_the_same_point_against_the_stronger_dense_model() -> None:
-    plain, more = run("plain", nll=-0.1), run("more", nll=-0.1)
-    more.settings["train.controls"] = ["dense-steps"]
-    dense, steps, *_ = more.metrics["systems"]
+def with_steps(run: Finished) -> Finished:
+    """The run with a dense model that is stronger than `dense`."""
+    run.settings["train.controls"] = ["dense-steps"]
+    dense, steps, *_ = run.metrics["systems"]
     steps |= {"system": "dense-steps", "perplexity": 0.9 * dense["perplexity"], "train_flops": 1e15}
-    for system in more.metrics["systems"]:
+    for system in run.metrics["systems"]:
         system["ratios"]["dense-steps"] = {"ratio": 1.05, "ci95": [1.0, 1.1]}
+    return run
+
+
+def test_seeds_are_compared_with_a_dense_model_that_all_of_them_have() -> None:
+    first, *others = [run(str(seed), seed=seed, nll=-0.1) for seed in range(3)]
+    content = comparison.compare([with_steps(first), *others])
+    assert content["runs"][0]["dense"] == "dense-steps"
+    (group,) = content["groups"]
+    assert group["dense"] == "dense" and group["ratio"] == pytest.approx(math.exp(-0.1))
+    (group,) = comparison.compare([first, *map(with_steps, others)])["groups"]
+    assert group["dense"] == "dense-steps" and group["ratio"] == pytest.approx(1.05)
+
+
+def test_a_run_that_adds_a_control_is_the_same_point_against_the_stronger_dense_model() -> None:
+    plain, more = run("plain", nll=-0.1), with_steps(run("more", nll=-0.1))
     (group,) = comparison.compare([plain, more])["groups"]
     assert group["runs"] == ["more"] and group["ratio"] == pytest.approx(1.05)
 

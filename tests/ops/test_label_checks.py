@@ -17,8 +17,8 @@ def found(folder: Path, labels: list[Any], **keys: Any) -> list[tuple[str, str]]
     rows = [{"id": i, "text": "a b"} | ({} if x is None else {"source": x}) for i, x in enumerate(labels)]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = Facts([], None)
-    train = [str(folder / "a.jsonl")]
-    facts.config = config.validate(changed(corpus__train=train, **{"corpus__label_field": "source", **keys}))
+    usual = {"corpus__train": [str(folder / "a.jsonl")], "corpus__label_field": "source"}
+    facts.config = config.validate(changed(**{**usual, **keys}))
     try:
         return list(label_checks.check_labels(facts))
     except ValueError as error:
@@ -40,6 +40,25 @@ def test_doctor_finds_labels_that_a_run_would_refuse(
     tmp_path: Path, labels: list[Any], keys: dict[str, Any], level: str, text: str
 ) -> None:
     ((found_level, line),) = found(tmp_path, labels, **keys)
+    assert found_level == level and line.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("keys", "level", "text"),
+    [
+        ({}, "FAIL", "corpus.label_field: source: no document has it."),
+        ({"corpus__label_field": "domain"}, "ok", "labels: domain has 8 values"),
+        (
+            {"corpus__label_field": "domain", "cluster__by": "label", "cluster__k": 9},
+            "FAIL",
+            "cluster.k: 9. Expected at most 8,",
+        ),
+    ],
+)
+def test_doctor_knows_the_labels_of_the_demo_before_it_is_made(
+    tmp_path: Path, keys: dict[str, Any], level: str, text: str
+) -> None:
+    ((found_level, line),) = found(tmp_path, [], corpus__train=["builtin:demo"], **keys)
     assert found_level == level and line.startswith(text)
 
 

@@ -199,7 +199,7 @@ def _models(content: Content) -> Html:
         [
             *(model["model"] + (" ★" if model["is_headline"] else ""), row["run"]),
             *(decimals(model["perplexity"]), decimals(model["bits_per_byte"], 4)),
-            Number(verdict.interval(model["ratio_to_dense"], model["ci95_to_dense"])),
+            Number(verdict.interval(**model["ratios"]["dense"])),
             Number(verdict.interval(model["ratio"], model["ci95"])),
             Number("–" if model["n_active"] is None else model["n_active"]),
             Number(verdict.short(model["passes"]) or "–"),

@@ -129,6 +129,7 @@ def _run(run: Finished, keys: Iterable[str]) -> Row:
         "n_tokens": run.n_tokens,
         "n_documents": metrics["n_documents"],
         "dense": strongest,
+        "equal_dense": verdict.equal_dense(metrics),
         "headline": headline,
         "models": models,
         "comparisons": metrics["comparisons"],
@@ -137,14 +138,17 @@ def _run(run: Finished, keys: Iterable[str]) -> Row:
 
 
 def _model(row: Row, strongest: str, n_parameters: Mapping[str, int]) -> Row:
-    """A model of a run. `ratio` is that of its perplexity to the strongest dense model of the run."""
+    """A model of a run. `ratio` is that of its perplexity to the strongest dense model of the run.
+
+    `ratios` has those to each dense model.
+    """
     name = "random-0" if row["system"] == "random" else str(row["system"])
     size = n_parameters.get(name, n_parameters["0"])
     n_active = row["n_active"]
     return {
         "model": verdict.label(row),
         **{key: row.get(key) for key in MODEL_KEYS},
-        **{f"{key}_to_dense": row["ratios"]["dense"][key] for key in ("ratio", "ci95")},
+        "ratios": row["ratios"],
         **{key: row["ratios"][strongest][key] for key in ("ratio", "ci95")},
         "active_parameters": None if n_active is None else n_active * size,
         "train_flops": row["train_flops"],
@@ -155,7 +159,8 @@ def _model(row: Row, strongest: str, n_parameters: Mapping[str, int]) -> Row:
 def _groups(rows: Sequence[Row]) -> list[Row]:
     """Runs that differ in their random seed alone, as one: geometric means, and the interval of their ratios.
 
-    Of runs that differ in train.controls alone, the one with the strongest dense model counts.
+    Of runs that differ in train.controls alone, the one with the strongest dense model counts. `ratio` is to
+    the strongest of those dense models that every seed has.
     """
     found: dict[str, dict[Any, Row]] = {}
     for row in rows:
@@ -165,16 +170,24 @@ def _groups(rows: Sequence[Row]) -> list[Row]:
             by_seed[seed] = row
     groups = []
     for some in (list(by_seed.values()) for by_seed in found.values()):
-        ratios = [row["headline"]["ratio"] for row in some]
+        dense, ratios = _to_strongest(some)
         means = {key: _mean(row["headline"][key] for row in some) for key in ("perplexity", "bits_per_byte")}
         groups.append(
             {
                 **{"runs": [row["run"] for row in some], "setting": _shared_setting(some[0])},
                 **{key: some[0][key] for key in ("k", "n_tokens")},
-                **{"ratio": _mean(ratios), "ci95": over_seeds(ratios), **means},
+                **{"dense": dense, "ratio": _mean(ratios), "ci95": over_seeds(ratios), **means},
             }
         )
     return groups
+
+
+def _to_strongest(rows: Sequence[Row]) -> tuple[str, list[float]]:
+    """The strongest dense model that all these runs have, and the ratio of each run's best ensemble to it."""
+    names = [name for name in rows[0]["equal_dense"] if all(name in row["equal_dense"] for row in rows)]
+    ratios = {name: [row["headline"]["ratios"][name]["ratio"] for row in rows] for name in names or ["dense"]}
+    strongest = max(ratios, key=lambda name: _mean(ratios[name]))
+    return strongest, ratios[strongest]
 
 
 def _shared_setting(row: Row) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _models(content: Content) -> list[tuple[str, ...]]:
         *(
             (
                 *(name, run, f"{model['perplexity']:.2f}", f"{model['bits_per_byte']:.4f}"),
-                verdict.interval(model["ratio_to_dense"], model["ci95_to_dense"]),
+                verdict.interval(**model["ratios"]["dense"]),
                 *(verdict.short(model[key]) for key in ("passes", "train_flops")),
             )
             for name, run, model in by_name
@@ -165,10 +165,11 @@ def flat_rows(content: Content) -> list[Row]:
         settings = {f"setting_{key}": json.dumps(v, ensure_ascii=False) for key, v in run["setting"].items()}
         about = {key: run[key] for key in ("run", "n_tokens", "dense")} | {"run_k": run["k"]} | settings
         for model in run["models"]:
-            row = {key: v for key, v in model.items() if not key.startswith("ci95")}
-            for name, key in (("to_dense", "ci95_to_dense"), ("", "ci95")):
-                low, high = model[key] or (None, None)
-                ends = ("low", "high") if not name else (f"low_{name}", f"high_{name}")
-                row |= dict(zip(ends, (low, high), strict=True))
+            row = {key: v for key, v in model.items() if key not in ("ci95", "ratios")}
+            to_dense = model["ratios"]["dense"]
+            row["ratio_to_dense"] = to_dense["ratio"]
+            for name, ci95 in (("_to_dense", to_dense["ci95"]), ("", model["ci95"])):
+                low, high = ci95 or (None, None)
+                row |= {f"low{name}": low, f"high{name}": high}
             rows.append({**about, **row})
     return rows

@@ -60,16 +60,21 @@ def headline(metrics: dict[str, Any]) -> Row:
     return min((row for row in metrics["systems"] if row["headline"]), key=lambda row: row["calibration_nll"])
 
 
+def equal_dense(metrics: dict[str, Any]) -> list[str]:
+    """The dense models with at most the headline ensemble's training FLOPs. If all have more, all of them."""
+    best, rows = headline(metrics), {row["system"]: row for row in metrics["systems"]}
+    most = EQUAL * best["train_flops"]
+    return [name for name in best["ratios"] if rows[name]["train_flops"] <= most] or list(best["ratios"])
+
+
 def strongest_dense(metrics: dict[str, Any]) -> str:
     """The name of the dense model that the headline ensemble is compared with.
 
-    Of the dense models with at most the ensemble's training FLOPs, it is the one with the lowest perplexity
-    on the reported documents. That choice favours dense. If all have more FLOPs, it is the best of all.
+    Of the dense models of equal compute, it is the one with the lowest perplexity on the reported documents.
+    That choice favours dense.
     """
-    best, rows = headline(metrics), {row["system"]: row for row in metrics["systems"]}
-    dense = [rows[name] for name in best["ratios"]]
-    equal = [row for row in dense if row["train_flops"] <= EQUAL * best["train_flops"]]
-    return min(equal or dense, key=lambda row: row["perplexity"])["system"]
+    perplexity = {row["system"]: row["perplexity"] for row in metrics["systems"]}
+    return min(equal_dense(metrics), key=lambda name: perplexity[name])
 
 
 def compute_of(metrics: dict[str, Any], name: str) -> str:

@@ -1,0 +1,116 @@
+"""docs/which-k.md: a rule of thumb from the stored metrics of the study."""
+
+from pathlib import Path
+
+from stored import LARGE, Estimate, Row, Study, in_order, judged, millions, over, per_parameter, shown, table
+
+PASSES = (1.5, 3, 5, 8, 16)  # expert passes per token that a user may afford
+
+
+def best_within(study: Study, n_tokens: int, most: float) -> tuple[Row, Row] | None:
+    """The run and its model that predict best with at most so many expert passes per token."""
+    tried = [
+        (run, row)
+        for run in study.at(n_tokens).values()
+        for row in run["models"]
+        if row["router"] and row["passes"] and row["passes"] <= most
+    ]
+    return min(tried, key=lambda pair: pair[1]["perplexity"], default=None)
+
+
+def gains(study: Study) -> tuple[list[Row], list[Row]]:
+    """The runs with several dense models: those whose best ensemble is not clearly better, and the others."""
+    found: tuple[list[Row], list[Row]] = [], []
+    for run in study.controlled:
+        found[judged(_gain(study, run), "wins", "loses") == "wins"].append(run)
+    return found
+
+
+def _gain(study: Study, run: Row) -> Estimate:
+    return study.over_strongest(run, run["headline"]["model"])
+
+
+def rule(study: Study) -> list[str]:
+    """The rule of thumb, with the numbers that it rests on."""
+    without, with_gain = gains(study)
+    tokens = (
+        "**Tokens first.** Count the training tokens of all experts together, for each parameter of one "
+        "model. "
+    )
+    if without:
+        run = without[-1]
+        tokens += (
+            f"With {per_parameter(run):.1f}, the best ensemble was no better than the strongest dense model "
+            f"of equal compute and size: {shown(_gain(study, run))} times its perplexity at k = {run['k']}. "
+        )
+    run = with_gain[0]
+    tokens += f"With {per_parameter(run):.0f}, it had {shown(_gain(study, run))} times"
+    if LARGE in run["equal_dense"]:
+        large = shown(over(run, run["headline"]["model"], LARGE))
+        tokens += f", and {large} times that of a dense model with twice the layers"
+    tokens += ". With fewer tokens, train one dense model, or give the experts more steps."
+    lines = [
+        tokens,
+        "**Then as many experts as you can run at once.** With all experts active, "
+        f"{_best_ks(study, float('inf'))}. {_last_step(study)}",
+        "**Fewer experts where a token may cost little.** With at most 3 expert passes per token, "
+        f"{_best_ks(study, 3)}.",
+    ]
+    return [f"{number}. {line}" for number, line in enumerate(lines, 1)] + [""]
+
+
+def _last_step(study: Study) -> str:
+    """What the last doubling of k gained, in words."""
+    *_, k, doubled = study.ks
+    ratios = [
+        study.at(n)[doubled]["headline"]["perplexity"] / study.at(n)[k]["headline"]["perplexity"]
+        for n in study.complete
+    ]
+    change = in_order(f"{100 * (ratio - 1):+.1f} %" for ratio in ratios)
+    return f"From k = {k} to {doubled}, perplexity changed by {change}."
+
+
+def _best_ks(study: Study, most: float) -> str:
+    """The best k of each budget within a bound on the passes, in words."""
+    found = {}
+    for n_tokens in study.complete:
+        best = best_within(study, n_tokens, most)
+        if best:
+            found[f"{per_parameter(best[0]):.2g}"] = best[0]["k"]
+    if len(set(found.values())) == 1:
+        return f"k = {next(iter(found.values()))} was the best at {in_order(found)} tokens per parameter"
+    return (
+        "the best k was "
+        + in_order(f"{k} at {tokens}" for tokens, k in found.items())
+        + " tokens per parameter"
+    )
+
+
+def _cell(study: Study, found: tuple[Row, Row] | None) -> str:
+    if found is None:
+        return "–"
+    run, row = found
+    ratio = row["perplexity"] / study.strongest(run)["perplexity"]
+    text = f"k = {run['k']}, {row['model']}: {ratio:.3f}"
+    return f"**{text}**" if ratio < 1 else text
+
+
+def evidence(study: Study) -> list[str]:
+    """For each budget and each bound on the passes, the best k and setting."""
+    rows = []
+    for n_tokens in study.budgets:
+        one = next(iter(study.at(n_tokens).values()))
+        cells = [_cell(study, best_within(study, n_tokens, most)) for most in PASSES]
+        rows.append([f"{per_parameter(one):.1f}", millions(n_tokens), *cells])
+    return table(["tokens per parameter", "tokens", *(f"at most {most:g} passes" for most in PASSES)], rows)
+
+
+def write(study: Study) -> str:
+    """The page."""
+    text = (Path(__file__).parent / "which_k.md").read_text("utf-8")
+    n_parameters = next(iter(study.controlled))["models"][0]["active_parameters"]
+    for name, shown_as in {"ks": in_order(study.ks), "parameters": f"{n_parameters / 1e6:.1f} M"}.items():
+        text = text.replace(f"{{{name}}}", shown_as)
+    for name, lines in {"rule": rule(study), "evidence": [*evidence(study), ""]}.items():
+        text = text.replace(f"<!-- {name} -->\n", "".join(f"{line}\n" for line in lines))
+    return text
