@@ -44,11 +44,20 @@ def rule(study: Study) -> list[str]:
             f"of equal compute and size: {shown(_gain(study, run))} times its perplexity at k = {run['k']}. "
         )
     run = with_gain[0]
-    tokens += f"With {per_parameter(run):.0f}, it had {shown(_gain(study, run))} times"
-    if LARGE in run["equal_dense"]:
-        large = shown(over(run, run["headline"]["model"], LARGE))
-        tokens += f", and {large} times that of a dense model with twice the layers"
-    tokens += ". With fewer tokens, train one dense model, or give the experts more steps."
+    tokens += (
+        f"With {per_parameter(run):.0f}, it had {shown(_gain(study, run))} times. "
+        "With fewer tokens, train one dense model, or give the experts more steps."
+    )
+    large = [
+        f"{shown(over(run, run['headline']['model'], LARGE))} at {per_parameter(run):.0f}"
+        for run in with_gain
+        if LARGE in run["equal_dense"]
+    ]
+    if large:
+        tokens += (
+            " A dense model with twice the layers and equal compute is harder to beat: the ensemble had "
+            f"{in_order(large)} times its perplexity."
+        )
     lines = [
         tokens,
         "**Then as many experts as you can run at once.** With all experts active, "
@@ -101,7 +110,8 @@ def evidence(study: Study) -> list[str]:
     for n_tokens in study.budgets:
         one = next(iter(study.at(n_tokens).values()))
         cells = [_cell(study, best_within(study, n_tokens, most)) for most in PASSES]
-        rows.append([f"{per_parameter(one):.1f}", millions(n_tokens), *cells])
+        tried = "" if n_tokens in study.complete else f" (k = {in_order(sorted(study.at(n_tokens)))} alone)"
+        rows.append([f"{per_parameter(one):.1f}", millions(n_tokens) + tried, *cells])
     return table(["tokens per parameter", "tokens", *(f"at most {most:g} passes" for most in PASSES)], rows)
 
 

@@ -114,6 +114,7 @@ def routers(study: Study, k: int) -> list[str]:
 
 CHANGES = {
     "balance=none": "clusters that are not balanced",
+    "balance=none,steps=800": "the same with 6.6 M tokens",
     "by=label": "clusters made of the labels, dealt to eight experts",
     "by=label+text": "labels and text together",
     "border_share=0.1": "a tenth of each expert's text from its neighbours",
@@ -122,7 +123,10 @@ CHANGES = {
     "fit_documents=10000": "clusters that are fitted on 10 000 documents, not on all",
     "second_round": "documents go to the expert that predicts them best, then training goes on",
 }
-BASES = {"second_round": "fit_documents=10000"}  # of runs that differ from the base in more than one key
+BASES = {  # of runs that differ from the base in more than one key
+    "second_round": "fit_documents=10000",
+    "balance=none,steps=800": "controls,steps=800",
+}
 
 
 def changes(study: Study) -> list[str]:

@@ -29,7 +29,12 @@ def row(system: str, nll: float, k: int, **more: Any) -> dict[str, Any]:
 def run(name: str, k: int = 2, steps: int = 10, seed: int = 0, nll: float = -0.1, **more: Any) -> Finished:
     """A run whose ensemble is `nll` nats per token better than dense."""
     ensemble = {"router": "filter", "top_k": k, "n_active": k, "passes": float(k), "headline": True}
-    systems = [row("dense", 0.0, k), row("dense-large", 0.1, k, train_flops=2e15), row("oracle", -0.2, k)]
+    flops = 1e14 * steps
+    systems = [
+        row("dense", 0.0, k, train_flops=flops),
+        row("dense-large", 0.1, k, train_flops=2 * flops),
+        row("oracle", -0.2, k),
+    ]
     systems[2]["n_active"] = systems[2]["passes"] = None
     metrics = {
         "k": k,
@@ -37,7 +42,7 @@ def run(name: str, k: int = 2, steps: int = 10, seed: int = 0, nll: float = -0.1
         "n_documents": N,
         "comparisons": [],
         "made_with": {"bootstrap": 200, "rng_seed": 0},
-        "systems": [*systems, row("ensemble", nll, k, **ensemble)],
+        "systems": [*systems, row("ensemble", nll, k, **ensemble, train_flops=flops)],
     }
     rng = np.random.default_rng(seed)
     documents = Documents(
@@ -170,6 +175,19 @@ def test_many_runs_are_compared_with_the_best_and_with_those_one_change_away() -
         ("4,80,1", "1,80,1"),
     }
     assert len({pair for pair in pairs if pair[0] == "4,80,0"}) == 7
+
+
+def test_one_change_may_come_with_other_steps_if_the_compute_is_equal() -> None:
+    runs = grid()
+    changed = run("less seed", k=1, steps=15, nll=0.3)
+    changed.settings["train.seed_share"] = 0.25
+    pair = ("1,10,0", "less seed")
+    found = [(p["run"], p["against"]) for p in comparison.compare([*runs, changed])["pairs"]]
+    assert pair not in found, "1.5 times the compute"
+    for system in changed.metrics["systems"]:
+        system["train_flops"] = 1e15
+    found = [(p["run"], p["against"]) for p in comparison.compare([*runs, changed])["pairs"]]
+    assert pair in found
 
 
 def test_other_tokenizers_compare_by_byte_and_say_so() -> None:

@@ -249,15 +249,20 @@ def _pairs(runs: Sequence[Finished], rows: Sequence[Row], unit: str) -> list[Row
     order = sorted(range(len(runs)), key=lambda i: rows[i]["headline"][unit])
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
     if len(runs) > ALL_PAIRS:
-        settings = [row["setting"] for row in rows]
-        pairs = [(a, b) for a, b in pairs if a == order[0] or _is_one_change(settings[a], settings[b])]
+        pairs = [(a, b) for a, b in pairs if a == order[0] or _is_one_change(rows[a], rows[b])]
     return [{"run": runs[a].name, "against": runs[b].name, **_pair(runs[a], runs[b], unit)} for a, b in pairs]
 
 
 def _is_one_change(a: Row, b: Row) -> bool:
-    """Whether two settings differ in one key that is no budget, no seed and no list of controls."""
-    keys = [key for key in a if a[key] != b[key] and key != CONTROLS]
-    return len(keys) == 1 and keys[0] not in (SEED, *BUDGET)
+    """Whether two runs differ in one key that is no budget, no seed and no list of controls.
+
+    Another budget beside it is allowed where the training FLOPs are equal, as with another train.seed_share.
+    """
+    settings, flops = (a["setting"], b["setting"]), [row["headline"]["train_flops"] for row in (a, b)]
+    keys = {key for key in settings[0] if settings[0][key] != settings[1][key]} - {CONTROLS}
+    if max(flops) <= verdict.EQUAL * min(flops):
+        keys -= set(BUDGET)
+    return len(keys) == 1 and not keys & {SEED, *BUDGET}
 
 
 def _pair(a: Finished, b: Finished, unit: str) -> Row:
