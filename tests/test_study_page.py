@@ -48,3 +48,17 @@ def test_three_seeds_have_a_row_with_the_interval_of_their_group(writer: ModuleT
     group |= {"runs": [study.runs[0]["run"]] * 3, "ratio": 0.9, "ci95": [0.8, 0.95]}
     (row,) = [line for line in writer.claims(study) if "over 3 random seeds" in line]
     assert "| holds |" in row and "0.900 [0.800, 0.950]" in row
+
+
+def test_each_seed_is_shown_against_the_dense_model_of_the_group(writer: ModuleType) -> None:
+    study = writer.Study(ROOT / "docs/study/technical.json")
+    run = next(run for run in study.runs if run["dense"] == "dense-large")
+    ratio = run["headline"]["ratios"]["dense"]["ratio"]
+    study.content["groups"][0] |= {
+        "runs": [run["run"]] * 3,
+        "dense": "dense",
+        "ratio": ratio,
+        "ci95": [0.8, 0.95],
+    }
+    (row,) = [line for line in writer.claims(study) if "over 3 random seeds" in line]
+    assert f"over `dense`: {ratio:.3f}" in row and f"each {', '.join([f'{ratio:.3f}'] * 3)}" in row

@@ -71,9 +71,8 @@ onstart:
 
 onsuccess:
     after_success()
-    if WHOLE.intersection(
-        workflow.dag_settings.targets or ["all"]
-    ):  # else the table is not there, or of before
+    # a start for some runs alone makes no table
+    if WHOLE.intersection(workflow.dag_settings.targets or ["all"]):
         print(compare.table(Path(STUDY.outdir)))
 
 

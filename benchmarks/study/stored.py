@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ class Study:
     def at(self, n_tokens: int) -> dict[int, Row]:
         """The runs of the grid with this budget, by k."""
         return {run["k"]: run for run in self.grid if budget(run) == n_tokens}
+
+    def tried(self, n_tokens: int) -> str:
+        """Where a budget lacks some k, which ones it has: ` (only k = 8 has run)`."""
+        ks = sorted(self.at(n_tokens))
+        return "" if ks == self.ks else f" (only k = {in_order(ks)} has run)"
+
+    def best(self, n_tokens: int) -> Row:
+        """The run of the grid whose ensemble predicts best at this budget."""
+        return min(self.at(n_tokens).values(), key=lambda run: run["headline"]["perplexity"])
 
     def of(self, k: int) -> list[Row]:
         """The runs of the grid with this k, from the smallest budget to the largest."""
@@ -134,6 +143,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def filled(template: str, parts: Mapping[str, Sequence[str]]) -> str:
+    """A text of this folder with the lines of a part in place of each mark `<!-- part -->`."""
+    text = (Path(__file__).parent / template).read_text("utf-8")
+    for name, lines in parts.items():
+        text = text.replace(f"<!-- {name} -->\n", "".join(f"{line}\n" for line in lines))
+    return text
 
 
 def in_order(values: Iterable[object]) -> str:

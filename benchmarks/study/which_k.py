@@ -1,8 +1,19 @@
 """docs/which-k.md: a rule of thumb from the stored metrics of the study."""
 
-from pathlib import Path
-
-from stored import LARGE, Estimate, Row, Study, in_order, judged, millions, over, per_parameter, shown, table
+from stored import (
+    LARGE,
+    Estimate,
+    Row,
+    Study,
+    filled,
+    in_order,
+    judged,
+    millions,
+    over,
+    per_parameter,
+    shown,
+    table,
+)
 
 PASSES = (1.5, 3, 5, 8, 16)  # expert passes per token that a user may afford
 
@@ -20,10 +31,8 @@ def best_within(study: Study, n_tokens: int, most: float) -> tuple[Row, Row] | N
 
 def gains(study: Study) -> tuple[list[Row], list[Row]]:
     """The runs with several dense models: those whose best ensemble is not clearly better, and the others."""
-    found: tuple[list[Row], list[Row]] = [], []
-    for run in study.controlled:
-        found[judged(_gain(study, run), "wins", "loses") == "wins"].append(run)
-    return found
+    with_gain = [run for run in study.controlled if judged(_gain(study, run), "wins", "loses") == "wins"]
+    return [run for run in study.controlled if run not in with_gain], with_gain
 
 
 def _gain(study: Study, run: Row) -> Estimate:
@@ -110,17 +119,10 @@ def evidence(study: Study) -> list[str]:
     for n_tokens in study.budgets:
         one = next(iter(study.at(n_tokens).values()))
         cells = [_cell(study, best_within(study, n_tokens, most)) for most in PASSES]
-        tried = "" if n_tokens in study.complete else f" (k = {in_order(sorted(study.at(n_tokens)))} alone)"
-        rows.append([f"{per_parameter(one):.1f}", millions(n_tokens) + tried, *cells])
+        rows.append([f"{per_parameter(one):.1f}", f"{millions(n_tokens)}{study.tried(n_tokens)}", *cells])
     return table(["tokens per parameter", "tokens", *(f"at most {most:g} passes" for most in PASSES)], rows)
 
 
 def write(study: Study) -> str:
     """The page."""
-    text = (Path(__file__).parent / "which_k.md").read_text("utf-8")
-    n_parameters = next(iter(study.controlled))["models"][0]["active_parameters"]
-    for name, shown_as in {"ks": in_order(study.ks), "parameters": f"{n_parameters / 1e6:.1f} M"}.items():
-        text = text.replace(f"{{{name}}}", shown_as)
-    for name, lines in {"rule": rule(study), "evidence": [*evidence(study), ""]}.items():
-        text = text.replace(f"<!-- {name} -->\n", "".join(f"{line}\n" for line in lines))
-    return text
+    return filled("which_k.md", {"rule": rule(study), "evidence": [*evidence(study), ""]})

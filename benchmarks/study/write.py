@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import which_k
-from stored import LARGE, Estimate, Row, Study, against, judged, millions, model, over, shown, table
+from stored import LARGE, Estimate, Row, Study, against, filled, judged, millions, model, over, shown, table
 
 from cbtm_pipeline.html import charts
 from cbtm_pipeline.mixture import verdict
@@ -42,10 +42,11 @@ def summary(study: Study) -> list[str]:
     """The best ensemble of each budget beside the strongest dense model."""
     lines = []
     for n_tokens in study.budgets:
-        best = min(study.at(n_tokens).values(), key=lambda run: run["headline"]["perplexity"])
+        best = study.best(n_tokens)
+        dense = study.strongest(best)["model"]
         text = (
-            f"At {millions(n_tokens)} training tokens the best ensemble has k = {best['k']}, and "
-            f"{study.ratio(best):.3f} times the perplexity of `{study.strongest(best)['model']}`, the "
+            f"At {millions(n_tokens)} training tokens{study.tried(n_tokens)} the best ensemble has "
+            f"k = {best['k']}, and {study.ratio(best):.3f} times the perplexity of `{dense}`, the "
             "strongest dense model of equal compute and of an expert's size."
         )
         if large := study.dense(best).get(LARGE):
@@ -85,10 +86,9 @@ def budgets(study: Study) -> list[str]:
     """Perplexity and ratio for each k and budget."""
     ks, rows = study.ks, []
     for n_tokens in study.budgets:
-        runs = study.at(n_tokens)
-        best = min(runs.values(), key=lambda run: run["headline"]["perplexity"])
+        best = study.best(n_tokens)
         cells = dict.fromkeys(ks, "–")
-        for k, run in runs.items():
+        for k, run in study.at(n_tokens).items():
             text = f"{run['headline']['perplexity']:.1f} ({study.ratio(run):.3f})"
             cells[k] = f"**{text}**" if run is best else text
         dense = sorted(study.dense(best).items())
@@ -249,8 +249,9 @@ def _seeds(study: Study) -> list[tuple[str, str, str]]:
     for group in study.content["groups"]:
         if group["ci95"]:
             estimate = group["ratio"], group["ci95"]
-            ratios = ", ".join(f"{study.by_name[run]['headline']['ratio']:.3f}" for run in group["runs"])
-            about = f"k = {group['k']}, {millions(group['n_tokens'])} tokens"
+            headlines = [study.by_name[run]["headline"] for run in group["runs"]]
+            ratios = ", ".join(f"{row['ratios'][group['dense']]['ratio']:.3f}" for row in headlines)
+            about = f"k = {group['k']}, {millions(group['n_tokens'])} tokens, over `{group['dense']}`"
             rows.append(
                 (
                     f"The same over {len(group['runs'])} random seeds",
@@ -307,7 +308,6 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
 
 def write(study: Study) -> str:
     """The page: a part for each mark of the text, as far as the study has run."""
-    text = (Path(__file__).parent / "study.md").read_text("utf-8")
     parts = {
         "summary": summary(study),
         "pictures": curves(study),
@@ -316,9 +316,7 @@ def write(study: Study) -> str:
         "changes": changes(study),
         "routers": routers(study, 8),
     }
-    for name, lines in parts.items():
-        text = text.replace(f"<!-- {name} -->\n", "".join(f"{line}\n" for line in lines))
-    return text
+    return filled("study.md", parts)
 
 
 def main() -> None:

@@ -62,6 +62,16 @@ def test_doctor_knows_the_labels_of_the_demo_before_it_is_made(
     assert found_level == level and line.startswith(text)
 
 
+def test_doctor_adds_the_labels_of_the_demo_to_those_of_other_files(tmp_path: Path) -> None:
+    train = ["builtin:demo", str(tmp_path / "a.jsonl")]
+    keys = {"corpus__train": train, "cluster__by": "label", "cluster__k": 9}
+    ((level, line),) = found(tmp_path, [None, "a"], corpus__label_field="source", **{**keys, "cluster__k": 1})
+    assert level == "ok" and line.startswith("labels: source has 1 values")
+    ((level, line),) = found(tmp_path, ["a"], corpus__label_field="domain", **keys)
+    assert level == "FAIL" and line.startswith("cluster.k: 9. Expected at most 8")
+    assert found(tmp_path, ["a"], corpus__label_field="id", **keys) == []
+
+
 def test_doctor_says_nothing_of_labels_that_nobody_asks_for(tmp_path: Path) -> None:
     assert found(tmp_path, ["a"], corpus__label_field=None) == []
 

@@ -23,13 +23,10 @@ def check_labels(f: Facts) -> Iterator[Line]:
     if f.config is None or f.config.corpus.label_field is None:
         return
     field, cluster = f.config.corpus.label_field, f.config.cluster
+    if corpus_files.DEMO in f.config.corpus.train and field in ("id", "text"):
+        return  # as many values as documents
     needed = cluster.k if cluster.by == "label" else 1
-    if f.config.corpus.train == [corpus_files.DEMO] and field not in ("id", "text"):  # not made yet
-        found, is_all = set(DOMAINS) if field == "domain" else set[str](), True
-    elif corpus_files.DEMO in f.config.corpus.train:
-        return
-    else:
-        found, is_all = _look(f.config, needed)
+    found, is_all = _look(f.config, needed)
     if len(found) >= needed:
         yield "ok", f"labels: {field} has {len(found)} values or more"
     elif not is_all:
@@ -47,10 +44,16 @@ def check_labels(f: Facts) -> Iterator[Line]:
 
 
 def _look(config: Config, needed: int) -> tuple[set[str], bool]:
-    """The labels of the corpus until `needed` are found, and whether all of it was read."""
-    c, found, n_read = config.corpus, set[str](), 0
+    """The labels of the corpus until `needed` are found, and whether all of it was read.
+
+    Those of the demo are known before it is made.
+    """
+    c, n_read = config.corpus, 0
+    has_demo = corpus_files.DEMO in c.train
+    found = set(DOMAINS) if has_demo and c.label_field == "domain" else set[str]()
     fields = Fields(c.text_field, c.id_field, c.label_field)
-    files = corpus_files.name(corpus_files.input_files(c.train, None, Path(config.outdir)))
+    patterns = [pattern for pattern in c.train if pattern != corpus_files.DEMO]
+    files = corpus_files.name(corpus_files.input_files(patterns, None, Path(config.outdir)))
     for part in blocks.parts(files, _PART_BYTES, fields, c.txt_documents):
         found |= {row.label for row in rows.read(part, fields) if isinstance(row, rows.Document)} - {""}
         n_read += part.n_read
