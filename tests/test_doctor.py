@@ -32,10 +32,11 @@ def examine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
 
 
 def test_without_slurm(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    code, printed = examine(monkeypatch, capsys, "--configfile", "small.yaml")
+    (project / "enough.yaml").write_text("train: {steps: 100000}\n")  # tokens for experts to win
+    code, printed = examine(monkeypatch, capsys, "--configfile", "small.yaml", "enough.yaml")
     assert code == 0
     assert "warn  Slurm: no sbatch in PATH, so local runs only" in printed
-    assert "jobs       none on Slurm" in printed and printed.endswith("0 FAIL, 2 warn, 4 ok\n")
+    assert "jobs       none on Slurm" in printed and printed.endswith("0 FAIL, 1 warn, 5 ok\n")
     code, printed = examine(monkeypatch, capsys, "--configfile", "small.yaml", "--profile", "slurm")
     assert code == 1 and "FAIL  Slurm: no sbatch in PATH" in printed
 

@@ -87,7 +87,9 @@ def test_a_good_profile_passes(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    code, lines = examine(monkeypatch, capsys, "--profile", "slurm", "--configfile", "small.yaml")
+    (project / "enough.yaml").write_text("train: {steps: 100000}\n")  # tokens for experts to win
+    args = ["--profile", "slurm", "--configfile", "small.yaml", "enough.yaml"]
+    code, lines = examine(monkeypatch, capsys, *args)
     assert code == 0, lines
     assert {line.split()[0] for line in lines[: lines.index("")]} == {"ok"}
     assert "ok    profile: slurm/config.yaml; 11 rules go to Slurm." in lines
