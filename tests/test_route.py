@@ -30,6 +30,12 @@ def random_model(rng_seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return E_VD, (rng.normal(size=(K, 6)) * [[0.2], [1], [3]]).astype(np.float32)
 
 
+def prefix_distances(ids: list[int], E_VD: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
+    """Those of one document."""
+    found = list(route.prefix_distances([np.array(ids)], E_VD, centres_KD))
+    return np.concatenate([np.empty((0, K), np.float32), *found])
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30), st.data())
 def test_a_token_and_what_follows_it_change_no_bit_of_its_row(text: list[int], data: st.DataObject) -> None:
@@ -38,24 +44,24 @@ def test_a_token_and_what_follows_it_change_no_bit_of_its_row(text: list[int], d
     other = text[:t] + data.draw(
         st.lists(st.integers(1, VOCAB - 1), min_size=len(text) - t, max_size=len(text) - t)
     )
-    d2_TK, other_TK = (route.prefix_distances(np.array([0, *x]), E_VD, centres_KD) for x in (text, other))
+    d2_TK, other_TK = (prefix_distances([0, *x], E_VD, centres_KD) for x in (text, other))
     assert d2_TK.shape == (len(text), K) and d2_TK.dtype == np.float32
     assert d2_TK[: t + 1].tobytes() == other_TK[: t + 1].tobytes()
 
 
 def test_a_token_changes_the_rows_after_it() -> None:
     E_VD, centres_KD = random_model()
-    d2_TK, other_TK = (route.prefix_distances(np.array([0, 9, x, 9, 10]), E_VD, centres_KD) for x in (7, 8))
+    d2_TK, other_TK = (prefix_distances([0, 9, x, 9, 10], E_VD, centres_KD) for x in (7, 8))
     assert (d2_TK != other_TK).any(axis=1).tolist() == [False, False, True, True]
 
 
 def test_no_evidence_is_the_same_distance_to_all() -> None:
     E_VD, centres_KD = random_model()
-    d2_TK = route.prefix_distances(np.array([0, 1, 4, 9, 1]), E_VD, centres_KD)
+    d2_TK = prefix_distances([0, 1, 4, 9, 1], E_VD, centres_KD)
     assert np.array_equal(d2_TK[:3], np.full((3, K), route.NO_EVIDENCE))
     expected = kmeans.squared_distances((E_VD[9] / np.linalg.norm(E_VD[9]))[None], centres_KD)
     np.testing.assert_allclose(d2_TK[3], expected[0], rtol=1e-5)
-    assert route.prefix_distances(np.array([0]), E_VD, centres_KD).shape == (0, K)
+    assert prefix_distances([0], E_VD, centres_KD).shape == (0, K)
 
 
 @pytest.fixture(scope="module")

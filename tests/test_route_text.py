@@ -10,7 +10,6 @@ import torch
 
 import made_ensemble as made
 from cbtm_pipeline import route_text
-from cbtm_pipeline.embedding import tfidf
 from cbtm_pipeline.inference import loaded, mixture
 
 TEXT = made.text(6, rng_seed=1)
@@ -34,7 +33,8 @@ def test_the_weights_are_those_of_the_model(folder: Path, settings: dict) -> Non
 def test_the_terms_add_up_to_the_distance(folder: Path) -> None:
     found = mixture.read(folder)
     routed = route_text.route(found, TEXT)
-    h_D = list(tfidf.embed_prefixes(np.array([found.separator_id, *_ids(folder)]), found.E_VD))[-1][-1]
+    h_D = found.E_VD[_ids(folder)].sum(axis=0)
+    h_D /= np.linalg.norm(h_D)
     order = np.argsort(routed.d2_K)
     shares = np.array([(own, other) for _, _, own, other in routed.deciding])
     for total, j in zip(shares.sum(axis=0), order, strict=False):

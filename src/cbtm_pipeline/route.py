@@ -43,18 +43,16 @@ TOKEN_RATIO = (
 )
 
 
-def prefix_distances(document: np.ndarray, E_VD: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
-    """d2_TK (float32) of `[sep, x_0, ..., x_(T-1)]`.
+def prefix_distances(
+    documents: Iterable[np.ndarray], E_VD: np.ndarray, centres_KD: np.ndarray
+) -> Iterator[np.ndarray]:
+    """d2_RK (float32) of all tokens of documents `[sep, x_0, ..., x_(T-1)]`, in chunks.
 
-    Row t holds the squared distances of the prefix x_0 ... x_(t-1), which is empty at t = 0. They are
-    NO_EVIDENCE for a prefix without usable terms.
+    Row t of a document holds the squared distances of the prefix x_0 ... x_(t-1), which is empty at t = 0.
+    They are NO_EVIDENCE for a prefix without usable terms.
     """
-    chunks = [np.empty((0, len(centres_KD)), np.float32)]
-    for h_RD in tfidf.embed_prefixes(document[:-1], E_VD):
-        d2_RK = kmeans.squared_distances(h_RD, centres_KD)
-        d2_RK[~h_RD.any(axis=1)] = NO_EVIDENCE
-        chunks.append(d2_RK)
-    return np.concatenate(chunks)
+    for s_RD in tfidf.prefix_sums((document[:-1] for document in documents), E_VD):
+        yield kmeans.directions_to_centres(s_RD, centres_KD, NO_EVIDENCE)
 
 
 def text_distances(
@@ -116,8 +114,15 @@ def distances(
 
     `n_tokens` serves progress lines.
     """
+    lengths = [0]
+
+    def counted() -> Iterator[np.ndarray]:
+        for document in documents:
+            lengths.append(len(document) - 1)
+            yield document
+
     if isinstance(embedder, tfidf.Embedder):
-        found = (prefix_distances(document, embedder.E_VD, centres_KD) for document in documents)
+        found = prefix_distances(counted(), embedder.E_VD, centres_KD)
     else:
 
         def embed_tokens(runs: list[np.ndarray]) -> np.ndarray:
@@ -126,13 +131,12 @@ def distances(
 
         assert plan.window_tokens is not None
         n_last = TOKEN_RATIO * embedder.size
-        found = text_distances(documents, centres_KD, plan.window_tokens, n_last, embed_tokens)
+        found = text_distances(counted(), centres_KD, plan.window_tokens, n_last, embed_tokens)
     progress = cli.Progress("routed", n_tokens, "tokens")
-    d2, lengths = [], [0]
-    for d2_TK in found:
-        d2.append(d2_TK)
-        lengths.append(len(d2_TK))
-        progress.add(len(d2_TK))
+    d2 = [np.empty((0, len(centres_KD)), np.float32)]
+    for d2_RK in found:
+        d2.append(d2_RK)
+        progress.add(len(d2_RK))
     return np.concatenate(d2), np.cumsum(lengths, dtype=np.int64)
 
 

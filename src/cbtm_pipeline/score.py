@@ -140,8 +140,7 @@ def distances(mixture: Mixture, documents: Sequence[np.ndarray]) -> np.ndarray:
     """Squared distance of each token's prefix to each centre, (N, K)."""
     from cbtm_pipeline import route
 
-    parts = [route.prefix_distances(document, mixture.E_VD, mixture.centres_KD) for document in documents]
-    return np.concatenate(parts)
+    return np.concatenate(list(route.prefix_distances(documents, mixture.E_VD, mixture.centres_KD)))
 
 
 def score(folder: Path, documents: Sequence[np.ndarray], windows: Windows) -> np.ndarray:

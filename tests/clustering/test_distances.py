@@ -180,6 +180,21 @@ def test_squared_distances_are_accurate(seed: int, n: int, d: int, scale: float)
     assert (distances.squared_distances(x_ND[:99], x_ND[:99]) >= 0).all()
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_the_length_of_a_vector_changes_no_distance_of_its_direction(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    directions_ND = rng.standard_normal((50, 7))
+    directions_ND /= np.linalg.norm(directions_ND, axis=1, keepdims=True)
+    centres_KD = np.concatenate([directions_ND[:2], rng.standard_normal((3, 7))])
+    s_ND = torch.from_numpy(scale * rng.uniform(0.1, 1, (50, 1)) * directions_ND)
+    s_ND[9] = 0
+    expected_NK = np.square(directions_ND[:, None] - centres_KD).sum(axis=2)
+    expected_NK[9] = 1.5
+    d2_NK = distances.directions_to_centres(s_ND, centres_KD, of_zero=1.5)
+    assert d2_NK.dtype == np.float32 and (d2_NK >= 0).all()
+    assert d2_NK == pytest.approx(expected_NK, rel=1e-6, abs=1e-12)
+
+
 def test_squared_distances_of_long_vectors_do_not_cancel() -> None:
     x_ND = np.array([[1e4, 0], [1e4, 0.25]], dtype=np.float32)
     assert distances.squared_distances(x_ND, x_ND).tolist() == [[0, 0.0625], [0.0625, 0]]

@@ -66,6 +66,10 @@ def test_embedding_ignores_the_order_of_tokens_and_a_repetition_of_the_whole() -
     np.testing.assert_allclose(h_ND[1:], h_ND[[0, 0]], atol=1e-6)
 
 
+def prefix_sums(text: list[int], E_VD: np.ndarray, chunk_rows: int = 99) -> np.ndarray:
+    return np.concatenate(list(tfidf.prefix_sums([np.array([0, *text])], E_VD, chunk_rows)))
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), st.integers(1, 9), st.data())
 def test_a_future_token_changes_no_bit_of_an_earlier_prefix(
@@ -74,18 +78,27 @@ def test_a_future_token_changes_no_bit_of_an_earlier_prefix(
     E_VD = random_E(rng_seed=len(text))
     t = data.draw(st.integers(0, len(text) - 1))
     other = [*text[:t], data.draw(st.integers(0, VOCAB - 1)), *text[t + 1 :]]
-    h_TD, other_TD = (
-        np.concatenate(list(tfidf.embed_prefixes(np.array([0, *x]), E_VD, chunk_rows))) for x in (text, other)
-    )
-    assert h_TD.shape == (len(text) + 1, 7)
-    assert h_TD[: t + 1].tobytes() == other_TD[: t + 1].tobytes()
+    s_TD, other_TD = (prefix_sums(x, E_VD, chunk_rows) for x in (text, other))
+    assert s_TD.shape == (len(text) + 1, 7)
+    assert s_TD[: t + 1].tobytes() == other_TD[: t + 1].tobytes()
+
+
+@settings(deadline=None, max_examples=50)
+@given(texts, st.integers(1, 9))
+def test_documents_beside_a_document_change_no_bit_of_its_prefixes(
+    lists: list[list[int]], chunk_rows: int
+) -> None:
+    E_VD = random_E()
+    lists = [[7], *lists]
+    chunks = list(tfidf.prefix_sums([np.array([0, *text]) for text in lists], E_VD, chunk_rows))
+    assert all(len(chunk) == chunk_rows for chunk in chunks[:-1])
+    alone = [prefix_sums(text, E_VD) for text in lists]
+    assert np.concatenate(chunks).tobytes() == np.concatenate(alone).tobytes()
 
 
 def test_a_token_changes_every_later_prefix() -> None:
-    h_TD, other_TD = (
-        np.concatenate(list(tfidf.embed_prefixes(np.array([0, 7, 8, x, 9, 9]), random_E()))) for x in (10, 11)
-    )
-    assert (h_TD != other_TD).any(axis=1).tolist() == [False] * 3 + [True] * 3
+    s_TD, other_TD = (prefix_sums([7, 8, x, 9, 9], random_E()) for x in (10, 11))
+    assert (s_TD != other_TD).any(axis=1).tolist() == [False] * 3 + [True] * 3
 
 
 @settings(deadline=None, max_examples=50)
@@ -93,10 +106,10 @@ def test_a_token_changes_every_later_prefix() -> None:
 def test_every_prefix_is_embedded_as_a_document_of_its_own(lists: list[list[int]], chunk_rows: int) -> None:
     E_VD = random_E()
     for text in lists:
-        h_TD = np.concatenate(list(tfidf.embed_prefixes(np.array([0, *text]), E_VD, chunk_rows)))
-        np.testing.assert_allclose(
-            h_TD, tfidf.embed(made([text[:t] for t in range(len(text) + 1)]), E_VD), atol=1e-6
-        )
+        s_TD = prefix_sums(text, E_VD, chunk_rows)
+        lengths_T1 = np.linalg.norm(s_TD, axis=1, keepdims=True)
+        expected_TD = tfidf.embed(made([text[:t] for t in range(len(text) + 1)]), E_VD)
+        np.testing.assert_allclose(s_TD / np.where(lengths_T1 > 0, lengths_T1, 1), expected_TD, atol=1e-6)
 
 
 def test_text_of_dropped_terms_has_the_zero_vector() -> None:
@@ -197,7 +210,7 @@ def test_no_usable_term() -> None:
 def test_token_outside_the_vocabulary() -> None:
     for attempt in (
         lambda: tfidf.embed(made([[1, VOCAB]]), random_E()),
-        lambda: list(tfidf.embed_prefixes(np.array([0, VOCAB]), random_E())),
+        lambda: list(tfidf.prefix_sums([np.array([0, VOCAB])], random_E())),
         lambda: tfidf.count(made([[VOCAB]]), VOCAB),
     ):
         with pytest.raises(ValueError, match=r"tokens: id 40. Expected ids below the vocabulary size, 40"):

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import made_tiny_ensemble
 import made_training
-from cbtm_pipeline.clustering import kmeans
-from cbtm_pipeline.embedding import tfidf
+from cbtm_pipeline import route
 from cbtm_pipeline.inference import modeling_cbtm, package
 from cbtm_pipeline.inference.modeling_cbtm import CBTMCache, CBTMConfig, CBTMForCausalLM
 from cbtm_pipeline.mixture import ensemble
@@ -206,9 +205,9 @@ def mixture(
     with torch.no_grad():
         logits = [load_expert(path)(ids).logits[0] for path in made.experts]
     logprob_KTV = np.stack([logit.log_softmax(-1).numpy() for logit in logits])
-    h_TD = np.concatenate(list(tfidf.embed_prefixes(ids[0].numpy(), made.embedding_VD)))
-    d2_TK = kmeans.squared_distances(h_TD, made.centres_KD)
-    d2_TK[~h_TD.any(1)] = 1
+    d2_TK = np.concatenate(
+        list(route.prefix_distances([np.append(ids[0], 0)], made.embedding_VD, made.centres_KD))
+    )
     next_T = np.append(ids[0, 1:], 0)  # the last prediction has no token yet
     said_TK = np.take_along_axis(logprob_KTV, next_T[None, :, None], 2)[..., 0].T
     said_TK[-1] = 0  # the same for all

@@ -151,6 +151,20 @@ def squared_distances(x_ND: np.ndarray, centres_KD: np.ndarray) -> np.ndarray:
     return d2_NK
 
 
+def directions_to_centres(s_ND: torch.Tensor, centres_KD: np.ndarray, of_zero: float) -> np.ndarray:
+    """Squared distances d2_NK, float32, of s / |s| to the centres; `of_zero` if s is 0. All in float64.
+
+    d2 = 1 - 2 s c / |s| + |c|^2: the quotients are not written out, which halves the time.
+    """
+    centres = torch.tensor(centres_KD, dtype=torch.float64)
+    lengths_N = torch.linalg.vecdot(s_ND, s_ND).sqrt_()
+    d2_NK = s_ND @ (-2 * centres.T).contiguous()
+    d2_NK /= lengths_N[:, None]
+    d2_NK += 1 + torch.linalg.vecdot(centres, centres)
+    d2_NK[lengths_N == 0] = of_zero
+    return d2_NK.clamp_min_(0).float().numpy()
+
+
 def assign(
     x_ND: np.ndarray, centres_KD: np.ndarray, prices_K: np.ndarray, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -22,12 +22,21 @@ from cbtm_pipeline.clustering.distances import (
     CHUNK_ROWS,
     assign,
     check_vectors,
+    directions_to_centres,
     gather,
     squared_distances,
     weighted_sum,
 )
 
-__all__ = ["Clustering", "assign", "duality_gap", "fit", "renumbered", "squared_distances"]
+__all__ = [
+    "Clustering",
+    "assign",
+    "directions_to_centres",
+    "duality_gap",
+    "fit",
+    "renumbered",
+    "squared_distances",
+]
 
 SAMPLE_ROWS, SAMPLE_PER_CLUSTER = (
     8192,

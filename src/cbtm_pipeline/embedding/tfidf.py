@@ -14,7 +14,7 @@ its separator first, R rows of one chunk.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from cbtm_pipeline.corpus.token_files import Documents
 log = logging.getLogger("cbtm")
 
 CHUNK_TOKENS = 1 << 22  # of documents embedded at once; a longer document is its own chunk
-CHUNK_PREFIXES = 1 << 15
+CHUNK_PREFIXES = 1 << 12
 OVERSAMPLES = 10  # columns beyond those wanted
 POWER_ITERATIONS = 2  # more of them sharpen only the last components, which separate no topics
 SAME = 1e-5  # singular values below this share of the first are float32 rounding, and their vectors are noise
@@ -185,24 +185,46 @@ def embed(documents: Documents, E_VD: np.ndarray) -> np.ndarray:
     return h_ND
 
 
-def embed_prefixes(
-    x_T: np.ndarray, E_VD: np.ndarray, chunk_rows: int = CHUNK_PREFIXES
-) -> Iterator[np.ndarray]:
-    """Embeddings of all n + 1 prefixes of a document `[sep, x_0, ..., x_(n-1)]`, in chunks of float32 (R, D).
+def prefix_sums(
+    documents: Iterable[np.ndarray], E_VD: np.ndarray, chunk_rows: int = CHUNK_PREFIXES
+) -> Iterator[torch.Tensor]:
+    """Sums over the rows of E of all prefixes of documents `[sep, x_0, ..., x_(n-1)]`, float64 (R, D).
 
-    Row t is h(x_0 ... x_(t-1)). So row 0 is the zero vector, and row n is `embed` of the document up to
-    float32 rounding. Sums are float64 and taken from left to right: no later token, and no choice of
-    `chunk_rows`, changes a bit of a row. Raises ValueError for an id outside the vocabulary.
+    The rows of all documents, one document after the other, come in chunks. Row t of a document, scaled to
+    length one, is h(x_0 ... x_(t-1)): `embed` of that prefix up to float32 rounding. So its row 0 is zero.
+    Sums are taken from left to right: no later token, no other document, and no choice of `chunk_rows`
+    changes a bit of a row. Raises ValueError for an id outside the vocabulary.
     """
-    _check_ids(x_T, len(E_VD))
-    sum_D = np.zeros(E_VD.shape[1])
-    for start in range(0, len(x_T), chunk_rows):
-        s_RD = E_VD[x_T[start : start + chunk_rows]].astype(np.float64)
-        s_RD[0] += sum_D
-        # the sums of numpy, twice as fast along this axis
-        s_RD = torch.cumsum(torch.from_numpy(s_RD), dim=0).numpy()
-        sum_D = s_RD[-1].copy()
-        yield _normalise(s_RD)
+    rows_VD, sum_D = torch.from_numpy(E_VD), torch.zeros(E_VD.shape[1], dtype=torch.float64)
+    for runs in _runs(documents, chunk_rows):
+        ids_R = np.concatenate([run for _, run in runs], dtype=np.int64)
+        _check_ids(ids_R, len(E_VD))
+        s_RD = torch.nn.functional.embedding(torch.from_numpy(ids_R), rows_VD).double()
+        begin = 0
+        for first, run in runs:
+            s_of_run = s_RD[begin : begin + len(run)]
+            if first > 0:
+                s_of_run[0] += sum_D
+            torch.cumsum(s_of_run, dim=0, out=s_of_run)
+            begin += len(run)
+        sum_D = s_RD[-1].clone()
+        yield s_RD
+
+
+def _runs(documents: Iterable[np.ndarray], n_tokens: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """The documents in runs of tokens, in lists of n_tokens each, with the position at which a run begins."""
+    runs, left = [], n_tokens
+    for x_T in documents:
+        first = 0
+        while first < len(x_T):
+            runs.append((first, x_T[first : first + left]))
+            first += len(runs[-1][1])
+            left -= len(runs[-1][1])
+            if left == 0:
+                yield runs
+                runs, left = [], n_tokens
+    if runs:
+        yield runs
 
 
 def _check_ids(values: np.ndarray, vocab_size: int) -> None:

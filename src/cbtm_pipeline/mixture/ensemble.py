@@ -175,37 +175,33 @@ def largest(value_KN: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def _threshold(value_KN: np.ndarray, top_k: int) -> np.ndarray:
-    """The top_k-th largest value of each column, (N,). Passes along the tokens are faster than sorting."""
-    n_experts = len(value_KN)
+    """The top_k-th largest value of each column, (N,). Passes along the tokens are faster than sorting.
+
+    Groups of 2 or 4 rows are sorted, then merged in pairs: the largest values of two sorted groups a and b
+    are max(a_i, b_(width - 1 - i)). A bitonic merge puts them in order again (Batcher 1968).
+    """
+    n_experts, n_columns = value_KN.shape
     if top_k == 1:
         return value_KN.max(axis=0)
-    if top_k == 2:
-        return _second(value_KN)
     if top_k > 4:
         return np.partition(value_KN, n_experts - top_k, axis=0)[n_experts - top_k]
-    best = [value_KN[0], *[np.full_like(value_KN[0], -np.inf)] * (top_k - 1)]
-    for left_N in value_KN[1:]:
-        for i, best_N in enumerate(best):
-            best[i] = np.maximum(best_N, left_N)
-            if i + 1 < top_k:
-                left_N = np.minimum(best_N, left_N)
-    return best[-1]
+    width = 2 if top_k == 2 else 4
+    n_groups = 1 << max(0, (n_experts - 1) // width).bit_length()
+    if missing := n_groups * width - n_experts:
+        value_KN = np.concatenate([value_KN, np.full((missing, n_columns), -np.inf)])
+    ranks = list(value_KN.reshape(width, n_groups, n_columns))  # the i-th largest of each group, once sorted
+    _swap(ranks, [(0, 1), (2, 3), (0, 2), (1, 3), (1, 2)])
+    while (half := len(ranks[0]) // 2) > 0:
+        ranks = [np.maximum(a[:half], b[half:]) for a, b in zip(ranks, reversed(ranks), strict=True)]
+        _swap(ranks, [(0, 2), (1, 3), (0, 1), (2, 3)])
+    return ranks[top_k - 1][0]
 
 
-def _second(value_KN: np.ndarray) -> np.ndarray:
-    """The second largest value of each column, (N,), by a tournament of the rows."""
-    first_RN, second_RN = value_KN, np.full((len(value_KN), 1), -np.inf)
-    while (n := len(first_RN)) > 1:
-        a, b = slice(0, n // 2), slice(n // 2, n // 2 * 2)
-        loser_RN = np.minimum(first_RN[a], first_RN[b])
-        best_loser_RN = np.maximum(loser_RN, np.maximum(second_RN[a], second_RN[b]))
-        winner_RN = np.maximum(first_RN[a], first_RN[b])
-        if n % 2:
-            odd_RN = np.broadcast_to(second_RN[-1:], winner_RN[:1].shape)
-            winner_RN = np.concatenate([winner_RN, first_RN[-1:]])
-            best_loser_RN = np.concatenate([best_loser_RN, odd_RN])
-        first_RN, second_RN = winner_RN, best_loser_RN
-    return second_RN[0]
+def _swap(ranks: list[np.ndarray], pairs: list[tuple[int, int]]) -> None:
+    """Put the larger value of each pair first, pair after pair."""
+    for i, j in pairs:
+        if j < len(ranks):
+            ranks[i], ranks[j] = np.maximum(ranks[i], ranks[j]), np.minimum(ranks[i], ranks[j])
 
 
 def _sticky(value_KM: np.ndarray, active_KM: np.ndarray, margin: float) -> np.ndarray:

@@ -58,7 +58,7 @@ class Router(NamedTuple):
     colour: Literal["c0", "c1", "c2", "c3", "c4", "c5", "grey"]  # a class of html/report.css
     may_stay: bool = False  # whether it has hysteresis and fix_after, too
     idle_alone: tuple[Literal["epsilon", "beta"], ...] = ()  # parameters without effect at top_k 1
-    screened: bool = False  # whether `screen` can say fast which settings are worth an exact evaluation
+    fast: bool = False  # whether `fast_filter` can evaluate it, too
     in_model: bool = False  # whether inference/modeling_cbtm.py has it, too
 
 
@@ -80,14 +80,14 @@ def _filter(held_out: HeldOut, setting: Setting) -> np.ndarray:
 
 
 ROUTERS: dict[str, Router] = {
-    "paper": Router(_paper, parameters=(), colour="c1", in_model=True),
+    "paper": Router(_paper, parameters=(), colour="c1", fast=True, in_model=True),
     "filter": Router(
         _filter,
         parameters=("epsilon", "beta"),
         colour="c0",
         may_stay=True,
         idle_alone=("beta",),  # a single active expert has nothing to share
-        screened=True,
+        fast=True,
         in_model=True,
     ),
 }

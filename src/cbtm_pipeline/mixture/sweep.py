@@ -5,21 +5,20 @@ Shapes: N tokens, D documents, K experts.
 
 import itertools
 import math
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from cbtm_pipeline.base import cli, parallel
-from cbtm_pipeline.mixture import ensemble, screen
+from cbtm_pipeline.mixture import ensemble, fast_filter
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
 
 BLOCK = 1 << 22  # log-probabilities mixed at once: bounds the memory for any amount of held-out text
-SAME = 1e-7  # nats per token: far more than rounding changes, far less than settings differ
 SLACK = math.log(1.01)  # nats per token: a set that stays may cost 1 % of the perplexity
+
+A = TypeVar("A")
 
 
 class Grid(NamedTuple):
@@ -98,66 +97,79 @@ def sweep(calibration: HeldOut, reported: HeldOut, grid: Grid, n_threads: int = 
     n_experts = calibration.d2_NK.shape[1]
     top_ks = dict.fromkeys(min(top_k, n_experts) for top_k in grid.top_k)
     groups = list(dict.fromkeys(itertools.product(grid.routers, top_ks)))
-    temperatures = list(dict.fromkeys(grid.temperature))
-    progress = cli.Progress("sweep", len(groups) * len(temperatures), "settings")
-    nlls = _Nlls(calibration)
-
-    def choose(router: str, top_k: int, temperature: float) -> tuple[Result, dict[Setting, float]]:
-        """The best setting at this temperature, and the nll of all that were tried."""
-        tried = nlls.of(_settings(router, top_k, temperature, grid))
-        best = min(tried, key=lambda setting: tried[setting])
-        found = _result(reported, best, tried[best])
-        progress.add(1, f"{router} top_k {top_k} temperature {temperature:g}")
-        return found, tried
-
-    results = []
+    points = [(*group, temperature) for group in groups for temperature in dict.fromkeys(grid.temperature)]
+    settings = {point: _settings(*point, grid) for point in points}
     with ThreadPoolExecutor(n_threads) as pool:
-        points = [(*group, temperature) for group in groups for temperature in temperatures]
-        chosen = parallel.in_order(pool, lambda point: choose(*point), points, n_threads)
-        for router, top_k in groups:
-            tried: dict[Setting, float] = {}
-            for result, some in itertools.islice(chosen, len(temperatures)):
-                results.append(result)
-                tried |= some
-            if ROUTERS[router].may_stay and top_k < n_experts:
-                staying = _staying(calibration, nlls, tried, grid, pool)
-                results += [_result(reported, *found) for found in staying]
-    return results
+        tried = _Documents(calibration, pool, n_threads, "tried").nlls(
+            list(itertools.chain(*settings.values()))
+        )
+        chosen: dict[Setting, float] = {}
+        for group in groups:
+            for point in points:
+                if point[:2] == group:
+                    best = min(settings[point], key=lambda setting: tried[setting])
+                    chosen[best] = tried[best]
+            if ROUTERS[group[0]].may_stay and group[1] < n_experts:
+                of_group = {s: nll for s, nll in tried.items() if (s.router, s.top_k) == group}
+                chosen |= _staying(calibration, of_group, grid, pool)
+        costs = _Documents(reported, pool, n_threads, "reported").costs(list(chosen))
+    n_tokens = max(reported.offsets[-1], 1)
+    return [
+        Result(setting, nll, costs[setting].nll_D, float(costs[setting].passes_D.sum() / n_tokens))
+        for setting, nll in chosen.items()
+    ]
 
 
-class _Nlls:
-    """The nll of settings on the calibration documents, per token."""
+class _Documents:
+    """Held-out documents, and what settings cost on them: fast where `fast_filter` can evaluate them."""
 
-    def __init__(self, calibration: HeldOut):
-        self.calibration = calibration
-        self.n_tokens = int(calibration.offsets[-1])
-        self.lock = threading.Lock()
+    def __init__(self, held_out: HeldOut, pool: Executor, n_threads: int, what: str):
+        self.held_out, self.pool, self.n_threads, self.what = held_out, pool, n_threads, what
+        self.spread = fast_filter.Spread.of(held_out)
+        tied_D = fast_filter.tied(held_out)
+        self.parts, self.tied_D = fast_filter.parts(held_out, ~tied_D), np.flatnonzero(tied_D)
 
-    @cached_property
-    def parts(self) -> tuple[list[screen.Prepared], HeldOut]:
-        """The documents that can be screened, and the others."""
-        tied_D = screen.tied(self.calibration)
-        return screen.parts(self.calibration, ~tied_D), _documents(self.calibration, np.flatnonzero(tied_D))
+    def nlls(self, settings: Sequence[Setting]) -> dict[Setting, float]:
+        """The nll of each setting, per token."""
+        nlls = dict.fromkeys(settings, 0.0)
+        for _, setting, nll in self._evaluated(settings, lambda costs: float(costs.nll_D.sum()), False):
+            nlls[setting] += nll
+        return {setting: nll / max(self.held_out.offsets[-1], 1) for setting, nll in nlls.items()}
 
-    def of(self, settings: Sequence[Setting]) -> dict[Setting, float]:
-        """The nll of each setting: exact for the lowest ones, for others perhaps up to rounding alone."""
-        router = ROUTERS[settings[0].router]
-        if not router.screened or len(settings) == 1 or not screen.holds(self.calibration, settings):
-            return {setting: self.exact(setting) for setting in settings}
-        with self.lock:  # two threads would prepare the documents twice
-            parts, others = self.parts
-        nlls = np.zeros(len(settings))
-        if others.offsets[-1]:
-            nlls += [document_nll(others, setting).sum() for setting in settings]
-        nlls = sum((screen.nlls(part, settings) for part in parts), nlls) / self.n_tokens
-        lowest = nlls.min() + SAME
-        return {
-            setting: self.exact(setting) if nll <= lowest else nll
-            for setting, nll in zip(settings, nlls.tolist(), strict=True)
-        }
+    def costs(self, settings: Sequence[Setting]) -> dict[Setting, Costs]:
+        """The costs of each document under each setting."""
+        n_documents = len(self.held_out.offsets) - 1
+        costs = {setting: Costs(np.zeros(n_documents), np.zeros(n_documents)) for setting in settings}
+        for some, setting, found in self._evaluated(settings, lambda costs: costs, True):
+            costs[setting].nll_D[some], costs[setting].passes_D[some] = found
+        return costs
 
-    def exact(self, setting: Setting) -> float:
-        return float(document_nll(self.calibration, setting).sum() / self.n_tokens)
+    def _evaluated(
+        self, settings: Sequence[Setting], kept: Callable[[Costs], A], count_passes: bool
+    ) -> Iterator[tuple[np.ndarray, Setting, A]]:
+        """Indices of documents, a setting, and what is kept of its costs there, for every such pair."""
+
+        def fast(some: np.ndarray, settings: Sequence[Setting]) -> list[A]:
+            part = fast_filter.prepared(self.held_out, some)
+            return [kept(Costs(*costs)) for costs in fast_filter.costs(part, settings, count_passes)]
+
+        def exact(some: np.ndarray, settings: Sequence[Setting]) -> list[A]:
+            documents = _documents(self.held_out, some)
+            return [kept(document_costs(documents, setting)) for setting in settings]
+
+        are_fast = {s: ROUTERS[s.router].fast and not s.stays and self.spread.holds(s) for s in settings}
+        tasks = []
+        for temperature in dict.fromkeys(setting.temperature for setting in settings):
+            some = [s for s in settings if s.temperature == temperature and are_fast[s]]
+            tasks += [(fast, part, some) for part in self.parts if some]
+            tasks += [(exact, self.tied_D, [s]) for s in some if len(self.tied_D)]
+        every = np.arange(len(self.held_out.offsets) - 1)
+        tasks += [(exact, every, [s]) for s in settings if not are_fast[s]]
+        progress = cli.Progress(f"settings {self.what}", len(tasks), "parts")
+        work = parallel.in_order(self.pool, lambda task: task[0](*task[1:]), tasks, self.n_threads)
+        for (_, some, of_task), found in zip(tasks, work, strict=True):
+            yield from ((some, setting, result) for setting, result in zip(of_task, found, strict=True))
+            progress.add(1)
 
 
 def _documents(held_out: HeldOut, some: np.ndarray) -> HeldOut:
@@ -168,13 +180,8 @@ def _documents(held_out: HeldOut, some: np.ndarray) -> HeldOut:
     return HeldOut(held_out.logprob_NK[rows], held_out.d2_NK[rows], offsets)
 
 
-def _result(reported: HeldOut, setting: Setting, calibration_nll: float) -> Result:
-    nll_D, passes_D = document_costs(reported, setting)
-    return Result(setting, calibration_nll, nll_D, float(passes_D.sum() / max(reported.offsets[-1], 1)))
-
-
 def _staying(
-    calibration: HeldOut, nlls: _Nlls, tried: dict[Setting, float], grid: Grid, pool: Executor
+    calibration: HeldOut, tried: dict[Setting, float], grid: Grid, pool: Executor
 ) -> Iterator[tuple[Setting, float]]:
     """Settings of a router and a top_k whose active set stays, with their calibration nll.
 
@@ -184,11 +191,7 @@ def _staying(
     stays there: a set that stays hardly ever gains.
     """
     n_tokens, limit = calibration.offsets[-1], min(tried.values()) + SLACK
-    near = [
-        setting
-        for setting, nll in tried.items()
-        if (nlls.exact(setting) if abs(nll - limit) <= SAME else nll) <= limit
-    ]
+    near = [setting for setting, nll in tried.items() if nll <= limit]
 
     def sticky_from(start: Setting) -> list[tuple[float, float, Setting]]:
         found = []
@@ -201,13 +204,16 @@ def _staying(
             found.append((float(costs.passes_D.sum()), nll, setting))
         return found
 
+    def nll_of(setting: Setting) -> float:
+        return float(document_nll(calibration, setting).sum() / n_tokens)
+
     sticky = [found for some in pool.map(sticky_from, near) for found in some]
     if sticky:
         _, nll, setting = min(sticky, key=lambda found: found[:2])
         yield setting, nll
     fixed = [s._replace(fix_after=n) for s in near for n in dict.fromkeys(grid.fix_after)]
     if fixed:
-        found = list(pool.map(nlls.exact, fixed))
+        found = list(pool.map(nll_of, fixed))
         yield fixed[found.index(min(found))], min(found)
 
 
