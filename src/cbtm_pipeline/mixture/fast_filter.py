@@ -107,8 +107,10 @@ def costs(
     n_experts, n_documents = len(part.d2_KN), part.ends_T[0]
     log_prior_NK = ensemble.paper_log_weights(part.d2_KN.T, settings[0].temperature, n_experts)
     prior_KN = np.exp(log_prior_NK.T)
-    betas = dict.fromkeys(s.beta for s in settings if s.beta is not None)
-    gains = {beta: np.exp(beta * part.log_ratio_KN) for beta in betas if beta != 1}
+    betas = dict.fromkeys(s.beta for s in settings)
+    gains: dict[float | None, np.ndarray] = {
+        beta: np.exp(beta * part.log_ratio_KN) for beta in betas if beta is not None and beta != 1
+    }
     for s in settings:
         epsilon = 1.0 if s.epsilon is None else s.epsilon
         last_KD = np.zeros((n_experts, n_documents), np.int32) if count_passes else None
