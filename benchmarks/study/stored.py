@@ -66,7 +66,7 @@ class Study:
     def tried(self, n_tokens: int) -> str:
         """Where a budget lacks some k, which ones it has: ` (only k = 8 has run)`."""
         ks = sorted(self.at(n_tokens))
-        return "" if ks == self.ks else f" (only k = {in_order(ks)} has run)"
+        return "" if ks == self.ks else f" (only k = {in_order(ks)} {'has' if len(ks) == 1 else 'have'} run)"
 
     def best(self, n_tokens: int) -> Row:
         """The run of the grid whose ensemble predicts best at this budget."""

@@ -115,6 +115,7 @@ def routers(study: Study, k: int) -> list[str]:
 CHANGES = {
     "balance=none": "clusters that are not balanced",
     "balance=none,steps=800": "the same with 6.6 M tokens",
+    "balance=none,steps=3200": "the same with 26 M tokens",
     "by=label": "clusters made of the labels, dealt to eight experts",
     "by=label+text": "labels and text together",
     "border_share=0.1": "a tenth of each expert's text from its neighbours",
@@ -126,6 +127,7 @@ CHANGES = {
 BASES = {  # of runs that differ from the base in more than one key
     "second_round": "fit_documents=10000",
     "balance=none,steps=800": "controls,steps=800",
+    "balance=none,steps=3200": "k=8,steps=3200",
 }
 
 
@@ -270,8 +272,12 @@ CLAIMED = (  # run, claim, what it says if the run is better than the base, and 
 
 
 def _change(study: Study, name: str, claim: str, better: str, worse: str) -> tuple[str, str, str]:
-    ratio = study.pair(name, study.base)
-    return claim, judged(ratio, better, worse), f"`{name}` over `{study.base}`: {shown(ratio)}"
+    """A claim about one change, at each budget with which it has run."""
+    names = [run for run in CHANGES if run.split(",")[0] == name and run in study.by_name]
+    runs = [study.by_name[run] for run in names]
+    ratios = [study.pair(run, BASES.get(run, study.base)) for run in names]
+    base = study.base.split(",")[0]
+    return claim, verdict_of(runs, ratios, better, worse), f"`{name}` over `{base}`: {each(runs, ratios)}"
 
 
 def _growth(study: Study) -> list[tuple[str, str, str]]:
