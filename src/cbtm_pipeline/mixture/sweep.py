@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -127,7 +128,9 @@ class _Documents:
         self.held_out, self.pool, self.n_threads, self.what = held_out, pool, n_threads, what
         self.spread = fast_filter.Spread.of(held_out)
         tied_D = fast_filter.tied(held_out)
-        self.parts, self.tied_D = fast_filter.parts(held_out, ~tied_D), np.flatnonzero(tied_D)
+        self.parts = fast_filter.parts(held_out, ~tied_D)
+        self.tied_D = np.flatnonzero(tied_D)
+        self.tied = _documents(held_out, self.tied_D)
 
     def nlls(self, settings: Sequence[Setting]) -> dict[Setting, float]:
         """The nll of each setting, per token."""
@@ -153,20 +156,19 @@ class _Documents:
             part = fast_filter.prepared(self.held_out, some)
             return [kept(Costs(*costs)) for costs in fast_filter.costs(part, settings, count_passes)]
 
-        def exact(some: np.ndarray, settings: Sequence[Setting]) -> list[A]:
-            documents = _documents(self.held_out, some)
-            return [kept(document_costs(documents, setting)) for setting in settings]
+        def exact(documents: HeldOut, setting: Setting) -> list[A]:
+            return [kept(document_costs(documents, setting))]
 
         are_fast = {s: ROUTERS[s.router].fast and not s.stays and self.spread.holds(s) for s in settings}
-        tasks = []
+        tasks: list[tuple[Callable[[], list[A]], np.ndarray, list[Setting]]] = []
         for temperature in dict.fromkeys(setting.temperature for setting in settings):
             some = [s for s in settings if s.temperature == temperature and are_fast[s]]
-            tasks += [(fast, part, some) for part in self.parts if some]
-            tasks += [(exact, self.tied_D, [s]) for s in some if len(self.tied_D)]
+            tasks += [(partial(fast, part, some), part, some) for part in self.parts if some]
+            tasks += [(partial(exact, self.tied, s), self.tied_D, [s]) for s in some if len(self.tied_D)]
         every = np.arange(len(self.held_out.offsets) - 1)
-        tasks += [(exact, every, [s]) for s in settings if not are_fast[s]]
+        tasks += [(partial(exact, self.held_out, s), every, [s]) for s in settings if not are_fast[s]]
         progress = cli.Progress(f"settings {self.what}", len(tasks), "parts")
-        work = parallel.in_order(self.pool, lambda task: task[0](*task[1:]), tasks, self.n_threads)
+        work = parallel.in_order(self.pool, lambda task: task[0](), tasks, self.n_threads)
         for (_, some, of_task), found in zip(tasks, work, strict=True):
             yield from ((some, setting, result) for setting, result in zip(of_task, found, strict=True))
             progress.add(1)
