@@ -8,6 +8,11 @@ from typing import Any
 
 from cbtm_pipeline.mixture import comparison, verdict
 
+BASES = {  # what runs stand against that differ from the base in more than one key
+    "second_round": "fit_documents=10000",
+    "balance=none,steps=800": "controls,steps=800",
+    "balance=none,steps=3200": "k=8,steps=3200",
+}
 LARGE = "dense-large"  # has twice the layers of an expert
 Row = dict[str, Any]
 Estimate = tuple[float, list[float] | None]  # a ratio with its 95 % interval
@@ -101,6 +106,15 @@ class Study:
     def over_strongest(self, run: Row, name: str) -> Estimate:
         """A model of a run over the strongest dense model of an expert's size."""
         return over(run, name, self.strongest(run)["model"])
+
+    def base_of(self, name: str) -> str:
+        """The run that a run with one change stands against."""
+        return BASES.get(name, self.base)
+
+    def changed(self, name: str) -> tuple[list[Row], list[Estimate]]:
+        """The runs with one change, for each budget, and the ratio of each to its base."""
+        runs = sorted((run for run in self.runs if run["run"].split(",")[0] == name), key=budget)
+        return runs, [self.pair(run["run"], self.base_of(run["run"])) for run in runs]
 
     def pair(self, name: str, against: str) -> tuple[float, list[float]]:
         """The ratio of the best ensembles of two runs, with its interval."""

@@ -69,23 +69,43 @@ def rule(study: Study) -> list[str]:
         )
     lines = [
         tokens,
-        "**Then as many experts as you can run at once.** With all experts active, "
+        "**Then many experts, if all can run at once.** With all experts active, "
         f"{_best_ks(study, float('inf'))}. {_last_step(study)}",
         "**Fewer experts where a token may cost little.** With at most 3 expert passes per token, "
         f"{_best_ks(study, 3)}.",
+        *_unbalanced(study),
     ]
     return [f"{number}. {line}" for number, line in enumerate(lines, 1)] + [""]
+
+
+def _tokens(run: Row) -> str:
+    """Training tokens per parameter, in two or three digits."""
+    tokens = per_parameter(run)
+    return f"{tokens:.1f}" if tokens < 10 else f"{tokens:.0f}"
 
 
 def _last_step(study: Study) -> str:
     """What the last doubling of k gained, in words."""
     *_, k, doubled = study.ks
-    ratios = [
-        study.at(n)[doubled]["headline"]["perplexity"] / study.at(n)[k]["headline"]["perplexity"]
-        for n in study.complete
-    ]
+    runs = [at for n in study.budgets if {k, doubled} <= set(at := study.at(n))]
+    ratios = [at[doubled]["headline"]["perplexity"] / at[k]["headline"]["perplexity"] for at in runs]
     change = in_order(f"{100 * (ratio - 1):+.1f} %" for ratio in ratios)
-    return f"From k = {k} to {doubled}, perplexity changed by {change}."
+    tokens = in_order(f"{_tokens(at[k])}" for at in runs)
+    return f"From k = {k} to {doubled}, perplexity changed by {change} at {tokens}."
+
+
+def _unbalanced(study: Study) -> list[str]:
+    """What clusters that are not balanced gained, in words, where it was tried."""
+    runs, estimates = study.changed("balance=none")
+    if not runs:
+        return []
+    told = zip(runs, estimates, strict=True)
+    found = in_order(f"{shown(estimate)} at {_tokens(run)}" for run, estimate in told)
+    return [
+        "**With few tokens, try clusters that are not balanced** (`cluster.balance: none`). Their perplexity "
+        f"over that of balanced ones was {found} tokens per parameter. Balanced clusters are the default: no "
+        "expert runs out of text before the others."
+    ]
 
 
 def _best_ks(study: Study, most: float) -> str:
@@ -94,7 +114,7 @@ def _best_ks(study: Study, most: float) -> str:
     for n_tokens in study.complete:
         best = best_within(study, n_tokens, most)
         if best:
-            found[f"{per_parameter(best[0]):.2g}"] = best[0]["k"]
+            found[f"{_tokens(best[0])}"] = best[0]["k"]
     if len(set(found.values())) == 1:
         return f"k = {next(iter(found.values()))} was the best at {in_order(found)} tokens per parameter"
     return (

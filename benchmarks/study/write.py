@@ -13,7 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import which_k
-from stored import LARGE, Estimate, Row, Study, against, filled, judged, millions, model, over, shown, table
+from stored import (
+    BASES,
+    LARGE,
+    Estimate,
+    Row,
+    Study,
+    against,
+    filled,
+    judged,
+    millions,
+    model,
+    over,
+    shown,
+    table,
+)
 
 from cbtm_pipeline.html import charts
 from cbtm_pipeline.mixture import verdict
@@ -124,11 +138,6 @@ CHANGES = {
     "fit_documents=10000": "clusters that are fitted on 10 000 documents, not on all",
     "second_round": "documents go to the expert that predicts them best, then training goes on",
 }
-BASES = {  # of runs that differ from the base in more than one key
-    "second_round": "fit_documents=10000",
-    "balance=none,steps=800": "controls,steps=800",
-    "balance=none,steps=3200": "k=8,steps=3200",
-}
 
 
 def changes(study: Study) -> list[str]:
@@ -136,7 +145,7 @@ def changes(study: Study) -> list[str]:
     rows = []
     for name, what in CHANGES.items():
         if name in study.by_name:
-            ratio, ci95 = study.pair(name, BASES.get(name, study.base))
+            ratio, ci95 = study.pair(name, study.base_of(name))
             training = (study.by_name[name]["labels"] or {}).get("training", {})
             nmi = f"{training['nmi']:.3f}" if training else "–"
             rows.append([f"`{name}`", what, verdict.interval(ratio, ci95), nmi])
@@ -273,9 +282,7 @@ CLAIMED = (  # run, claim, what it says if the run is better than the base, and 
 
 def _change(study: Study, name: str, claim: str, better: str, worse: str) -> tuple[str, str, str]:
     """A claim about one change, at each budget with which it has run."""
-    names = [run for run in CHANGES if run.split(",")[0] == name and run in study.by_name]
-    runs = [study.by_name[run] for run in names]
-    ratios = [study.pair(run, BASES.get(run, study.base)) for run in names]
+    runs, ratios = study.changed(name)
     base = study.base.split(",")[0]
     return claim, verdict_of(runs, ratios, better, worse), f"`{name}` over `{base}`: {each(runs, ratios)}"
 
