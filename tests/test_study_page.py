@@ -43,6 +43,8 @@ def test_a_claim_holds_if_its_whole_interval_lies_on_its_side(
 
 def test_three_seeds_have_a_row_with_the_interval_of_their_group(writer: ModuleType) -> None:
     study = writer.Study(ROOT / "docs/study/technical.json")
+    for group in study.content["groups"]:
+        group["ci95"] = None
     assert not any("random seeds" in line for line in writer.claims(study))
     group = study.content["groups"][0]
     group |= {"runs": [study.runs[0]["run"]] * 3, "ratio": 0.9, "ci95": [0.8, 0.95]}
@@ -54,6 +56,8 @@ def test_each_seed_is_shown_against_the_dense_model_of_the_group(writer: ModuleT
     study = writer.Study(ROOT / "docs/study/technical.json")
     run = next(run for run in study.runs if run["dense"] == "dense-large")
     ratio = run["headline"]["ratios"]["dense"]["ratio"]
+    for group in study.content["groups"]:
+        group["ci95"] = None
     study.content["groups"][0] |= {
         "runs": [run["run"]] * 3,
         "dense": "dense",
