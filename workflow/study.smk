@@ -18,7 +18,7 @@ import re
 
 from cbtm_pipeline import compare
 from cbtm_pipeline.base import cli, lock, read_yaml
-from cbtm_pipeline.ops import planned, study
+from cbtm_pipeline.ops import planned, study, which_run
 
 try:
     for path in workflow.overwrite_configfiles:
@@ -29,7 +29,7 @@ try:
 except (ValueError, OSError) as error:
     sys.exit(cli.explain(error))
 
-OUT = f"{STUDY.outdir}/{study.RUNS}/{{run}}"
+OUT = f"{STUDY.outdir}/{which_run.RUNS}/{{run}}"
 RESULTS = [f"{STUDY.outdir}/{name}" for name in compare.RESULTS]
 WHOLE = {"all", "study", *RESULTS}
 

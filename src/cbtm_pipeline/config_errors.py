@@ -11,6 +11,8 @@ from pydantic_core import PydanticCustomError
 
 OWN = "own"  # type of the errors whose message is the whole line
 SHOWN = 60  # characters of a value
+OF_STUDY = ("base", "grid", "runs")  # keys of ops/study.py that no config has
+OF_STUDY_TODO = "Run a study with snakemake -s workflow/study.smk --configfile FILE."
 _INNER = ("function-", "list[", "constrained")  # what pydantic puts between the keys
 
 
@@ -27,7 +29,11 @@ def explain(error: Any, schema: type[BaseModel]) -> str:
         return error["msg"]
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(_INNER))
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key. Expected a key of config.yaml. Did you mean {_nearest(key, schema)}?"
+        if key in OF_STUDY:
+            return f"{key}: a key of a study. Expected the config of one run. {OF_STUDY_TODO}"
+        near = _nearest(key, schema)
+        todo = f"Did you mean {near}?" if near else "Remove it."
+        return f"{key}: unknown key. Expected a key of config.yaml. {todo}"
     if error["type"] == "missing":
         return f"{key}: missing. Expected a value. Copy it from config.yaml."
     expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
@@ -38,14 +44,15 @@ def explain(error: Any, schema: type[BaseModel]) -> str:
     return f"{key}: {show(error['input'])}. Expected {expected}. Change it in your config."
 
 
-def _nearest(key: str, schema: type[BaseModel]) -> str:
-    """The known key that an unknown one most probably stands for."""
+def _nearest(key: str, schema: type[BaseModel]) -> str | None:
+    """The known key that an unknown one most probably stands for, if one is near."""
     known = _keys(schema)
     section, _, name = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     near = [k for k in known if k.rpartition(".")[2] == name]
     near = near or difflib.get_close_matches(key, siblings, 1, 0.6)
-    return (near or difflib.get_close_matches(key, known, 1, 0))[0]
+    by_name = {k.rpartition(".")[2]: k for k in reversed(known)}
+    return (near or [by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.6)] or [None])[0]
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -93,7 +93,10 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
     if not names:
         left_out.add("score_expert")
     if began is None and not names:
-        return Status(str(outdir), None, [], [f"{outdir}: {NO_RUN}"])
+        note = f"{outdir}: {NO_RUN}"
+        if runs := which_run.of_study(outdir):
+            note = f"{outdir}: a study. Expected the folder of one run. Name one: {', '.join(map(str, runs))}"
+        return Status(str(outdir), None, [], [note])
     many = {"score_expert": scored, "eval_task": models, "choose": kinds}
     many["score_training"] = [name for name in trained if plan_first.is_first(name)]
     active = run_state.holder(outdir / ".lock", now)

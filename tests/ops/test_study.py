@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbtm_pipeline import config, plan
-from cbtm_pipeline.ops import planned, study
+from cbtm_pipeline import config, plan, status
+from cbtm_pipeline.ops import finished, planned, study
 from cbtm_pipeline.provenance.stale import Job, Reason, State
 from made_project import ROOT
 
@@ -83,8 +83,26 @@ def test_sections_and_dotted_keys_say_the_same(setting: dict[str, int]) -> None:
             "grid.seed: 0. Expected a list of the values to try. Wr",
         ),
         ({"outdir": "o", "grid": {"outdir": ["a"]}}, "grid.outdir: not for a run"),
-        ({"outdir": "o", "grid": {"seed": [1, 1]}}, "seed=1: given twice"),
-        ({"outdir": "o", "runs": {"../up": {}}}, "Expected a name of letters and digits"),
+        ({"outdir": "o", "grid": {"seed": []}}, "grid.seed: []. Expected a list of the values to try. List"),
+        ({"outdir": "o", "grid": {"seed": None}}, "List them in brackets."),
+        ({"outdir": "o", "grid": {"cluster": {"k": [1, 2]}}}, "Write cluster.k: [...] for each key."),
+        ({"outdir": "o", "grid": {"cluster.": [1, 2]}}, "grid.cluster.: not for a run"),
+        ({"outdir": "o", "grid": {"seed": [1, 1]}}, "grid.seed: 1: twice. Expected each value once. Remove"),
+        ({"outdir": "o", "grid": {"seed": [1, "1"]}}, "grid: seed=1: the name of two runs"),
+        (
+            {"outdir": "o", "grid": {"seed": [1]}, "runs": {"seed=1": {}}},
+            "runs.seed=1: also the name of a run",
+        ),
+        ({"outdir": "o", "grid": {"cluster.k": [1], "cluster": [{"k": 2}]}}, "grid.cluster.k: given twice"),
+        (
+            {"outdir": "o", "runs": {"a": {"cluster": {"k": 2}, "cluster.k": 1}}},
+            "runs.a.cluster.k: given twice",
+        ),
+        (
+            {"outdir": "o", "runs": {"../up": {}}},
+            "Expected a name of at most 100 letters, digits and . _ = ,",
+        ),
+        ({"outdir": "o", "runs": {"größe": {}}}, 'runs: "größe". Expected'),
         ({"outdir": "o", "base": 3, "grid": {"seed": [1]}}, "base: 3. Expected a list of config files"),
     ],
 )
@@ -97,6 +115,47 @@ def test_a_wrong_study_is_refused_in_one_line(content: Any, found: str) -> None:
 def test_a_wrong_key_of_a_run_names_the_run_and_the_nearest_key(anywhere: Path) -> None:
     with pytest.raises(ValueError, match=r"run stps=3: train\.stps: unknown key\..*train\.steps\?"):
         configs({"train.stps": [3]})
+
+
+def test_a_wrong_key_of_the_base_names_its_file(anywhere: Path) -> None:
+    (anywhere / "tiny.yaml").write_text("eval: {evl_fraction: 0.1}")
+    base = [str(ROOT / "config.yaml"), "tiny.yaml"]
+    with pytest.raises(ValueError) as error:
+        study.configs(study.read({"base": base, "outdir": "o", "grid": {"train.stps": [3]}}))
+    of_run, of_base = sorted(str(error.value).splitlines(), reverse=True)
+    assert of_base.startswith(f"{base[0]}, tiny.yaml: eval.evl_fraction: unknown key")
+    assert of_run.startswith("run stps=3: train.stps: unknown key")
+
+
+def test_two_runs_with_the_same_settings_are_refused(anywhere: Path) -> None:
+    with pytest.raises(ValueError, match=r"^run lr=1e-3: the settings of run lr=0\.001\. Expected different"):
+        configs({"train.lr": [0.001, "1e-3"]})
+
+
+def test_a_negative_number_keeps_its_sign_in_the_name(anywhere: Path) -> None:
+    with pytest.raises(ValueError, match=r"^run seed=-1: seed: -1\. Expected"):
+        configs({"seed": [1, -1]})
+
+
+@pytest.mark.parametrize(
+    ("others", "todo"),
+    [
+        ({}, r"eval: \{max_document_tokens: null\}"),
+        (
+            {"eval.max_document_tokens": [None], "corpus.shard_bytes": [10**6, 10**7]},
+            "one corpus.shard_bytes",
+        ),
+    ],
+)
+def test_tokenizers_whose_runs_could_not_be_compared_are_refused_before_anything_is_trained(
+    anywhere: Path, others: dict[str, list], todo: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^run .*: another tokenizer than that of .*{todo}"):
+        configs({"tokenizer.vocab_size": [300, 400], **others})
+
+
+def test_other_tokenizers_are_compared_on_whole_documents(anywhere: Path) -> None:
+    assert len(configs({"tokenizer.vocab_size": [300, 400], "eval.max_document_tokens": [None]})) == 2
 
 
 @pytest.mark.parametrize("key", ["corpus.eval_fraction", "eval.max_document_tokens"])
@@ -140,7 +199,8 @@ CONTROLS = {
 def test_runs_share_what_does_not_depend_on_the_key(
     anywhere: Path, key: str, values: list, expected: set[str]
 ) -> None:
-    found = shared(*configs({key: values}).values())
+    whole = {"eval.max_document_tokens": [None]} if key.startswith("tokenizer") else {}
+    found = shared(*configs({key: values, **whole}).values())
     others = {name for name in found if name.startswith(("train_expert", "score_expert"))}
     if key == "embed.idf_power":  # dense models and random clusters read no vectors
         assert {
@@ -200,3 +260,19 @@ def test_nothing_about_a_whole_run_is_lent(anywhere: Path) -> None:
         "ensemble",
     }
     assert set(plan.RULES) >= {job.rule for job in lent["b"]}
+
+
+def test_the_folder_of_a_study_is_told_from_that_of_a_run(anywhere: Path) -> None:
+    for name in ("k=2", "k=4"):
+        (anywhere / "study/runs" / name).mkdir(parents=True)
+        (anywhere / "study/runs" / name / "config.json").touch()
+    with pytest.raises(ValueError, match=r"^study: a study\. .* runs: study/runs/k=2 study/runs/k=4\.$"):
+        finished.read_all([Path("study")])
+    (note,) = status.gather(Path("study"), {}, 0.0).notes
+    assert note.startswith("study: a study.") and note.endswith("study/runs/k=2, study/runs/k=4")
+
+
+def test_a_run_that_is_compared_with_itself_is_refused(anywhere: Path) -> None:
+    with pytest.raises(ValueError, match=r"^study/\.\./a: named twice\. Expected each run once\."):
+        (anywhere / "study").mkdir()
+        finished.read_all([Path("a"), Path("study/../a")])

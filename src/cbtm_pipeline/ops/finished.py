@@ -7,7 +7,7 @@ from typing import Any
 from cbtm_pipeline import config, plan, plan_first
 from cbtm_pipeline.base import artifact
 from cbtm_pipeline.mixture.comparison import Documents, Finished
-from cbtm_pipeline.ops import planned
+from cbtm_pipeline.ops import planned, which_run
 from cbtm_pipeline.provenance import records, stale
 
 # What decides no result: where a run lies, how it behaves, and what it says of its text.
@@ -19,7 +19,10 @@ def read(folder: Path) -> Finished:
     """Read a finished run. Raises ValueError if it is none, OSError if a file cannot be read."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no run. Expected the outdir of a run, with its config.json. Name one.")
+        what, todo = "no run", "Name one"
+        if found := which_run.of_study(folder):
+            what, todo = "a study", f"Name some of its runs: {' '.join(map(str, found[:2]))}"
+        raise ValueError(f"{folder}: {what}. Expected the outdir of a run, with its config.json. {todo}.")
     whole = config.read(path)
     tasks = whole.eval.model_copy(update={"tasks": []})  # which nothing here compares
     cfg = whole.model_copy(update={"outdir": str(folder), "eval": tasks})
@@ -50,7 +53,10 @@ def read(folder: Path) -> Finished:
 
 def read_all(folders: Sequence[Path]) -> list[Finished]:
     """Read several runs. Where two folders have the same name, their paths are the names of the runs."""
-    runs = [read(folder) for folder in dict.fromkeys(folders)]
+    for i, folder in enumerate(folders):
+        if folder.resolve() in [other.resolve() for other in folders[:i]]:
+            raise ValueError(f"{folder}: named twice. Expected each run once. Name another run.")
+    runs = [read(folder) for folder in folders]
     names = [run.name for run in runs]
     return [run._replace(name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
 

@@ -28,13 +28,14 @@ from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.mixture import comparison_table
 from cbtm_pipeline.ops import planned
 from cbtm_pipeline.ops.started import Run
+from cbtm_pipeline.ops.which_run import RUNS
 from cbtm_pipeline.provenance import stale
 from cbtm_pipeline.provenance.lent import DEMO_RULE, LENT
 from cbtm_pipeline.provenance.stale import Job, States
 
 KEYS = ("base", "outdir", "grid", "runs")
-RUNS = "runs"  # the folder of the runs, in that of the study
 NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}"  # of a run: a name of a folder
+NAMES = "at most 100 letters, digits and . _ = , + -, a letter or a digit first"
 Setting = dict[str, Any]  # values by config key, such as `cluster.k`
 
 
@@ -66,10 +67,14 @@ def read(content: Any) -> Study:
     base = [base] if isinstance(base, str) else base
     if not isinstance(base, list) or not all(isinstance(path, str) for path in base):
         raise ValueError(f"base: {_show(base)}. Expected a list of config files. Correct the file.")
-    settings = {**_of_grid(content.get("grid") or {}), **_of_runs(content.get("runs") or {})}
-    if not settings:
+    of_grid, of_runs = _of_grid(content.get("grid") or {}), _of_runs(content.get("runs") or {})
+    if both := of_grid.keys() & of_runs.keys():
+        raise ValueError(
+            f"runs.{min(both)}: also the name of a run of the grid. Expected a name of its own. Rename it."
+        )
+    if not of_grid and not of_runs:
         raise ValueError("grid: nothing to try. Expected keys with their values. Add grid or runs.")
-    return Study(str(Path(outdir)), base, settings)
+    return Study(str(Path(outdir)), base, {**of_grid, **of_runs})
 
 
 def _of_grid(grid: Any) -> dict[str, Setting]:
@@ -77,21 +82,45 @@ def _of_grid(grid: Any) -> dict[str, Setting]:
     if not isinstance(grid, Mapping):
         raise ValueError(f"grid: {_show(grid)}. Expected values by config key. Correct the file.")
     for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(
-                f"grid.{key}: {_show(values)}. Expected a list of the values to try. Write [{_show(values)}]."
-            )
         _check_key(f"grid.{key}", key)
+        _check_values(f"grid.{key}", key, values)
     short, found = comparison_table.short_keys(list(grid)), {}
     for values in itertools.product(*grid.values()) if grid else ():
         name = ",".join(f"{key}={slug(value)}" for key, value in zip(short, values, strict=True))
         if name in found or not re.fullmatch(NAME, name):
-            fault = "given twice" if name in found else "no name of a folder"
+            fault = "the name of two runs" if name in found else "no name of a folder"
             raise ValueError(
-                f"grid: {name}: {fault}. Expected one short name for each combination. Name these runs "
+                f"grid: {name}: {fault}. Expected one name for each combination, of {NAMES}. Name these runs "
                 "yourself, under runs."
             )
-        found[name] = dict(zip(grid, values, strict=True))
+        found[name] = _flat("grid", dict(zip(grid, values, strict=True)))
+    return found
+
+
+def _check_values(where: str, key: str, values: Any) -> None:
+    """Refuse what is no list of values to try."""
+    if isinstance(values, Mapping):
+        todo = f"Write {key}.{next(iter(values), 'KEY')}: [...] for each key"
+    elif isinstance(values, list):
+        todo = "List one, or remove the key"
+    else:
+        todo = "List them in brackets" if values is None else f"Write [{_show(values)}]"
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}: {_show(values)}. Expected a list of the values to try. {todo}.")
+    for i, value in enumerate(values):
+        if any(value == other and type(value) is type(other) for other in values[:i]):
+            raise ValueError(f"{where}: {_show(value)}: twice. Expected each value once. Remove one.")
+
+
+def _flat(where: str, setting: Mapping[Any, Any]) -> Setting:
+    """The values of a setting by dotted key. A section and a dotted key must not give the same one."""
+    found: Setting = {}
+    for given, value in setting.items():
+        for key, one in (planned.flat({given: value}) if isinstance(given, str) else {given: value}).items():
+            _check_key(f"{where}.{key}", key)
+            if key in found:
+                raise ValueError(f"{where}.{key}: given twice. Expected each key once. Remove one.")
+            found[key] = one
     return found
 
 
@@ -102,18 +131,16 @@ def _of_runs(runs: Any) -> dict[str, Setting]:
     found = {}
     for name, setting in runs.items():
         if not isinstance(name, str) or not re.fullmatch(NAME, name):
-            raise ValueError(f"runs: {_show(name)}. Expected a name of letters and digits. Rename it.")
+            raise ValueError(f"runs: {_show(name)}. Expected a name of {NAMES}. Rename it.")
         if not isinstance(setting, Mapping | None):
             raise ValueError(f"runs.{name}: {_show(setting)}. Expected config keys. Correct the file.")
-        found[name] = planned.flat(setting or {})
-        for key in found[name]:
-            _check_key(f"runs.{name}.{key}", key)
+        found[name] = _flat(f"runs.{name}", setting or {})
     return found
 
 
 def _check_key(where: str, key: Any) -> None:
     """Refuse what is no key of the config, and the outdir, which the study sets."""
-    if not isinstance(key, str) or key == "outdir":
+    if not isinstance(key, str) or key == "outdir" or not re.fullmatch(r"[^.]+(\.[^.]+)*", key):
         raise ValueError(
             f"{where}: not for a run. Expected a key of config.yaml, such as cluster.k. Remove it."
         )
@@ -123,6 +150,8 @@ def slug(value: Any) -> str:
     """A value as a part of a name: `2`, `0.008`, `dense-steps+random`."""
     if isinstance(value, list):
         return "+".join(map(slug, value)) or "none"
+    if isinstance(value, int | float):
+        return str(value).lower() if isinstance(value, bool) else json.dumps(value)
     text = value if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "none"
 
@@ -136,21 +165,58 @@ def configs(study: Study) -> dict[str, config.Config]:
         try:
             found[name] = config.validate(content)
         except ValueError as error:
+            of_base, files = _faults(base), ", ".join(study.base) or planned.DEFAULT
             faults = str(error).splitlines()
-            raise ValueError("\n".join(f"run {name}: {fault}" for fault in faults)) from None
+            lines = [f"{files if fault in of_base else f'run {name}'}: {fault}" for fault in faults]
+            raise ValueError("\n".join(lines)) from None
+    _check_differ(found)
     _check_held_out(found)
     return found
 
 
+def _faults(content: Any) -> list[str]:
+    """What is wrong with a config."""
+    try:
+        config.validate(content)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _check_differ(found: Mapping[str, config.Config]) -> None:
+    """Refuse two runs with the same settings: a value may be written in two ways."""
+    seen: list[tuple[str, config.Config]] = []
+    for name, cfg in found.items():
+        same = cfg.model_copy(update={"outdir": ""})
+        if other := next((other for other, of_other in seen if of_other == same), None):
+            raise ValueError(
+                f"run {name}: the settings of run {other}. Expected different settings. Remove one of them."
+            )
+        seen.append((name, same))
+
+
 def _check_held_out(found: Mapping[str, config.Config]) -> None:
     """Refuse runs that would report on other text than the first, before anything is trained for them."""
-    (_, first), *others = found.items()
+    (first_name, first), *others = found.items()
     for name, cfg in others:
         about, of_first = _held_out(cfg), _held_out(first)
         if key := next((key for key in about if about[key] != of_first[key]), None):
             raise ValueError(
                 f"run {name}: another {key} changes the held-out text. Expected the same for all runs, as "
                 "others cannot be compared. Make a study of its own for each."
+            )
+        if keys(cfg)[Job("tokenizer")] == keys(first)[Job("tokenizer")]:
+            continue
+        what = f"run {name}: another tokenizer than that of {first_name}"
+        if (most := cfg.eval.max_document_tokens) is not None:
+            raise ValueError(
+                f"{what}, so the first {most} tokens of a document are another text. Expected whole "
+                "documents. Write eval: {max_document_tokens: null} into a file that base names."
+            )
+        if cfg.corpus.shard_bytes != first.corpus.shard_bytes:
+            raise ValueError(
+                f"{what}, and another corpus.shard_bytes. Expected the same shards, whose hashes show that "
+                "the held-out text is the same. Give all runs one corpus.shard_bytes."
             )
 
 
@@ -218,5 +284,5 @@ def lenders(
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

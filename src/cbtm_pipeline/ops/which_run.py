@@ -6,6 +6,8 @@ from pathlib import Path
 
 from cbtm_pipeline.base import read_yaml
 
+RUNS = "runs"  # the folder of the runs, in that of a study
+
 
 def add_options(p: argparse.ArgumentParser) -> None:
     """Add `--outdir` and `--configfile`."""
@@ -36,3 +38,8 @@ def configured(configfiles: Sequence[Path]) -> Path:
         if isinstance(content, dict):
             outdir = content.get("outdir", outdir)
     return Path(str(outdir)).expanduser()
+
+
+def of_study(folder: Path) -> list[Path]:
+    """The outdirs of the runs in the folder of a study; none if it is not one."""
+    return sorted(path.parent for path in folder.glob(f"{RUNS}/*/config.json"))
