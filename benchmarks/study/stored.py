@@ -77,6 +77,20 @@ class Study:
         """The run of the grid whose ensemble predicts best at this budget."""
         return min(self.at(n_tokens).values(), key=lambda run: run["headline"]["perplexity"])
 
+    def best_changed(self, n_tokens: int) -> Row | None:
+        """The run outside the grid that predicts best, if better than the grid's best at the same compute."""
+        best = self.best(n_tokens)
+        most = verdict.EQUAL * best["headline"]["train_flops"]
+        better = [
+            run
+            for run in self.runs
+            if not re.match("controls|k=", run["run"])
+            and (budget(run), rate(run)) == (n_tokens, rate(best))
+            and run["headline"]["train_flops"] <= most
+            and run["headline"]["perplexity"] < best["headline"]["perplexity"]
+        ]
+        return min(better, key=lambda run: run["headline"]["perplexity"], default=None)
+
     def of(self, k: int) -> list[Row]:
         """The runs of the grid with this k, from the smallest budget to the largest."""
         return sorted((run for run in self.grid if run["k"] == k), key=lambda run: run["n_tokens"])
@@ -129,6 +143,11 @@ class Study:
 def budget(run: Row) -> int:
     """Training tokens of all experts together, rounded."""
     return comparison.rounded(run["n_tokens"])
+
+
+def rate(run: Row) -> Any:
+    """The learning rate; None if that of the config."""
+    return run["setting"].get("train.lr")
 
 
 def is_dense(model: Row) -> bool:

@@ -15,6 +15,8 @@ from stored import (
     table,
 )
 
+from cbtm_pipeline.mixture import comparison
+
 PASSES = (1.5, 3, 5, 8, 16)  # expert passes per token that a user may afford
 
 
@@ -49,13 +51,16 @@ def rule(study: Study) -> list[str]:
     if without:
         run = without[-1]
         tokens += (
-            f"With {per_parameter(run):.1f}, the best ensemble was no better than the strongest dense model "
-            f"of equal compute and size: {shown(_gain(study, run))} times its perplexity at k = {run['k']}. "
+            f"With {_tokens(run)}, the ensemble of k = {run['k']} was no better than the strongest dense "
+            f"model of equal compute and size: {shown(_gain(study, run))} times its perplexity. "
+            f"{_best_k(study, run)}"
         )
-    run = with_gain[0]
+    run, *more = with_gain
+    tokens += f"With {_tokens(run)}, it had {shown(_gain(study, run))} times. "
+    tokens += "".join(f"With {_tokens(run)}: {shown(_gain(study, run))}. " for run in more)
     tokens += (
-        f"With {per_parameter(run):.0f}, it had {shown(_gain(study, run))} times. "
-        "With fewer tokens, train one dense model, or give the experts more steps."
+        f"Between these, nothing was measured. Below about {_tokens(run)}, expect little: train one dense "
+        "model, or train longer."
     )
     large = [
         f"{shown(over(run, run['headline']['model'], LARGE))} at {per_parameter(run):.0f}"
@@ -69,13 +74,19 @@ def rule(study: Study) -> list[str]:
         )
     lines = [
         tokens,
-        "**Then many experts, if all can run at once.** With all experts active, "
+        "**Then many experts, if all can run at once, until more gain nothing.** With all experts active, "
         f"{_best_ks(study, float('inf'))}. {_last_step(study)}",
         "**Fewer experts where a token may cost little.** With at most 3 expert passes per token, "
-        f"{_best_ks(study, 3)}.",
+        f"{_best_ks(study, 3)}. With at most 5, {_best_ks(study, 5)}.",
         *_unbalanced(study),
     ]
     return [f"{number}. {line}" for number, line in enumerate(lines, 1)] + [""]
+
+
+def _best_k(study: Study, run: Row) -> str:
+    """The best k at a run's budget, if it is another, in words."""
+    best = study.best(comparison.rounded(run["n_tokens"]))
+    return "" if best["k"] == run["k"] else f"The best, k = {best['k']}, had {study.ratio(best):.3f}. "
 
 
 def _tokens(run: Row) -> str:
@@ -103,7 +114,8 @@ def _unbalanced(study: Study) -> list[str]:
     found = in_order(f"{shown(estimate)} at {_tokens(run)}" for run, estimate in told)
     return [
         "**With few tokens, try clusters that are not balanced** (`cluster.balance: none`). Their perplexity "
-        f"over that of balanced ones was {found} tokens per parameter. Balanced clusters are the default: no "
+        f"over that of balanced ones was {found} tokens per parameter. With {_tokens(runs[0])}, that is "
+        f"{study.ratio(runs[0]):.3f} times the strongest dense model. Balanced clusters are the default: no "
         "expert runs out of text before the others."
     ]
 

@@ -25,6 +25,7 @@ from stored import (
     millions,
     model,
     over,
+    rate,
     shown,
     table,
 )
@@ -59,13 +60,16 @@ def summary(study: Study) -> list[str]:
         best = study.best(n_tokens)
         dense = study.strongest(best)["model"]
         text = (
-            f"At {millions(n_tokens)} training tokens{study.tried(n_tokens)} the best ensemble has "
-            f"k = {best['k']}, and {study.ratio(best):.3f} times the perplexity of `{dense}`, the "
+            f"At {millions(n_tokens)} training tokens{study.tried(n_tokens)} the best ensemble of the grid "
+            f"has k = {best['k']}, and {study.ratio(best):.3f} times the perplexity of `{dense}`, the "
             "strongest dense model of equal compute and of an expert's size."
         )
         if large := study.dense(best).get(LARGE):
             ratio = best["headline"]["perplexity"] / large["perplexity"]
             text += f" It has {ratio:.3f} times that of `{LARGE}`: equal compute, but twice the layers."
+        if changed := study.best_changed(n_tokens):
+            name, ratio = changed["run"], study.ratio(changed)
+            text += f" With one change, `{name}`, k = {changed['k']} has {ratio:.3f}."
         lines.append(f"* {text}")
     return [*lines, ""]
 
@@ -187,10 +191,6 @@ def claims(study: Study) -> list[str]:
     with_random = [run for run in runs if any(row["model"] == "random, uniform" for row in run["models"])]
     wins = [study.over_strongest(run, run["headline"]["model"]) for run in runs]
     random = [study.over_strongest(run, "random, uniform") for run in with_random]
-    sparse = {
-        name: [over(run, f"filter {name}", "dense") for run in runs]
-        for name in ("top-1", "top-2", f"all-{runs[0]['k']}")
-    }
     ours = [against(run, "filter", "paper") for run in runs]
     k = runs[0]["k"]
     rows = [
@@ -202,11 +202,7 @@ def claims(study: Study) -> list[str]:
         *_larger(runs),
         *_rates(study),
         *_seeds(study),
-        (
-            "One active expert already beats dense, and two are about as good as all (C-BTM)",
-            verdict_of(runs, sparse["top-1"], "holds", "does not hold"),
-            f"over `dense`: {'. '.join(f'{name}: {each(runs, found)}' for name, found in sparse.items())}",
-        ),
+        *_sparse(runs),
         (
             "Experts on random clusters gain nothing (C-BTM)",
             verdict_of(with_random, random, "does not hold", "holds"),
@@ -237,6 +233,29 @@ def _larger(runs: Sequence[Row]) -> list[tuple[str, str, str]]:
     verdict = verdict_of(runs, found, "holds", "does not hold")
     claim = "They beat a dense model of equal compute with twice the layers, too (ours)"
     return [(claim, verdict, f"k = {runs[0]['k']}, over `{LARGE}`: {each(runs, found)}")]
+
+
+def _sparse(runs: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """The paper's claims about one and two active experts, with the paper's router."""
+    ones = [over(run, "paper top-1", "dense") for run in runs]
+    twos = [
+        model(run, "paper top-2")["perplexity"] / model(run, f"paper all-{run['k']}")["perplexity"]
+        for run in runs
+    ]
+    told = zip(runs, twos, strict=True)
+    return [
+        (
+            "One active expert already beats dense (C-BTM)",
+            verdict_of(runs, ones, "holds", "does not hold"),
+            f"`paper top-1` over `dense`: {each(runs, ones)}",
+        ),
+        (
+            "Two active experts are about as good as all (C-BTM)",
+            f"worse by {100 * (min(twos) - 1):.1f} to {100 * (max(twos) - 1):.1f} %",
+            f"`paper top-2` over `paper all-{runs[0]['k']}`: "
+            + "; ".join(f"{millions(run['n_tokens'])} tokens: {ratio:.3f}" for run, ratio in told),
+        ),
+    ]
 
 
 def _rates(study: Study) -> list[tuple[str, str, str]]:
@@ -275,8 +294,19 @@ def _seeds(study: Study) -> list[tuple[str, str, str]]:
 
 CLAIMED = (  # run, claim, what it says if the run is better than the base, and if it is worse
     ("balance=none", "Balance matters (C-BTM)", "does not hold", "holds"),
-    ("by=label", "Clusters that are found are as good as labels (C-BTM)", "does not hold", "holds"),
-    ("seed_share=0.25", "The seed is worth half of the compute (BTM)", "does not hold", "holds"),
+    ("by=label", "Clusters that are found are better than labels (C-BTM)", "does not hold", "holds"),
+    (
+        "by=label+text",
+        "Labels and text together are better than text (C-BTM's outlook)",
+        "holds",
+        "does not hold",
+    ),
+    (
+        "seed_share=0.25",
+        "Half of the compute for the seed is better than a quarter (BTM)",
+        "does not hold",
+        "holds",
+    ),
 )
 
 
@@ -308,7 +338,8 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
         (
             "The gain grows with the data (C-BTM)",
             "holds" if falls else "holds in part",
-            "; ".join(f"k = {k}: {' → '.join(f'{r:.3f}' for r in each)}" for k, each in ratios.items()),
+            "; ".join(f"k = {k}: {' → '.join(f'{r:.3f}' for r in each)}" for k, each in ratios.items())
+            + _other_rates(study),
         ),
         (
             "The best k grows with the data (C-BTM)",
@@ -317,6 +348,15 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
         ),
     ]
     return found if len(whole) > 1 else found[:1]
+
+
+def _other_rates(study: Study) -> str:
+    """Which budgets of the grid have another learning rate than the smallest one, in words."""
+    smallest, *others = study.of(8)
+    told = [
+        f"{millions(run['n_tokens'])} tokens at {rate(run)}" for run in others if rate(run) != rate(smallest)
+    ]
+    return f". Learning rate {rate(smallest)}, but {' and '.join(told)}" if told else ""
 
 
 def write(study: Study) -> str:

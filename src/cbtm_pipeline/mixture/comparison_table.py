@@ -36,8 +36,9 @@ def notes(content: Content) -> list[str]:
         if content["unit"] == "perplexity"
         else "The runs have different tokenizers: compare bits per byte, not perplexities."
     )
+    several = f"{compares} Each run reports on its own documents; pairs are on those that both report."
     return [
-        f"{compares} Each run reports on its own documents; pairs are on those that both report.",
+        *([several] if len(content["runs"]) > 1 else []),
         "ensemble: the best setting of the routers, chosen on other documents. ratio: its perplexity over "
         "that of the strongest dense model of equal compute in the same run, with its 95 % interval.",
         "tokens: of all experts together, without the seed. FLOPs: all training, the seed's included.",
