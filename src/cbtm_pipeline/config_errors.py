@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 OWN = "own"  # type of the errors whose message is the whole line
 SHOWN = 60  # characters of a value
 OF_STUDY = ("base", "grid", "runs")  # keys of ops/study.py that no config has
-OF_STUDY_TODO = "Run a study with snakemake -s workflow/study.smk --configfile FILE."
+OF_STUDY_TODO = "Run a study with snakemake -s workflow/study.smk --configfile FILE --cores 2."
 _INNER = ("function-", "list[", "constrained")  # what pydantic puts between the keys
 
 

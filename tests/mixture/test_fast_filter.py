@@ -62,6 +62,9 @@ def test_weights_that_could_vanish_are_not_evaluated_fast() -> None:
     assert spread.holds(Setting("filter", 2, 0.1, 0.1, 1.0))
     assert not spread.holds(Setting("filter", 2, 1e-3, 0.1, 1.0))
     assert not spread.holds(Setting("filter", 2, 0.1, 0.0, 1.0))
+    wide = fast_filter.Spread(logprob=150, d2=0)  # a token may cost an expert twice as much as another
+    assert wide.holds(Setting("filter", 2, 0.1, 0.1, 1.0))
+    assert not wide.holds(Setting("filter", 2, 0.1, 0.1, 3.0))
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])

@@ -9,7 +9,8 @@ It is the recursion of `ensemble.filter_log_weights`, with probabilities in plac
 The paper's router is the filter with epsilon = 1. So a token costs a few products for each expert, and a
 logarithm once. What settings share is computed once: the prior, g for each beta. The results differ from
 those of `ensemble` by rounding alone, as long as no weight falls below the smallest float64 (`Spread.holds`)
-and no two experts have the same distances for long (`tied`).
+and no two experts have the same distances for long (`tied`). Two weights that are equal by chance may make
+another expert active.
 
 Shapes as in `ensemble`. All arrays have the experts first and the tokens in the order of their positions.
 """

@@ -130,7 +130,7 @@ class _Documents:
         tied_D = fast_filter.tied(held_out)
         self.parts = fast_filter.parts(held_out, ~tied_D)
         self.tied_D = np.flatnonzero(tied_D)
-        self.tied = _documents(held_out, self.tied_D)
+        self.tied = held_out if tied_D.all() else _documents(held_out, self.tied_D)
 
     def nlls(self, settings: Sequence[Setting]) -> dict[Setting, float]:
         """The nll of each setting, per token."""

@@ -104,7 +104,7 @@ def _check_values(where: str, key: str, values: Any) -> None:
     elif isinstance(values, list):
         todo = "List one, or remove the key"
     else:
-        todo = "List them in brackets" if values is None else f"Write [{_show(values)}]"
+        todo = f"Write [{_show(values)}]" if isinstance(values, int | float) else "List them in brackets"
     if not isinstance(values, list) or not values:
         raise ValueError(f"{where}: {_show(values)}. Expected a list of the values to try. {todo}.")
     for i, value in enumerate(values):
@@ -116,10 +116,16 @@ def _flat(where: str, setting: Mapping[Any, Any]) -> Setting:
     """The values of a setting by dotted key. A section and a dotted key must not give the same one."""
     found: Setting = {}
     for given, value in setting.items():
-        for key, one in (planned.flat({given: value}) if isinstance(given, str) else {given: value}).items():
+        values = planned.flat({given: value}) if isinstance(given, str) else {given: value}
+        for key, one in values.items():
             _check_key(f"{where}.{key}", key)
-            if key in found:
-                raise ValueError(f"{where}.{key}: given twice. Expected each key once. Remove one.")
+            within = [
+                other for other in found if f"{other}.".startswith(f"{key}.") or key.startswith(f"{other}.")
+            ]
+            if within:
+                raise ValueError(
+                    f"{where}.{key}: also given by {within[0]}. Expected each key once. Remove one."
+                )
             found[key] = one
     return found
 
@@ -205,19 +211,28 @@ def _check_held_out(found: Mapping[str, config.Config]) -> None:
                 f"run {name}: another {key} changes the held-out text. Expected the same for all runs, as "
                 "others cannot be compared. Make a study of its own for each."
             )
-        if keys(cfg)[Job("tokenizer")] == keys(first)[Job("tokenizer")]:
+        if not _have_different_tokenizers(first, cfg):
             continue
         what = f"run {name}: another tokenizer than that of {first_name}"
         if (most := cfg.eval.max_document_tokens) is not None:
             raise ValueError(
                 f"{what}, so the first {most} tokens of a document are another text. Expected whole "
-                "documents. Write eval: {max_document_tokens: null} into a file that base names."
+                "documents. Set eval.max_document_tokens to null for all runs."
             )
         if cfg.corpus.shard_bytes != first.corpus.shard_bytes:
             raise ValueError(
                 f"{what}, and another corpus.shard_bytes. Expected the same shards, whose hashes show that "
                 "the held-out text is the same. Give all runs one corpus.shard_bytes."
             )
+
+
+def _have_different_tokenizers(a: config.Config, b: config.Config) -> bool:
+    """Whether two runs have different tokenizers. Two that are not trained here may be the same."""
+    first, second = plan.tokenizer(a), plan.tokenizer(b)
+    if first.source and second.source:
+        return False
+    corpora = [[cfg.corpus.train, cfg.corpus.eval] for cfg in (a, b)]
+    return first.content() != second.content() or corpora[0] != corpora[1]
 
 
 def _held_out(cfg: config.Config) -> dict[str, Any]:
