@@ -19,8 +19,8 @@ def writer() -> ModuleType:
 
 
 def test_the_page_is_that_of_the_stored_metrics(writer: ModuleType) -> None:
-    study = writer.Study(ROOT / "docs/study/technical.json")
-    assert writer.write(study) == (ROOT / "docs/study.md").read_text("utf-8")
+    study, of_demo = (writer.Study(ROOT / f"docs/study/{name}.json") for name in ("technical", "demo"))
+    assert writer.write(study, of_demo) == (ROOT / "docs/study.md").read_text("utf-8")
     assert writer.which_k.write(study) == (ROOT / "docs/which-k.md").read_text("utf-8")
 
 

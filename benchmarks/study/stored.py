@@ -13,6 +13,18 @@ BASES = {  # what runs stand against that differ from the base in more than one 
     "balance=none,steps=800": "controls,steps=800",
     "balance=none,steps=3200": "k=8,steps=3200",
 }
+CHANGES = {
+    "balance=none": "clusters that are not balanced",
+    "balance=none,steps=800": "the same with 6.6 M tokens",
+    "balance=none,steps=3200": "the same with 26 M tokens",
+    "by=label": "clusters made of the labels, dealt to eight experts",
+    "by=label+text": "labels and text together",
+    "border_share=0.1": "a tenth of each expert's text from its neighbours",
+    "seed_share=0.25": "a quarter of the compute for the seed, not half",
+    "parents=2": "clusters of clusters: two parents, and four experts that begin as each",
+    "fit_documents=10000": "clusters that are fitted on 10 000 documents, not on all",
+    "second_round": "documents go to the expert that predicts them best, then training goes on",
+}
 LARGE = "dense-large"  # has twice the layers of an expert
 Row = dict[str, Any]
 Estimate = tuple[float, list[float] | None]  # a ratio with its 95 % interval
@@ -78,13 +90,14 @@ class Study:
         return min(self.at(n_tokens).values(), key=lambda run: run["headline"]["perplexity"])
 
     def best_changed(self, n_tokens: int) -> Row | None:
-        """The run outside the grid that predicts best, if better than the grid's best at the same compute."""
+        """The best run with one change, if clearly better than its base, and better than the grid's best."""
         best = self.best(n_tokens)
         most = verdict.EQUAL * best["headline"]["train_flops"]
         better = [
             run
             for run in self.runs
-            if not re.match("controls|k=", run["run"])
+            if run["run"] in CHANGES
+            and self.pair(run["run"], self.base_of(run["run"]))[1][1] < 1
             and (budget(run), rate(run)) == (n_tokens, rate(best))
             and run["headline"]["train_flops"] <= most
             and run["headline"]["perplexity"] < best["headline"]["perplexity"]

@@ -56,7 +56,7 @@ def rule(study: Study) -> list[str]:
             f"{_best_k(study, run)}"
         )
     run, *more = with_gain
-    tokens += f"With {_tokens(run)}, it had {shown(_gain(study, run))} times. "
+    tokens += f"With {_tokens(run)}, k = {run['k']} had {shown(_gain(study, run))} times. "
     tokens += "".join(f"With {_tokens(run)}: {shown(_gain(study, run))}. " for run in more)
     tokens += (
         f"Between these, nothing was measured. Below about {_tokens(run)}, expect little: train one dense "
@@ -69,15 +69,16 @@ def rule(study: Study) -> list[str]:
     ]
     if large:
         tokens += (
-            " A dense model with twice the layers and equal compute is harder to beat: the ensemble had "
-            f"{in_order(large)} times its perplexity."
+            " A dense model with twice the layers and equal compute is harder to beat. Over it, the ensemble "
+            f"had {in_order(large)}."
         )
     lines = [
         tokens,
         "**Then many experts, if all can run at once, until more gain nothing.** With all experts active, "
         f"{_best_ks(study, float('inf'))}. {_last_step(study)}",
         "**Fewer experts where a token may cost little.** With at most 3 expert passes per token, "
-        f"{_best_ks(study, 3)}. With at most 5, {_best_ks(study, 5)}.",
+        f"{_best_ks(study, 3)}. With at most 5, {_best_ks(study, 5)}. Where the table below has 1 "
+        "or more, the dense model was better.",
         *_unbalanced(study),
     ]
     return [f"{number}. {line}" for number, line in enumerate(lines, 1)] + [""]

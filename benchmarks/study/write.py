@@ -15,6 +15,7 @@ from pathlib import Path
 import which_k
 from stored import (
     BASES,
+    CHANGES,
     LARGE,
     Estimate,
     Row,
@@ -61,12 +62,12 @@ def summary(study: Study) -> list[str]:
         dense = study.strongest(best)["model"]
         text = (
             f"At {millions(n_tokens)} training tokens{study.tried(n_tokens)} the best ensemble of the grid "
-            f"has k = {best['k']}, and {study.ratio(best):.3f} times the perplexity of `{dense}`, the "
+            f"has k = {best['k']}. Its perplexity is {study.ratio(best):.3f} times that of `{dense}`, the "
             "strongest dense model of equal compute and of an expert's size."
         )
         if large := study.dense(best).get(LARGE):
             ratio = best["headline"]["perplexity"] / large["perplexity"]
-            text += f" It has {ratio:.3f} times that of `{LARGE}`: equal compute, but twice the layers."
+            text += f" It is {ratio:.3f} times that of `{LARGE}`: equal compute, but twice the layers."
         if changed := study.best_changed(n_tokens):
             name, ratio = changed["run"], study.ratio(changed)
             text += f" With one change, `{name}`, k = {changed['k']} has {ratio:.3f}."
@@ -128,20 +129,6 @@ def routers(study: Study, k: int) -> list[str]:
             cells.append(f"{row['perplexity'] / model(run, 'dense')['perplexity']:.3f}{passes}")
         rows.append([name, *cells])
     return table(["model", *(f"{millions(run['n_tokens'])} tokens" for run in runs)], rows)
-
-
-CHANGES = {
-    "balance=none": "clusters that are not balanced",
-    "balance=none,steps=800": "the same with 6.6 M tokens",
-    "balance=none,steps=3200": "the same with 26 M tokens",
-    "by=label": "clusters made of the labels, dealt to eight experts",
-    "by=label+text": "labels and text together",
-    "border_share=0.1": "a tenth of each expert's text from its neighbours",
-    "seed_share=0.25": "a quarter of the compute for the seed, not half",
-    "parents=2": "clusters of clusters: two parents, and four experts that begin as each",
-    "fit_documents=10000": "clusters that are fitted on 10 000 documents, not on all",
-    "second_round": "documents go to the expert that predicts them best, then training goes on",
-}
 
 
 def changes(study: Study) -> list[str]:
@@ -359,7 +346,19 @@ def _other_rates(study: Study) -> str:
     return f". Learning rate {rate(smallest)}, but {' and '.join(told)}" if told else ""
 
 
-def write(study: Study) -> str:
+def demo(study: Study) -> list[str]:
+    """The same grid on the built-in corpus."""
+    run = study.by_name["balance=none"]
+    ratio = study.pair(run["run"], study.base)
+    return [
+        *budgets(study),
+        "",
+        f"Clusters that are not balanced have {verdict.interval(*ratio)} times the perplexity of balanced "
+        f"ones (k = {run['k']}), and an NMI with the domains of {run['labels']['training']['nmi']:.3f}.",
+    ]
+
+
+def write(study: Study, of_demo: Study) -> str:
     """The page: a part for each mark of the text, as far as the study has run."""
     parts = {
         "summary": summary(study),
@@ -368,13 +367,14 @@ def write(study: Study) -> str:
         "budgets": budgets(study),
         "changes": changes(study),
         "routers": routers(study, 8),
+        "demo": demo(of_demo),
     }
     return filled("study.md", parts)
 
 
 def main() -> None:
-    study = Study(DOCS / "study/technical.json")
-    (DOCS / "study.md").write_text(write(study), "utf-8")
+    study, of_demo = Study(DOCS / "study/technical.json"), Study(DOCS / "study/demo.json")
+    (DOCS / "study.md").write_text(write(study, of_demo), "utf-8")
     (DOCS / "which-k.md").write_text(which_k.write(study), "utf-8")
 
 
