@@ -114,15 +114,9 @@ def distances(
 
     `n_tokens` serves progress lines.
     """
-    lengths = [0]
-
-    def counted() -> Iterator[np.ndarray]:
-        for document in documents:
-            lengths.append(len(document) - 1)
-            yield document
-
+    documents = list(documents)
     if isinstance(embedder, tfidf.Embedder):
-        found = prefix_distances(counted(), embedder.E_VD, centres_KD)
+        found = prefix_distances(documents, embedder.E_VD, centres_KD)
     else:
 
         def embed_tokens(runs: list[np.ndarray]) -> np.ndarray:
@@ -131,13 +125,13 @@ def distances(
 
         assert plan.window_tokens is not None
         n_last = TOKEN_RATIO * embedder.size
-        found = text_distances(counted(), centres_KD, plan.window_tokens, n_last, embed_tokens)
+        found = text_distances(documents, centres_KD, plan.window_tokens, n_last, embed_tokens)
     progress = cli.Progress("routed", n_tokens, "tokens")
     d2 = [np.empty((0, len(centres_KD)), np.float32)]
     for d2_RK in found:
         d2.append(d2_RK)
         progress.add(len(d2_RK))
-    return np.concatenate(d2), np.cumsum(lengths, dtype=np.int64)
+    return np.concatenate(d2), np.cumsum([0, *(len(document) - 1 for document in documents)], dtype=np.int64)
 
 
 def documents(

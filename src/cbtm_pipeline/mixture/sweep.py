@@ -98,22 +98,22 @@ def sweep(calibration: HeldOut, reported: HeldOut, grid: Grid, n_threads: int = 
     n_experts = calibration.d2_NK.shape[1]
     top_ks = dict.fromkeys(min(top_k, n_experts) for top_k in grid.top_k)
     groups = list(dict.fromkeys(itertools.product(grid.routers, top_ks)))
-    points = [(*group, temperature) for group in groups for temperature in dict.fromkeys(grid.temperature)]
-    settings = {point: _settings(*point, grid) for point in points}
+    temperatures = list(dict.fromkeys(grid.temperature))
     with ThreadPoolExecutor(n_threads) as pool:
-        tried = _Documents(calibration, pool, n_threads, "tried").nlls(
-            list(itertools.chain(*settings.values()))
-        )
+        settings = {
+            group: [_settings(*group, temperature, grid) for temperature in temperatures] for group in groups
+        }
+        every = [setting for group in groups for some in settings[group] for setting in some]
+        tried = _Evaluation(calibration, pool, n_threads, "tried").nlls(every)
         chosen: dict[Setting, float] = {}
         for group in groups:
-            for point in points:
-                if point[:2] == group:
-                    best = min(settings[point], key=lambda setting: tried[setting])
-                    chosen[best] = tried[best]
+            for some in settings[group]:
+                best = min(some, key=lambda setting: tried[setting])
+                chosen[best] = tried[best]
             if ROUTERS[group[0]].may_stay and group[1] < n_experts:
-                of_group = {s: nll for s, nll in tried.items() if (s.router, s.top_k) == group}
+                of_group = {setting: tried[setting] for some in settings[group] for setting in some}
                 chosen |= _staying(calibration, of_group, grid, pool)
-        costs = _Documents(reported, pool, n_threads, "reported").costs(list(chosen))
+        costs = _Evaluation(reported, pool, n_threads, "reported").costs(list(chosen))
     n_tokens = max(reported.offsets[-1], 1)
     return [
         Result(setting, nll, costs[setting].nll_D, float(costs[setting].passes_D.sum() / n_tokens))
@@ -121,7 +121,7 @@ def sweep(calibration: HeldOut, reported: HeldOut, grid: Grid, n_threads: int = 
     ]
 
 
-class _Documents:
+class _Evaluation:
     """Held-out documents, and what settings cost on them: fast where `fast_filter` can evaluate them."""
 
     def __init__(self, held_out: HeldOut, pool: Executor, n_threads: int, what: str):

@@ -157,7 +157,7 @@ def slug(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(slug, value)) or "none"
     if isinstance(value, int | float):
-        return str(value).lower() if isinstance(value, bool) else json.dumps(value)
+        return json.dumps(value)
     text = value if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "none"
 
