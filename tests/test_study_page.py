@@ -1,9 +1,11 @@
 """docs/study.md says what the stored metrics say."""
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from cbtm_pipeline.ops import k_checks
@@ -20,7 +22,8 @@ def writer() -> ModuleType:
 
 def test_the_page_is_that_of_the_stored_metrics(writer: ModuleType) -> None:
     study, of_demo = (writer.Study(ROOT / f"docs/study/{name}.json") for name in ("technical", "demo"))
-    assert writer.write(study, of_demo) == (ROOT / "docs/study.md").read_text("utf-8")
+    of_rerouting = json.loads((ROOT / "docs/study/rerouting.json").read_text("utf-8"))
+    assert writer.write(study, of_demo, of_rerouting) == (ROOT / "docs/study.md").read_text("utf-8")
     assert writer.which_k.write(study) == (ROOT / "docs/which-k.md").read_text("utf-8")
 
 
@@ -66,3 +69,25 @@ def test_each_seed_is_shown_against_the_dense_model_of_the_group(writer: ModuleT
     }
     (row,) = [line for line in writer.claims(study) if "over 3 random seeds" in line]
     assert f"over `dense`: {ratio:.3f}" in row and f"each {', '.join([f'{ratio:.3f}'] * 3)}" in row
+
+
+def test_weights_stay_for_an_interval_of_their_document(writer: ModuleType) -> None:
+    rerouting = importlib.import_module("rerouting")
+    offsets = np.array([0, 5, 5, 7])
+    logw_NK = np.arange(14.0).reshape(7, 2)
+    rows = {1: [0, 1, 2, 3, 4, 5, 6], 2: [0, 0, 2, 2, 4, 5, 5], 9: [0, 0, 0, 0, 0, 5, 5]}
+    for interval, row_N in rows.items():
+        assert rerouting.held_weights(logw_NK, offsets, interval).tolist() == logw_NK[row_N].tolist()
+
+
+def test_each_kind_of_model_is_judged_at_its_own_best_rate(writer: ModuleType) -> None:
+    study = writer.Study(ROOT / "docs/study/technical.json")
+    for of in writer.rates.tried(study):
+        at, (ratio, ci95) = writer.rates.at_best(study, of)
+        dense = [name for name in of.names if name not in ("dense-large", writer.rates.ENSEMBLE)]
+        strongest = min(found[name] for found in of.perplexities.values() for name in dense)
+        best = min(found[writer.rates.ENSEMBLE] for found in of.perplexities.values())
+        assert ci95 is not None or at.count(" at ") == 2
+        assert ratio == pytest.approx(best / strongest, rel=1e-3), (
+            "the interval's ratio is that of the documents"
+        )

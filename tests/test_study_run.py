@@ -97,6 +97,15 @@ def test_each_run_is_an_ordinary_one(project: Path) -> None:
     assert '"failed"' not in told and '"waiting"' not in told
 
 
+def test_status_of_a_study_has_a_row_for_each_run(project: Path) -> None:
+    words = [sys.executable, "-m", "cbtm_pipeline", "status", "results/study"]
+    told = subprocess.run(words, cwd=project, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^(k=\d)\S* +done +#{8} +(\d)/\2$", told, re.M) == [("k=1", "3"), ("k=2", "4")]
+    assert told.startswith("results/study: no snakemake runs\n") and "\n2 runs: 2 done\n" in told
+    told = subprocess.run([*words, "--json"], cwd=project, capture_output=True, text=True, check=True).stdout
+    assert [Path(run["outdir"]).name for run in json.loads(told)] == ["k=1,steps=4", "k=2,steps=4"]
+
+
 def test_k_of_one_is_the_dense_model(project: Path) -> None:
     run = project / "results/study/runs/k=1,steps=4"
     one, dense = (run / f"experts/{name}/model.safetensors" for name in ("0", "dense"))

@@ -7,11 +7,13 @@ verdict on the pages is computed here.
 """
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import rates
 import which_k
 from stored import (
     BASES,
@@ -131,6 +133,19 @@ def routers(study: Study, k: int) -> list[str]:
     return table(["model", *(f"{millions(run['n_tokens'])} tokens" for run in runs)], rows)
 
 
+def rerouting(study: Study, found: Sequence[Row]) -> list[str]:
+    """What it costs to renew the weights less often than at every token (rerouting.py)."""
+    header, columns = ["new weights every"], []
+    for of_run in found:
+        tokens = millions(study.by_name[of_run["run"]]["n_tokens"])
+        for router, cells in of_run["routers"].items():
+            header.append(f"`{router}`, {tokens}")
+            columns.append([f"{cell['ratio']:.3f}" for cell in cells])
+    intervals = [cell["interval"] for cell in found[0]["routers"]["paper"]]
+    names = ["token", *(f"{n} tokens" for n in intervals[1:])]
+    return table(header, zip(names, *columns, strict=True))
+
+
 def changes(study: Study) -> list[str]:
     """What one change to the base run makes of its best ensemble."""
     rows = []
@@ -187,7 +202,7 @@ def claims(study: Study) -> list[str]:
             f"k = {k}, over the strongest dense model: {each(runs, wins)}",
         ),
         *_larger(runs),
-        *_rates(study),
+        *rates.claim(study),
         *_seeds(study),
         *_sparse(runs),
         (
@@ -243,21 +258,6 @@ def _sparse(runs: Sequence[Row]) -> list[tuple[str, str, str]]:
             + "; ".join(f"{millions(run['n_tokens'])} tokens: {ratio:.3f}" for run, ratio in told),
         ),
     ]
-
-
-def _rates(study: Study) -> list[tuple[str, str, str]]:
-    """The first claim with other learning rates for all models."""
-    rows = []
-    for run in study.runs:
-        if run["run"].startswith("lr="):
-            found = study.over_strongest(run, run["headline"]["model"])
-            best, dense = run["headline"]["perplexity"], study.strongest(run)["perplexity"]
-            about = f"k = {run['k']}, {millions(run['n_tokens'])} tokens: {shown(found)}"
-            claim = f"The same with learning rate {run['setting']['train.lr']} for all models"
-            rows.append(
-                (claim, judged(found, "holds", "does not hold"), f"{about}, {best:.1f} over {dense:.1f}")
-            )
-    return rows
 
 
 def _seeds(study: Study) -> list[tuple[str, str, str]]:
@@ -358,7 +358,7 @@ def demo(study: Study) -> list[str]:
     ]
 
 
-def write(study: Study, of_demo: Study) -> str:
+def write(study: Study, of_demo: Study, of_rerouting: Sequence[Row]) -> str:
     """The page: a part for each mark of the text, as far as the study has run."""
     parts = {
         "summary": summary(study),
@@ -366,7 +366,9 @@ def write(study: Study, of_demo: Study) -> str:
         "claims": claims(study),
         "budgets": budgets(study),
         "changes": changes(study),
+        "rates": rates.section(study),
         "routers": routers(study, 8),
+        "rerouting": rerouting(study, of_rerouting),
         "demo": demo(of_demo),
     }
     return filled("study.md", parts)
@@ -374,7 +376,8 @@ def write(study: Study, of_demo: Study) -> str:
 
 def main() -> None:
     study, of_demo = Study(DOCS / "study/technical.json"), Study(DOCS / "study/demo.json")
-    (DOCS / "study.md").write_text(write(study, of_demo), "utf-8")
+    of_rerouting = json.loads((DOCS / "study/rerouting.json").read_text("utf-8"))
+    (DOCS / "study.md").write_text(write(study, of_demo, of_rerouting), "utf-8")
     (DOCS / "which-k.md").write_text(which_k.write(study), "utf-8")
 
 

@@ -1,6 +1,7 @@
 """Show how a run is going, during the run and afterwards: its stages, its experts, their Slurm jobs.
 
     cbtm status results
+    cbtm status results/study          # one row for each run of a study
 
 Reads the files that a run leaves in its folder, and asks Slurm once. Writes nothing. Files may be missing or
 partial: then less is shown. It is also `python -m cbtm_pipeline.status`. The states:
@@ -29,7 +30,7 @@ from cbtm_pipeline.base import cli
 from cbtm_pipeline.corpus import files as corpus_files
 from cbtm_pipeline.ops import lenient, run_state, status_table, which_run
 from cbtm_pipeline.ops.run_state import LOG_TAIL, Evidence, Snapshot
-from cbtm_pipeline.ops.status_table import Row, Status
+from cbtm_pipeline.ops.status_table import URGENT, Row, Status
 from cbtm_pipeline.plan import LargePlan, TrainingPlan
 from cbtm_pipeline.provenance import stale
 from cbtm_pipeline.slurm import commands
@@ -93,10 +94,7 @@ def gather(outdir: Path, queue: Mapping[str, commands.QueuedJob] | None, now: fl
     if not names:
         left_out.add("score_expert")
     if began is None and not names:
-        note = f"{outdir}: {NO_RUN}"
-        if runs := which_run.of_study(outdir):
-            note = f"{outdir}: a study. Expected the folder of one run. Name one: {', '.join(map(str, runs))}"
-        return Status(str(outdir), None, [], [note])
+        return Status(str(outdir), None, [], [f"{outdir}: {NO_RUN}"])
     many = {"score_expert": scored, "eval_task": models, "choose": kinds}
     many["score_training"] = [name for name in trained if plan_first.is_first(name)]
     active = run_state.holder(outdir / ".lock", now)
@@ -123,8 +121,7 @@ def _stage(run: Snapshot, name: str, expert: str | None = None) -> Row:
 def _stages(run: Snapshot, name: str, experts: Sequence[str]) -> Row:
     """All jobs of a rule as one row. Its state is that of the job that needs attention most."""
     jobs = {expert: _stage(run, name, expert) for expert in experts}
-    order = ("failed", "unknown", "running", "stopped", "waiting", "done")
-    expert = min(jobs, key=lambda expert: order.index(jobs[expert].state))
+    expert = min(jobs, key=lambda expert: URGENT.index(jobs[expert].state))
     n_done = sum(job.state == "done" for job in jobs.values())
     error = jobs[expert].error
     row = Row("stage", name, jobs[expert].state, n_done, len(jobs))
@@ -173,6 +170,11 @@ def _announced(outdir: Path, name: str) -> float | None:
     return float(found[-1]) if found else None
 
 
+def is_run(outdir: Path) -> bool:
+    """Whether the folder has traces of a run of its own. That of a study has none."""
+    return (outdir / "config.json").exists() or bool(run_state.traces(outdir))
+
+
 def ask_slurm(outdirs: Sequence[Path]) -> tuple[dict[str, commands.QueuedJob] | None, str | None]:
     """Slurm's queue and None; or None and why it is not known.
 
@@ -195,7 +197,7 @@ def main() -> None:
         "outdir",
         nargs="*",
         type=Path,
-        help="folders of runs; default: the outdir of the config in this folder",
+        help="folders of runs or studies; default: the outdir of the config in this folder",
     )
     p.add_argument(
         "--outdir",
@@ -212,14 +214,22 @@ def main() -> None:
     p.add_argument("--json", action="store_true", help="print everything as JSON, for programs")
     args = p.parse_args()
     outdirs = [*args.outdir, *args.more] or [which_run.configured(args.configfile)]
-    queue, trouble = ask_slurm(outdirs)
-    runs = [gather(outdir, queue, time.time()) for outdir in outdirs]
-    runs = [run._replace(notes=[*run.notes, trouble]) if trouble else run for run in runs]
+    of_studies = {outdir: which_run.of_study(outdir) for outdir in outdirs if not is_run(outdir)}
+    folders = [run for outdir in outdirs for run in of_studies.get(outdir) or [outdir]]
+    queue, trouble = ask_slurm(folders)
+    runs = {outdir: gather(outdir, queue, time.time()) for outdir in folders}
+    runs = {k: run._replace(notes=[*run.notes, trouble]) if trouble else run for k, run in runs.items()}
     if args.json:
-        content = [run._asdict() | {"rows": [row._asdict() for row in run.rows]} for run in runs]
+        content = [run._asdict() | {"rows": [row._asdict() for row in run.rows]} for run in runs.values()]
         status_table.show(json.dumps(content, indent=1) + "\n")
-    else:
-        status_table.show("\n".join(status_table.render(run) for run in runs))
+        return
+    texts = [
+        status_table.render_study(str(outdir), [runs[run] for run in study])
+        if (study := of_studies.get(outdir))
+        else status_table.render(runs[outdir])
+        for outdir in outdirs
+    ]
+    status_table.show("\n".join(texts))
 
 
 if __name__ == "__main__":

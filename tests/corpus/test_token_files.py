@@ -1,6 +1,8 @@
 """Token files: groups come back as they were, each group is verified alone, and damage is one line."""
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -226,3 +228,14 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     for read in (lambda: token_files.read(path, 0, "1"), lambda: token_files.read_identities(path, "1")):
         with pytest.raises(FileNotFoundError, match=r"x\.arrow"):
             read()
+
+
+def test_reading_tokens_does_not_import_pandas(tmp_path: Path) -> None:
+    """It takes half a second, in every training and scoring."""
+    path = tmp_path / "x.arrow"
+    identities = token_files.write(path, META, [made([[1, 2], [3]])])
+    code = "import sys\nfrom cbtm_pipeline.corpus import token_files\n"
+    code += f"print(*token_files.read({str(path)!r}, 0, {identities[0]!r}).values)\n"
+    code += "print('pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "2", "3", "False"]

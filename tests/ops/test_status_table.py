@@ -58,3 +58,41 @@ def test_a_bar_is_full_only_at_the_end():
     assert status_table.bar(0, 0) == "########"  # a pretrained seed is not trained
     assert status_table.bar(9, 3) == "########"
     assert status_table.bar(3, None) == ""
+
+
+def run_with(name: str, *states: status_table.State, active: str | None = None) -> status.Status:
+    """A run with a stage and models in these states; each model has 10 steps."""
+    stage, *experts = states
+    n_done = {"done": 10, "running": 5}
+    rows = [Row("expert", str(i), s, n_done.get(s, 0), 10) for i, s in enumerate(experts)]
+    return status.Status(f"results/study/runs/{name}", active, [Row("stage", "route", stage), *rows], [])
+
+
+def test_a_study_has_a_row_for_each_run():
+    failed = run_with("k=3", "done", "failed", "waiting")
+    failed.rows[1] = failed.rows[1]._replace(error="disk full")
+    runs = [
+        run_with("k=1", "done", "done"),
+        run_with("k=2", "done", "done", "running", active="process 1 on a"),
+        failed,
+        run_with("k=4", "waiting", "done", active="process 1 on a"),
+    ]
+    assert status_table.render_study("results/study", runs).splitlines() == [
+        "results/study: snakemake runs (process 1 on a)",
+        "",
+        "run  state              models  now",
+        "k=1  done     ########     1/1",
+        "k=2  running  #####...     1/2  1",
+        "k=3  failed   ........     0/2",
+        "k=4  waiting  #######.     1/1",
+        "",
+        "4 runs: 1 done, 1 running, 1 waiting, 1 failed",
+        "k=3: failed: expert 0: disk full",
+    ]
+
+
+def test_a_run_has_stopped_if_it_has_begun_and_no_snakemake_runs():
+    begun = run_with("k=2", "done", "waiting")
+    assert status_table.state_of(begun) == "stopped"
+    assert status_table.state_of(begun._replace(active="process 1 on a")) == "waiting"
+    assert status_table.state_of(run_with("k=2", "waiting", "waiting")) == "waiting"

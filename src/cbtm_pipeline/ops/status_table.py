@@ -1,11 +1,12 @@
-"""The state of a run as aligned plain text, at most WIDTH columns wide."""
+"""The state of a run, or of all runs of a study, as aligned plain text, at most WIDTH columns wide."""
 
 import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
+from typing import Any, Literal, NamedTuple
 
 from cbtm_pipeline.base.duration import duration
 
@@ -13,6 +14,14 @@ WIDTH = 140
 BAR = 8
 COLOURS = {"done": "green", "running": "cyan", "stopped": "yellow", "failed": "bold red", "unknown": "yellow"}
 STATES = ("done", "running", "waiting", "stopped", "failed", "unknown")  # status.py explains them
+URGENT = (
+    "failed",
+    "unknown",
+    "running",
+    "stopped",
+    "waiting",
+    "done",
+)  # from what needs attention most
 
 State = Literal["done", "running", "waiting", "stopped", "failed", "unknown"]
 
@@ -50,7 +59,7 @@ class Status(NamedTuple):
     notes: list[str]
 
 
-# Title, alignment, content of each column. A column that is empty for all experts is left out.
+# Title, alignment, content of each column. A column that is empty in all rows is left out.
 COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("expert", "<", lambda row: row.name),
     ("state", "<", lambda row: row.state),
@@ -67,6 +76,14 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("restarts", ">", lambda row: "" if row.n_restarts is None else f"{row.n_restarts}"),
 ]
 
+OF_STUDY: list[tuple[str, str, Callable[[Status], str]]] = [
+    ("run", "<", lambda run: PurePath(run.outdir).name),
+    ("state", "<", lambda run: state_of(run)),
+    ("", "<", lambda run: bar(*_trained(run))),
+    ("models", ">", lambda run: "{}/{}".format(*_models(run))),
+    ("now", "<", lambda run: ", ".join(row.name for row in run.rows if row.state == "running")),
+]
+
 
 def render(status: Status) -> str:
     """The text for a run: its stages, a table of its experts, a summary, the errors, the notes."""
@@ -80,13 +97,56 @@ def render(status: Status) -> str:
             line for state, names in groups if names for line in _wrap(f"{state:<8} {', '.join(names)}")
         ]
     if experts:
-        lines += ["", *_table(experts), "", *_wrap(summary(experts))]
-    for row in status.rows:
-        if row.error:
-            lines += _wrap(f"failed: {'expert ' if row.kind == 'expert' else ''}{row.name}: {row.error}")
-    for note in status.notes:
-        lines += _wrap(note)
+        lines += ["", *_table(experts, COLUMNS), "", *_wrap(summary(experts))]
+    for text in [*_errors(status), *status.notes]:
+        lines += _wrap(text)
     return "".join(f"{line}\n" for line in lines)
+
+
+def render_study(folder: str, runs: Sequence[Status]) -> str:
+    """The text for a study: a row for each run, how many are done, the errors, the notes."""
+    active = next((run.active for run in runs if run.active), None)
+    n = Counter(state_of(run) for run in runs)
+    counts = ", ".join(f"{n[state]} {state}" for state in STATES if n[state])
+    who = f"snakemake runs ({active})" if active else "no snakemake runs"
+    lines = [*_wrap(f"{folder}: {who}"), "", *_table(runs, OF_STUDY), "", f"{len(runs)} runs: {counts}"]
+    errors = [f"{PurePath(run.outdir).name}: {text}" for run in runs for text in _errors(run)]
+    for text in [*errors, *dict.fromkeys(note for run in runs for note in run.notes)]:
+        lines += _wrap(text)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def state_of(run: Status) -> State:
+    """The state of a run as a whole: that of the row that needs attention most.
+
+    Between two of its jobs, a run waits if Snakemake runs; else it has stopped.
+    """
+    states = {row.state for row in run.rows}
+    if states == {"waiting", "done"} and not run.active:
+        return "stopped"
+    return min(states, key=URGENT.index, default="waiting")
+
+
+def _models(run: Status) -> tuple[int, int]:
+    """How many models are trained, and how many there are."""
+    experts = [row for row in run.rows if row.kind == "expert"]
+    return sum(row.state == "done" for row in experts), len(experts)
+
+
+def _trained(run: Status) -> tuple[int, int]:
+    """Steps of all models that are done, and all that there are; full only if all stages are done, too."""
+    experts = [row for row in run.rows if row.kind == "expert"]
+    n_done, n_all = (sum(getattr(row, name) or 0 for row in experts) for name in ("step", "n_steps"))
+    return n_done, n_all + (state_of(run) != "done")
+
+
+def _errors(status: Status) -> list[str]:
+    """A text for each row that has failed."""
+    return [
+        f"failed: {'expert ' if row.kind == 'expert' else ''}{row.name}: {row.error}"
+        for row in status.rows
+        if row.error
+    ]
 
 
 def summary(experts: list[Row]) -> str:
@@ -136,16 +196,11 @@ def _steps(row: Row) -> str:
     return "" if row.step is None else f"{row.step}" if row.n_steps is None else f"{row.step}/{row.n_steps}"
 
 
-def _table(experts: list[Row]) -> list[str]:
-    columns = [[title, *(content(row) for row in experts)] for title, _, content in COLUMNS]
-    sides = [side for _, side, _ in COLUMNS]
-    kept = [
-        (cells, side, max(map(len, cells)))
-        for cells, side in zip(columns, sides, strict=True)
-        if any(cells[1:])
-    ]
+def _table(rows: Sequence[Any], columns: Sequence[tuple[str, str, Callable[[Any], str]]]) -> list[str]:
+    filled = [(side, [title, *(content(row) for row in rows)]) for title, side, content in columns]
+    kept = [(side, max(map(len, cells)), cells) for side, cells in filled if any(cells[1:])]
     lines = [
-        "  ".join(f"{cells[i]:{side}{width}}" for cells, side, width in kept) for i in range(len(experts) + 1)
+        "  ".join(f"{cells[i]:{side}{width}}" for side, width, cells in kept) for i in range(len(rows) + 1)
     ]
     return [line[:WIDTH].rstrip() for line in lines]
 
