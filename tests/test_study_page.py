@@ -71,7 +71,8 @@ def test_each_seed_is_shown_against_the_dense_model_of_the_group(writer: ModuleT
     assert f"over `dense`: {ratio:.3f}" in row and f"each {', '.join([f'{ratio:.3f}'] * 3)}" in row
 
 
-def test_weights_stay_for_an_interval_of_their_document(writer: ModuleType) -> None:
+def test_weights_stay_for_an_interval_of_their_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/study"))
     rerouting = importlib.import_module("rerouting")
     offsets = np.array([0, 5, 5, 7])
     logw_NK = np.arange(14.0).reshape(7, 2)
