@@ -1,5 +1,6 @@
 """docs/which-k.md: a rule of thumb from the stored metrics of the study."""
 
+import rates
 from stored import (
     LARGE,
     Estimate,
@@ -49,45 +50,47 @@ def rule(study: Study) -> list[str]:
         "model. "
     )
     if without:
-        run = without[-1]
-        tokens += (
-            f"With {_tokens(run)}, the ensemble of k = {run['k']} was no better than the strongest dense "
-            f"model of equal compute and size: {shown(_gain(study, run))} times its perplexity. "
-            f"{_best_k(study, run)}"
-        )
-    run, *more = with_gain
-    tokens += f"With {_tokens(run)}, k = {run['k']} had {shown(_gain(study, run))} times. "
-    tokens += "".join(f"With {_tokens(run)}: {shown(_gain(study, run))}. " for run in more)
+        few = in_order(map(_tokens, without))
+        tokens += f"With {few}, the ensemble was no better than a dense model of equal compute. "
     tokens += (
-        f"Between these, nothing was measured. Below about {_tokens(run)}, expect little: train one dense "
-        "model, or train longer."
+        f"With {in_order(map(_tokens, with_gain))}, it was better. Between these, nothing was measured. Below "
+        f"about {_tokens(with_gain[0])}, expect little: train one dense model, or train longer. "
+        f"{_larger(with_gain)}"
     )
-    large = [
-        f"{shown(over(run, run['headline']['model'], LARGE))} at {per_parameter(run):.0f}"
-        for run in with_gain
-        if LARGE in run["equal_dense"]
-    ]
-    if large:
-        tokens += (
-            " A dense model with twice the layers and equal compute is harder to beat. Over it, the ensemble "
-            f"had {in_order(large)}."
-        )
     lines = [
-        tokens,
+        tokens.strip(),
         "**Then many experts, if all can run at once, until more gain nothing.** With all experts active, "
         f"{_best_ks(study, float('inf'))}. {_last_step(study)}",
         "**Fewer experts where a token may cost little.** With at most 3 expert passes per token, "
-        f"{_best_ks(study, 3)}. With at most 5, {_best_ks(study, 5)}. Where the table below has 1 "
+        f"{_best_ks(study, 3)}. With at most 5, {_best_ks(study, 5)}. Where the second table below has 1 "
         "or more, the dense model was better.",
         *_unbalanced(study),
     ]
     return [f"{number}. {line}" for number, line in enumerate(lines, 1)] + [""]
 
 
-def _best_k(study: Study, run: Row) -> str:
-    """The best k at a run's budget, if it is another, in words."""
-    best = study.best(comparison.rounded(run["n_tokens"]))
-    return "" if best["k"] == run["k"] else f"The best, k = {best['k']}, had {study.ratio(best):.3f}. "
+def _larger(runs: list[Row]) -> str:
+    """Whether a dense model with twice the layers was beaten, too, in words."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if LARGE in run["equal_dense"]:
+            estimate = over(run, run["headline"]["model"], LARGE)
+            found.setdefault(judged(estimate, "beaten", "better"), []).append(_tokens(run))
+    told = ", ".join(f"{what} at {in_order(tokens)}" for what, tokens in found.items())
+    return f"A dense model with twice the layers and equal compute is harder to beat: {told}." if told else ""
+
+
+def ratios(study: Study) -> list[str]:
+    """For each budget, the ensemble over the dense models of equal compute."""
+    at_best = {of.n_tokens: rates.at_best(study, of)[1] for of in rates.tried(study)}
+    rows = []
+    for run in study.controlled:
+        best = at_best.get(comparison.rounded(run["n_tokens"]))
+        large = over(run, run["headline"]["model"], LARGE) if LARGE in run["equal_dense"] else None
+        told = [shown(estimate) if estimate else "–" for estimate in (_gain(study, run), best, large)]
+        rows.append([_tokens(run), *told])
+    header = ["tokens per parameter", "over the strongest of an expert's size", "each at its best rate"]
+    return table([*header, "over that with twice the layers"], rows)
 
 
 def _tokens(run: Row) -> str:
@@ -115,8 +118,7 @@ def _unbalanced(study: Study) -> list[str]:
     found = in_order(f"{shown(estimate)} at {_tokens(run)}" for run, estimate in told)
     return [
         "**With few tokens, try clusters that are not balanced** (`cluster.balance: none`). Their perplexity "
-        f"over that of balanced ones was {found} tokens per parameter. With {_tokens(runs[0])}, that is "
-        f"{study.ratio(runs[0]):.3f} times the strongest dense model. Balanced clusters are the default: no "
+        f"over that of balanced ones was {found} tokens per parameter. Balanced clusters are the default: no "
         "expert runs out of text before the others."
     ]
 
@@ -158,4 +160,5 @@ def evidence(study: Study) -> list[str]:
 
 def write(study: Study) -> str:
     """The page."""
-    return filled("which_k.md", {"rule": rule(study), "evidence": [*evidence(study), ""]})
+    parts = {"rule": rule(study), "ratios": [*ratios(study), ""], "evidence": [*evidence(study), ""]}
+    return filled("which_k.md", parts)

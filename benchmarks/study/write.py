@@ -59,13 +59,14 @@ def picture(name: str, title: str, x_label: str, y_label: str, series: list[char
 def summary(study: Study) -> list[str]:
     """The best ensemble of each budget beside the strongest dense model."""
     lines = []
+    at_best = {of.n_tokens: rates.at_best(study, of)[1] for of in rates.tried(study)}
     for n_tokens in study.budgets:
         best = study.best(n_tokens)
         dense = study.strongest(best)["model"]
         text = (
             f"At {millions(n_tokens)} training tokens{study.tried(n_tokens)} the best ensemble of the grid "
             f"has k = {best['k']}. Its perplexity is {study.ratio(best):.3f} times that of `{dense}`, the "
-            "strongest dense model of equal compute and of an expert's size."
+            "strongest dense model of equal compute, size and learning rate."
         )
         if large := study.dense(best).get(LARGE):
             ratio = best["headline"]["perplexity"] / large["perplexity"]
@@ -73,6 +74,8 @@ def summary(study: Study) -> list[str]:
         if changed := study.best_changed(n_tokens):
             name, ratio = changed["run"], study.ratio(changed)
             text += f" With one change, `{name}`, k = {changed['k']} has {ratio:.3f}."
+        if estimate := at_best.get(n_tokens):
+            text += f" With k = 8 and each kind of model at its best rate, the ratio is {shown(estimate)}."
         lines.append(f"* {text}")
     return [*lines, ""]
 
