@@ -53,8 +53,8 @@ def rule(study: Study) -> list[str]:
         few = in_order(map(_tokens, without))
         tokens += f"With {few}, the ensemble was no better than a dense model of equal compute. "
     tokens += (
-        f"With {in_order(map(_tokens, with_gain))}, it was better. Between these, nothing was measured. Below "
-        f"about {_tokens(with_gain[0])}, expect little: train one dense model, or train longer. "
+        f"With {in_order(map(_tokens, with_gain))}, it was better. Between these, nothing was measured. "
+        f"Below about {_tokens(with_gain[0])}, expect little: train one dense model, or train longer. "
         f"{_larger(with_gain)}"
     )
     lines = [
