@@ -41,17 +41,17 @@ def test_doctor_quotes_the_rule_of_the_page(writer: ModuleType) -> None:
 def test_a_claim_holds_if_its_whole_interval_lies_on_its_side(
     writer: ModuleType, ci95: list[float], found: str
 ) -> None:
-    assert writer.judged((1.0, ci95), "holds", "does not hold") == found
+    assert writer.claims.judged((1.0, ci95), "holds", "does not hold") == found
 
 
 def test_three_seeds_have_a_row_with_the_interval_of_their_group(writer: ModuleType) -> None:
     study = writer.Study(ROOT / "docs/study/technical.json")
     for group in study.content["groups"]:
         group["ci95"] = None
-    assert not any("random seeds" in line for line in writer.claims(study))
+    assert not any("random seeds" in line for line in writer.claims.claims(study))
     group = study.content["groups"][0]
     group |= {"runs": [study.runs[0]["run"]] * 3, "ratio": 0.9, "ci95": [0.8, 0.95]}
-    (row,) = [line for line in writer.claims(study) if "over 3 random seeds" in line]
+    (row,) = [line for line in writer.claims.claims(study) if "over 3 random seeds" in line]
     assert "| holds |" in row and "0.900 [0.800, 0.950]" in row
 
 
@@ -67,7 +67,7 @@ def test_each_seed_is_shown_against_the_dense_model_of_the_group(writer: ModuleT
         "ratio": ratio,
         "ci95": [0.8, 0.95],
     }
-    (row,) = [line for line in writer.claims(study) if "over 3 random seeds" in line]
+    (row,) = [line for line in writer.claims.claims(study) if "over 3 random seeds" in line]
     assert f"over `dense`: {ratio:.3f}" in row and f"each {', '.join([f'{ratio:.3f}'] * 3)}" in row
 
 
