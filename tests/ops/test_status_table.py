@@ -96,3 +96,8 @@ def test_a_run_has_stopped_if_it_has_begun_and_no_snakemake_runs():
     assert status_table.state_of(begun) == "stopped"
     assert status_table.state_of(begun._replace(active="process 1 on a")) == "waiting"
     assert status_table.state_of(run_with("k=2", "waiting", "waiting")) == "waiting"
+
+
+def test_a_run_whose_config_cannot_be_read_is_unknown():
+    assert status_table.state_of(run_with("k=2", "waiting")) == "unknown"
+    assert status_table.state_of(status.Status("results", None, [], [])) == "unknown"

@@ -119,12 +119,15 @@ def render_study(folder: str, runs: Sequence[Status]) -> str:
 def state_of(run: Status) -> State:
     """The state of a run as a whole: that of the row that needs attention most.
 
-    Between two of its jobs, a run waits if Snakemake runs; else it has stopped.
+    Between two of its jobs, a run waits if Snakemake runs; else it has stopped. It is unknown without a config
+    that says which models it has.
     """
     states = {row.state for row in run.rows}
+    if not any(row.kind == "expert" for row in run.rows):
+        return "unknown"
     if states == {"waiting", "done"} and not run.active:
         return "stopped"
-    return min(states, key=URGENT.index, default="waiting")
+    return min(states, key=URGENT.index)
 
 
 def _models(run: Status) -> tuple[int, int]:
