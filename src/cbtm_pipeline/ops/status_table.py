@@ -119,8 +119,8 @@ def render_study(folder: str, runs: Sequence[Status]) -> str:
 def state_of(run: Status) -> State:
     """The state of a run as a whole: that of the row that needs attention most.
 
-    Between two of its jobs, a run waits if Snakemake runs; else it has stopped. If no config says which models
-    it has, its state is unknown.
+    Between two of its jobs, a run waits if Snakemake runs; else it has stopped. Its state is unknown if no
+    config says which models it has.
     """
     states = {row.state for row in run.rows}
     if not any(row.kind == "expert" for row in run.rows):
