@@ -122,7 +122,7 @@ def state_of(run: Status) -> State:
     Between two of its jobs, a run waits if Snakemake runs; else it has stopped. Its state is unknown if no
     config says which models it has.
     """
-    states = {row.state for row in run.rows}
+    states: set[State] = {row.state for row in run.rows}
     if not any(row.kind == "expert" for row in run.rows):
         return "unknown"
     if states == {"waiting", "done"} and not run.active:
