@@ -21,6 +21,7 @@ from stored import (
     Row,
     Study,
     filled,
+    in_order,
     millions,
     model,
     shown,
@@ -168,8 +169,11 @@ def demo(study: Study) -> list[str]:
     """The same grid on the built-in corpus."""
     run = study.by_name["balance=none"]
     ratio = study.pair(run["run"], study.base)
+    best = in_order(f"{study.best(n)['k']} at {millions(n)}" for n in study.complete)
     return [
         *budgets(study),
+        "",
+        f"With all experts active, the best k is {best} tokens.",
         "",
         f"Clusters that are not balanced have {verdict.interval(*ratio)} times the perplexity of balanced "
         f"ones (k = {run['k']}), and an NMI with the domains of {run['labels']['training']['nmi']:.3f}.",
