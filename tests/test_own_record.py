@@ -260,10 +260,16 @@ def another_rate(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return project
 
 
-def test_another_rate_says_what_it_replaces_and_keeps_it(another_rate: Path) -> None:
+def test_another_rate_says_what_it_replaces_keeps_it_and_ends_as_a_fresh_run(
+    finished: Path, another_rate: Path, tmp_path: Path
+) -> None:
     printed = (another_rate / "another.txt").read_text()
     assert "train.lr 0.008 -> 0.001" in printed and "replaces 4 trained models" in printed
     assert len(list((another_rate / "results/kept/experts").iterdir())) == 7
+    fresh = make_project(tmp_path / "fresh", train={"lr": 0.001, "controls": []})
+    snakemake(fresh, "--cores", "2")
+    assert files_of(another_rate / "results") == files_of(fresh / "results")
+    assert files_of(another_rate / "results") != files_of(finished / "results")
 
 
 def test_experts_on_another_disk_are_kept_and_come_back_unless_they_were_damaged(

@@ -122,8 +122,7 @@ def _seeds(study: Study) -> list[tuple[str, str, str]]:
     for group in study.content["groups"]:
         if group["ci95"]:
             estimate = group["ratio"], group["ci95"]
-            headlines = [study.by_name[run]["headline"] for run in group["runs"]]
-            ratios = ", ".join(f"{row['ratios'][group['dense']]['ratio']:.3f}" for row in headlines)
+            ratios = ", ".join(f"{ratio:.3f}" for ratio in _of_seeds(study, group))
             about = f"k = {group['k']}, {millions(group['n_tokens'])} tokens, over `{group['dense']}`"
             rows.append(
                 (
@@ -133,6 +132,12 @@ def _seeds(study: Study) -> list[tuple[str, str, str]]:
                 )
             )
     return rows
+
+
+def _of_seeds(study: Study, group: Row) -> list[float]:
+    """The ratio to dense of each run of a group."""
+    headlines = [study.by_name[run]["headline"] for run in group["runs"]]
+    return [row["ratios"][group["dense"]]["ratio"] for row in headlines]
 
 
 CLAIMED = (  # run, claim, what it says if the run is better than the base, and if it is worse
@@ -171,7 +176,7 @@ def _growth(study: Study) -> list[tuple[str, str, str]]:
         for bound in (math.inf, *which_k.PASSES)
     }
     falls = all(map(is_falling, ratios.values()))
-    tokens = " and ".join(map(millions, whole))
+    tokens = in_order(map(millions, whole))
     named = {
         bound: "all experts run" if bound == math.inf else f"at most {bound:g} passes" for bound in best_ks
     }
@@ -208,8 +213,7 @@ def why(study: Study) -> list[str]:
     )
     for group in study.content["groups"]:
         if group["ci95"]:
-            headlines = [study.by_name[run]["headline"] for run in group["runs"]]
-            ratios = [row["ratios"][group["dense"]]["ratio"] for row in headlines]
+            ratios = _of_seeds(study, group)
             text += (
                 f" Ratios to dense of {len(ratios)} seeds of k = {group['k']} differ by up to "
                 f"{100 * (max(ratios) / min(ratios) - 1):.1f} %."

@@ -16,8 +16,8 @@ class Tried(NamedTuple):
     perplexities: Mapping[float, Mapping[str, float]]
 
     def best(self, name: str) -> float:
-        """The rate with which a kind of model has the lowest held-out perplexity."""
-        return min((found[name], lr) for lr, found in self.perplexities.items() if name in found)[1]
+        """The rate with which one of `names` has the lowest held-out perplexity."""
+        return min((found[name], lr) for lr, found in self.perplexities.items())[1]
 
     @property
     def names(self) -> list[str]:
@@ -63,6 +63,11 @@ def at_best(study: Study, of: Tried) -> tuple[str, Estimate]:
         return f"`{name}` at {lr}", study.over_strongest(run, run["headline"]["model"])
     ratio = of.perplexities[mine][ENSEMBLE] / of.perplexities[lr][name]
     return f"`{name}` at {lr}, the ensemble at {mine}", (ratio, None)
+
+
+def ratios(study: Study) -> dict[int, Estimate]:
+    """The ratio of `at_best` for each budget with several rates."""
+    return {of.n_tokens: at_best(study, of)[1] for of in tried(study)}
 
 
 def claim(study: Study) -> list[tuple[str, str, str]]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cbtm_pipeline import config, plan, plan_search
-from cbtm_pipeline.base import cli
+from cbtm_pipeline import config, eval_ensemble, plan, plan_search
+from cbtm_pipeline.base import artifact, cli
 from cbtm_pipeline.corpus import heldout
 from cbtm_pipeline.mixture import bootstrap, ensemble, scored
 from cbtm_pipeline.mixture.routers import ROUTERS, HeldOut, Setting
@@ -32,28 +32,29 @@ def held_weights(logw_NK: np.ndarray, offsets: np.ndarray, interval: int) -> np.
     return logw_NK[begin_N + position_N // interval * interval]
 
 
-def document_nll(held_out: HeldOut, setting: Setting, interval: int) -> np.ndarray:
-    """Negative log-likelihood of each document, with all experts active, (D,)."""
-    logw_NK = held_weights(ROUTERS[setting.router].log_weights(held_out, setting), held_out.offsets, interval)
-    return -ensemble.document_sums(ensemble.mix(held_out.logprob_NK, logw_NK), held_out.offsets)
+def document_nll(held_out: HeldOut, setting: Setting) -> np.ndarray:
+    """Negative log-likelihood of each document for each interval, all experts active, (D, I)."""
+    logw_NK = ROUTERS[setting.router].log_weights(held_out, setting)
+    held = (held_weights(logw_NK, held_out.offsets, interval) for interval in INTERVALS)
+    mixed = [ensemble.mix(held_out.logprob_NK, held_NK) for held_NK in held]
+    return -np.stack([ensemble.document_sums(mixed_N, held_out.offsets) for mixed_N in mixed], axis=1)
 
 
 def read(outdir: Path) -> tuple[config.Config, Scored]:
     """The config of a run, and its scored held-out documents."""
     cfg = config.read(outdir / "config.json")
     names = plan.evaluated(cfg)
-    begins = {name: first for name in plan.trained(cfg) if (first := plan.begins_as(cfg, name))}
-    route, score = plan.route(cfg).content(), plan.score_expert(cfg).content()
-    expected = scored.Expected(str(outdir), names, begins, cfg.cluster.k, route, score)
     cards = {outdir / f"experts/{plan_search.base(name)}/card.json" for name in [*names, *plan.trained(cfg)]}
     scores = [outdir / f"scores/{name}.npz" for name in names]
-    return cfg, scored.read(expected, outdir / "route/distances.npz", scores, sorted(cards)).scored
+    return cfg, scored.read(
+        eval_ensemble.expected(cfg), outdir / "route/distances.npz", scores, sorted(cards)
+    ).scored
 
 
 def of_run(outdir: Path) -> dict[str, Any]:
     """For each router and interval, the ratio of perplexities to that with new weights at each token."""
     cfg, held_out = read(outdir)
-    systems = json.loads((outdir / "eval/metrics.json").read_text("utf-8"))["systems"]
+    systems = artifact.read_sealed(outdir / "eval/metrics.json", "metrics")["systems"]
     rows = [row for row in systems if row["top_k"] == cfg.cluster.k and row["router"]]
     settings = dict.fromkeys(Setting.of(row) for row in rows)
     share, rng_seed = cfg.route.calibration_share, cfg.seed
@@ -65,16 +66,19 @@ def of_run(outdir: Path) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {}
     for router in dict.fromkeys(setting.router for setting in settings):
         tried = [setting for setting in settings if setting.router == router]
-        nll_DI = np.stack([_chosen(calibration, reported, tried, n) for n in INTERVALS], axis=1)
+        nll_DI = _chosen(calibration, reported, tried)
         resamples = cfg.eval.bootstrap, rng_seed
         ratios = bootstrap.estimates(nll_DI, nll_DI[:, 0], parts[1].n_tokens_D, *resamples)
         found[router] = [{"interval": n, **ratio} for n, ratio in zip(INTERVALS, ratios, strict=True)]
     return {"run": outdir.name, "routers": found}
 
 
-def _chosen(calibration: HeldOut, reported: HeldOut, tried: list[Setting], interval: int) -> np.ndarray:
-    best = min(tried, key=lambda setting: document_nll(calibration, setting, interval).sum())
-    return document_nll(reported, best, interval)
+def _chosen(calibration: HeldOut, reported: HeldOut, tried: list[Setting]) -> np.ndarray:
+    """Negative log-likelihoods of the reported documents with the best setting of each interval, (D, I)."""
+    nll_SI = np.stack([document_nll(calibration, setting).sum(axis=0) for setting in tried])
+    best_I = nll_SI.argmin(axis=0).tolist()
+    by_setting = {i: document_nll(reported, tried[i]) for i in set(best_I)}
+    return np.stack([by_setting[i][:, column] for column, i in enumerate(best_I)], axis=1)
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def _larger(runs: list[Row]) -> str:
 
 def ratios(study: Study) -> list[str]:
     """For each budget, the ensemble over the dense models of equal compute."""
-    at_best = {of.n_tokens: rates.at_best(study, of)[1] for of in rates.tried(study)}
+    at_best = rates.ratios(study)
     rows = []
     for run in study.controlled:
         best = at_best.get(comparison.rounded(run["n_tokens"]))

@@ -54,7 +54,7 @@ def picture(name: str, title: str, x_label: str, y_label: str, series: list[char
 def summary(study: Study) -> list[str]:
     """The best ensemble of each budget beside the strongest dense model."""
     lines = []
-    at_best = {of.n_tokens: rates.at_best(study, of)[1] for of in rates.tried(study)}
+    at_best = rates.ratios(study)
     for n_tokens in study.budgets:
         best = study.best(n_tokens)
         dense = study.strongest(best)["model"]

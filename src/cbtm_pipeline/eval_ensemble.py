@@ -130,6 +130,12 @@ def _inputs(
     )
 
 
+def expected(cfg: config.Config) -> scored.Expected:
+    """What the config says about the distances and the scores of a run."""
+    route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
+    return scored.Expected(cfg.outdir, plans.evaluated(cfg), _begins(cfg), cfg.cluster.k, route, score)
+
+
 def _begins(cfg: config.Config) -> dict[str, str]:
     """The model that each training begins as, by id. Those from scratch are left out."""
     return {name: first for name in plans.trained(cfg) if (first := plans.begins_as(cfg, name))}
@@ -283,9 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.start_logging("eval", args.log)
     cfg = config.read(args.config)
 
-    route, score = plans.route(cfg).content(), plans.score_expert(cfg).content()
-    expected = scored.Expected(cfg.outdir, plans.evaluated(cfg), _begins(cfg), cfg.cluster.k, route, score)
-    found = scored.read(expected, args.distances, args.scores, args.experts)
+    found = scored.read(expected(cfg), args.distances, args.scores, args.experts)
     manifests, field = same_clusters.check(found, args.experts, args.clusters), cfg.corpus.label_field
     models, labelled, shards = None, None, None
     if cfg.eval.merge or field:

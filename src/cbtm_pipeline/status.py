@@ -218,7 +218,8 @@ def main() -> None:
     folders = [run for outdir in outdirs for run in of_studies.get(outdir) or [outdir]]
     queue, trouble = ask_slurm(folders)
     runs = {outdir: gather(outdir, queue, time.time()) for outdir in folders}
-    runs = {k: run._replace(notes=[*run.notes, trouble]) if trouble else run for k, run in runs.items()}
+    if trouble:
+        runs = {outdir: run._replace(notes=[*run.notes, trouble]) for outdir, run in runs.items()}
     if args.json:
         content = [run._asdict() | {"rows": [row._asdict() for row in run.rows]} for run in runs.values()]
         status_table.show(json.dumps(content, indent=1) + "\n")

@@ -231,7 +231,7 @@ def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_reading_tokens_does_not_import_pandas(tmp_path: Path) -> None:
-    """It takes half a second, in every training and scoring."""
+    """It takes a quarter of a second, in every training and scoring."""
     path = tmp_path / "x.arrow"
     identities = token_files.write(path, META, [made([[1, 2], [3]])])
     code = "import sys\nfrom cbtm_pipeline.corpus import token_files\n"

@@ -89,8 +89,7 @@ def render(status: Status) -> str:
     """The text for a run: its stages, a table of its experts, a summary, the errors, the notes."""
     stages = [row for row in status.rows if row.kind == "stage"]
     experts = [row for row in status.rows if row.kind == "expert"]
-    who = f"snakemake runs ({status.active})" if status.active else "no snakemake runs"
-    lines = _wrap(f"{status.outdir}: {who}") if status.rows else []
+    lines = _title(status.outdir, status.active) if status.rows else []
     if stages:
         groups = [(state, [_stage(row) for row in stages if row.state == state]) for state in STATES]
         lines += [
@@ -106,10 +105,8 @@ def render(status: Status) -> str:
 def render_study(folder: str, runs: Sequence[Status]) -> str:
     """The text for a study: a row for each run, how many are done, the errors, the notes."""
     active = next((run.active for run in runs if run.active), None)
-    n = Counter(state_of(run) for run in runs)
-    counts = ", ".join(f"{n[state]} {state}" for state in STATES if n[state])
-    who = f"snakemake runs ({active})" if active else "no snakemake runs"
-    lines = [*_wrap(f"{folder}: {who}"), "", *_table(runs, OF_STUDY), "", f"{len(runs)} runs: {counts}"]
+    counts = _counts(Counter(map(state_of, runs)))
+    lines = [*_title(folder, active), "", *_table(runs, OF_STUDY), "", f"{len(runs)} runs: {counts}"]
     errors = [f"{PurePath(run.outdir).name}: {text}" for run in runs for text in _errors(run)]
     for text in [*errors, *dict.fromkeys(note for run in runs for note in run.notes)]:
         lines += _wrap(text)
@@ -143,6 +140,16 @@ def _trained(run: Status) -> tuple[int, int]:
     return n_done, n_all + (state_of(run) != "done")
 
 
+def _title(folder: str, active: str | None) -> list[str]:
+    """Which folder it is, and the process that holds it."""
+    return _wrap(f"{folder}: {f'snakemake runs ({active})' if active else 'no snakemake runs'}")
+
+
+def _counts(n: Counter[State]) -> str:
+    """How many there are in each state."""
+    return ", ".join(f"{n[state]} {state}" for state in STATES if n[state])
+
+
 def _errors(status: Status) -> list[str]:
     """A text for each row that has failed."""
     return [
@@ -158,7 +165,7 @@ def summary(experts: list[Row]) -> str:
     etas = [row.eta_s for row in experts if row.eta_s is not None]
     which = "" if n["done"] + len(etas) == len(experts) else " of those that run"
     eta = f". ETA{which}: {duration(max(etas))}" if etas else ""
-    return f"{len(experts)} experts: {', '.join(f'{n[state]} {state}' for state in STATES if n[state])}{eta}"
+    return f"{len(experts)} experts: {_counts(n)}{eta}"
 
 
 def bar(step: int | None, n_steps: int | None) -> str:
