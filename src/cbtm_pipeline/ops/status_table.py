@@ -4,7 +4,7 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -105,7 +105,7 @@ def render(status: Status) -> str:
 def render_study(folder: str, runs: Sequence[Status]) -> str:
     """The text for a study: a row for each run, how many are done, the errors, the notes."""
     active = next((run.active for run in runs if run.active), None)
-    counts = _counts(Counter(map(state_of, runs)))
+    counts = _counts(map(state_of, runs))
     lines = [*_title(folder, active), "", *_table(runs, OF_STUDY), "", f"{len(runs)} runs: {counts}"]
     errors = [f"{PurePath(run.outdir).name}: {text}" for run in runs for text in _errors(run)]
     for text in [*errors, *dict.fromkeys(note for run in runs for note in run.notes)]:
@@ -145,8 +145,9 @@ def _title(folder: str, active: str | None) -> list[str]:
     return _wrap(f"{folder}: {f'snakemake runs ({active})' if active else 'no snakemake runs'}")
 
 
-def _counts(n: Counter[State]) -> str:
+def _counts(states: Iterable[str]) -> str:
     """How many there are in each state."""
+    n = Counter(states)
     return ", ".join(f"{n[state]} {state}" for state in STATES if n[state])
 
 
@@ -161,11 +162,11 @@ def _errors(status: Status) -> list[str]:
 
 def summary(experts: list[Row]) -> str:
     """How many experts are in each state, and in how much time the last of the running ones will be done."""
-    n = Counter(row.state for row in experts)
+    n_done = sum(row.state == "done" for row in experts)
     etas = [row.eta_s for row in experts if row.eta_s is not None]
-    which = "" if n["done"] + len(etas) == len(experts) else " of those that run"
+    which = "" if n_done + len(etas) == len(experts) else " of those that run"
     eta = f". ETA{which}: {duration(max(etas))}" if etas else ""
-    return f"{len(experts)} experts: {_counts(n)}{eta}"
+    return f"{len(experts)} experts: {_counts(row.state for row in experts)}{eta}"
 
 
 def bar(step: int | None, n_steps: int | None) -> str:
